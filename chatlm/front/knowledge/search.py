@@ -88,6 +88,7 @@ class Place(NamedTuple):
     embedder: int | None  # the number of the embedder whose windows it has
     digest: str | None    # of that
     has_words: bool
+    is_purged: bool       # nothing of it waits to be removed, of which there are still words
 
 
 class InWords(NamedTuple):
@@ -123,7 +124,8 @@ ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, 
         "f.attributes FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file "
         "JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
-PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words FROM knowledge_stores AS s "
+PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
+          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1) FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
 FILES = ("SELECT number, attributes, passages, tokens FROM knowledge_files "
@@ -277,8 +279,9 @@ def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str,
     lists = []
     for place in places:
         if place.has_words and files:
-            telling = telling_words(connection, place.number, words)
-            lists.append(ranked(connection, place.number, telling, LISTED, wanted is not None))
+            stale = not place.is_purged
+            telling = telling_words(connection, place.number, words, stale)
+            lists.append(ranked(connection, place.number, telling, LISTED, wanted is not None, stale))
     return InWords(places, None if wanted is None else tuple(files), passages, lists)
 
 

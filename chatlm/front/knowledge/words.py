@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 SHARE = 4         # a word counts if at most every fourth passage has it
 MOST_WORDS = 256  # of a question, that are looked at
 RAREST = 32       # that are searched for
-# Those that are not deleted, of files that are searched
+# Passages that are not deleted. Where the table of words has no others, that is not asked: it takes five times
+# as long
 LIVE = ("JOIN knowledge_passages AS p ON p.number = w.rowid JOIN knowledge_files AS f ON f.number = p.file "
         "AND f.deleted = 0 AND f.status = 'completed'")
-SEARCHED = " JOIN temp.searched AS s ON s.number = f.number"
+SEARCHED = LIVE + " JOIN temp.searched AS s ON s.number = f.number"
 
 
 class Word(NamedTuple):
@@ -52,8 +53,10 @@ def words_of(question: str) -> list[str]:
     return [*words]
 
 
-def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[str]) -> list[Word]:
-    """Those that stand in at most a quarter of a store's passages, the rarest first."""
+def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[str],
+                  stale: bool = False) -> list[Word]:
+    """Those that stand in at most a quarter of a store's passages, the rarest first. stale: the table has
+    words of deleted passages too."""
     (passages,) = connection.execute(
         "SELECT IFNULL(SUM(passages), 0) FROM knowledge_files WHERE store = ? AND deleted = 0 "
         "AND status = 'completed'", (store,)).fetchone()
@@ -61,23 +64,24 @@ def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[st
     found = []
     for word in words:
         (count,) = connection.execute(
-            f"SELECT COUNT(*) FROM (SELECT 1 FROM {words_table(store)} AS w {LIVE} "
+            f"SELECT COUNT(*) FROM (SELECT 1 FROM {words_table(store)} AS w {LIVE if stale else ''} "
             f"WHERE {words_table(store)} MATCH ? LIMIT ?)", (phrase(word), most + 1)).fetchone()
         if 0 < count <= most:
             found.append(Word(word, round(math.log(1 + (passages - count + 0.5) / (count + 0.5)), 6)))
     return sorted(found, key=lambda word: (-word.weight, word.text))[:RAREST]
 
 
-def ranked(connection: sqlite3.Connection, store: int, words: Seq[Word], most: int,
-           filtered: bool) -> list[Ranked]:
-    """The passages of a store that BM25 puts first, in its order; of equal ones the earlier file, then the
-    earlier passage. filtered: only of the files in the table temp.searched."""
+def ranked(connection: sqlite3.Connection, store: int, words: Seq[Word], most: int, filtered: bool,
+           stale: bool = False) -> list[Ranked]:
+    """The passages of a store that BM25 puts first, in its order; of equal ones the earlier. filtered: only
+    of the files in the table temp.searched. stale: as in `telling_words`."""
     if not words:
         return []
     table = words_table(store)
+    joins = SEARCHED if filtered else LIVE if stale else ""
     found = connection.execute(
-        f"SELECT p.number, bm25({table}) AS rank FROM {table} AS w {LIVE}{SEARCHED if filtered else ''} "
-        f"WHERE {table} MATCH ? ORDER BY rank, p.file, p.place LIMIT ?",
+        f"SELECT w.rowid, bm25({table}) AS rank FROM {table} AS w {joins} "
+        f"WHERE {table} MATCH ? ORDER BY rank, w.rowid LIMIT ?",
         (" OR ".join(phrase(word.text) for word in words), most)).fetchall()
     weights = dict.fromkeys((passage for passage, _ in found), 0.0)
     marks = ", ".join("?" * len(weights))

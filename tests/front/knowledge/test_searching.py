@@ -131,6 +131,14 @@ async def test_other_stores_and_what_is_deleted_are_not_found(place):
     assert await place.texts("zebra", [place.store, other]) == ["mine"]
 
 
+async def test_words_of_what_is_deleted_do_not_crowd_out_others(place):
+    """Until a purge, the table of words still has them."""
+    gone, _ = place.add(*((f"zebra {number}", None) for number in range(60)))
+    place.add(("a zebra of mine", None), *((f"other {number}", None) for number in range(9)))
+    rows.delete_file(place.path, gone)
+    assert await place.texts("zebra") == ["a zebra of mine"]
+
+
 @pytest.mark.parametrize("digest", ["another", "not loaded"])
 async def test_words_alone_where_the_embedder_is_not_served(place, digest):
     place.add(("alpha wolf", near(0.9)), ("beta bear", near(0.8)), ("gamma crow", near(0.1)), ("delta", near(0.7)))
