@@ -481,11 +481,12 @@ def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Pass
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (store, file.number, passage.place, passage.heading, passage.start, passage.page, passage.tokens,
              passage.text)).lastrowid
-        rows = [(store, file.number, number, embedder, *next(waiting)) for _ in passage.windows]
+        windows = [next(waiting) for _ in passage.windows]
+        rows = [(store, file.number, number, embedder, *window) for window in windows]
         connection.executemany("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, "
                                "scale) VALUES (?, ?, ?, ?, ?, ?)", rows)
         size += len(passage.text.encode()) + len(passage.heading.encode())
-        size += sum(len(row[4]) + 8 for row in rows)
+        size += sum(len(window.vector) + 8 for window in windows)
         if has_words:
             connection.execute(f"INSERT INTO {words_table(store)} (rowid, heading, text) VALUES (?, ?, ?)",
                                (number, passage.heading, passage.text))
