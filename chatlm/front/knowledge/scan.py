@@ -17,6 +17,7 @@ from chatlm.common.processes.start import (
     PROCESS_COMMAND, exit_in_words, patient, process_environment, start_child)
 from chatlm.common.program import why_outdated
 from chatlm.front.admission.sandbox import FairLock, next_message
+from chatlm.front.aio import supervised
 
 MOST_BYTES = 1 << 30  # of vectors that the process keeps, or a quarter of the memory that is free at its start
 
@@ -45,6 +46,10 @@ class Scanner:
     async def nearest(self, scan: Scan, client: str = "") -> Scanned:
         """The passages nearest to a vector. Raises Overloaded if they cannot be had now."""
         await self.turns.take(client)
+        return await self._run(scan)
+
+    async def _run(self, scan: Scan) -> Scanned:
+        """Scan for whoever has taken the turn, and give the turn back."""
         work = asyncio.ensure_future(self._scanned(scan))  # goes on though its client leaves
         work.add_done_callback(self._end_turn)
         return await asyncio.shield(work)
@@ -59,7 +64,8 @@ class Scanner:
             self.idle = asyncio.get_running_loop().call_later(self.IDLE_S, self._end_idle)
 
     def _end_idle(self):
-        self.ending = asyncio.ensure_future(self._stop_between())
+        self.ending = asyncio.ensure_future(supervised(
+            "ending the process that searches vectors", self._stop_between))
 
     async def _stop_between(self):
         """End the process between two scans."""
