@@ -19,7 +19,8 @@ from chatlm.common.program import why_outdated
 from chatlm.front.admission.sandbox import FairLock, next_message
 from chatlm.front.aio import supervised
 
-MOST_BYTES = 1 << 30  # of vectors that the process keeps, or a quarter of the memory that is free at its start
+# of vectors that the process keeps; or a quarter of the memory that is free at its start
+MOST_BYTES = 1 << 30
 
 
 class Scanner:

@@ -1,8 +1,9 @@
 """Searching stores: passages that are near to a question, joined with those that have its words.
 
 Two lists of 50 passages each are joined by their ranks alone (RRF): vectors find what is meant, words find
-names and numbers. Passages with the same words of the question are ordered by their vectors. A reranker, if one is served, then reads the best of them. Which files are searched (the
-caller's stores, filters) is decided before anything is ranked."""
+names and numbers. Passages with the same words of the question are ordered by their vectors. A reranker, if
+one is served, then reads the best of them. Which files are searched (the caller's stores, filters) is decided
+before anything is ranked."""
 
 from __future__ import annotations
 
@@ -116,8 +117,9 @@ class Row(NamedTuple):
     attributes: str
 
     def hit(self, score: float) -> Hit:
-        return Hit(self.passage, self.store, self.file, self.filename, json.loads(self.attributes), self.place,
-                   self.heading, self.start, self.page, self.text, min(max(score, 0.0), 1.0))
+        attributes = json.loads(self.attributes)
+        return Hit(self.passage, self.store, self.file, self.filename, attributes, self.place, self.heading,
+                   self.start, self.page, self.text, min(max(score, 0.0), 1.0))
 
 
 ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, p.text, f.file, f.filename, "
@@ -152,7 +154,8 @@ class Search:
         self.readers.shutdown(wait=False, cancel_futures=True)
         await self.scanner.close()
 
-    async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker, terms: Terms = Terms()) -> Found:
+    async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker,
+                   terms: Terms = Terms()) -> Found:
         """The passages that fit one of the questions. Raises Overloaded if they cannot be searched now."""
         lists = [await self._lists(stores, question, asker, terms) for question in questions]
         before = lists[0][0]

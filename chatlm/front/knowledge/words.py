@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SHARE = 4         # a word counts if at most every fourth passage has it
 MOST_WORDS = 256  # of a question, that are looked at
 RAREST = 32       # that are searched for
-# Passages that are not deleted. Where the table of words has no others, that is not asked: it takes five times
-# as long
+# Passages that are not deleted. Where the table of words has no others, that is not asked: it takes several
+# times as long
 LIVE = ("JOIN knowledge_passages AS p ON p.number = w.rowid JOIN knowledge_files AS f ON f.number = p.file "
         "AND f.deleted = 0 AND f.status = 'completed'")
 SEARCHED = LIVE + " JOIN temp.searched AS s ON s.number = f.number"
