@@ -8,7 +8,7 @@ from chatlm.front.api.fields import A_TEXT, Field, FieldType, list_schema, objec
 MOST_FILES = 500        # of a new store
 MOST_OF_BATCH = 2_000
 MOST_RESULTS = 50
-LEAST_TOKENS, MOST_TOKENS = 100, 4096  # of a passage of a static strategy
+LEAST_CHUNK, MOST_CHUNK = 100, 4096  # of a passage of a static strategy
 A_NAME = {"type": "string", "maxLength": 256}
 ATTRIBUTES_SCHEMA = {
     "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
@@ -21,11 +21,11 @@ STRATEGY_SCHEMA = {"anyOf": [
     object_schema(["type"], type={"enum": ["auto"]}),
     object_schema(["type", "static"], type={"enum": ["static"]}, static=object_schema(
         ["max_chunk_size_tokens", "chunk_overlap_tokens"],
-        max_chunk_size_tokens={"type": "integer", "minimum": LEAST_TOKENS, "maximum": MOST_TOKENS},
-        chunk_overlap_tokens={"type": "integer", "minimum": 0, "maximum": MOST_TOKENS // 2}))]}
+        max_chunk_size_tokens={"type": "integer", "minimum": LEAST_CHUNK, "maximum": MOST_CHUNK},
+        chunk_overlap_tokens={"type": "integer", "minimum": 0, "maximum": MOST_CHUNK // 2}))]}
 STRATEGY_TYPE = FieldType(
     '{"type": "auto"}, or {"type": "static", "static": {"max_chunk_size_tokens", "chunk_overlap_tokens"}} '
-    f"with {LEAST_TOKENS} to {MOST_TOKENS:,} tokens, of which at most half overlap", STRATEGY_SCHEMA)
+    f"with {LEAST_CHUNK} to {MOST_CHUNK:,} tokens, of which at most half overlap", STRATEGY_SCHEMA)
 DAYS_TYPE = FieldType(
     'an object of the anchor "last_active_at" and days, from 1 to 365', object_schema(
         ["days"], anchor={"enum": ["last_active_at"]},

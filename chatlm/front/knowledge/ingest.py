@@ -28,6 +28,7 @@ from chatlm.front.intake.budget import Holding
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.embedding import Chosen, Embedders, packed
 from chatlm.front.knowledge.passages import Passage, Strategy, passages_of
+from chatlm.front.knowledge.rebuilding import TEXTS, Rebuilding
 from chatlm.front.knowledge.stores import Pending, StoreFile
 from chatlm.front.server.ledger import Amount, Charge
 from chatlm.front.server.stored_lists import now_s
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AT_ONCE = 2        # files under way: one is read while the other is embedded
-TEXTS = 64         # windows that the embedder gets at once
 TRIES = 3          # of an embedder whose workers die, each time as often as a request allows
 CRASHES = 5        # of the server during a file's ingestion, after which it is given up
 LOOK_S = 5.0       # between looks whether files of stores were deleted or have expired
@@ -128,7 +128,7 @@ class Ingest:
         self.working: Counter[str] = Counter()          # files under way, by owner
         self.last: dict[str | int, float] = {}          # when an owner and a store had their last turn
         self.paused: dict[int, float] = {}              # store -> until when
-        self.swept_s = 0.0
+        self.rebuilding = Rebuilding(self._stored, owners, embedders)
         self.dirty = False                              # texts were removed that the -wal may still have
         self.task: asyncio.Task | None = None
 
@@ -147,6 +147,8 @@ class Ingest:
                 self.wake.clear()
                 await self._begin_files()
                 await self._sweep()
+                if not self.tasks and await self.rebuilding.step():
+                    self.wake.set()
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), self._rest_s())
         finally:

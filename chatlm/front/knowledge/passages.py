@@ -210,6 +210,18 @@ def shortened(heading: str, count: Callable[[str], int], most: int) -> str:
     return " ".join(words)
 
 
+def windows_of_passage(text: str, heading: str, count: Callable[[str], int], longest: int,
+                       special: int = 2) -> tuple[str, ...]:
+    """The windows of a passage that was cut before, for another embedder. Arguments as for passages_of."""
+    room = max(min(WINDOW_TOKENS, longest) - special, 8)
+    short = shortened(heading, count, min(HEADING_TOKENS, room // 4))
+    left = room - (count(short) + 1 if short else 0)
+    pieces = [Piece(start, end, tokens, heading, None, False, 0)
+              for first, last in sentences(text, 0, len(text))
+              for start, end, tokens in fitting(text, first, last, count, room // 2)]
+    return tuple(f"{short}\n{words}" if short else words for words in windows_of(text, pieces, left))
+
+
 def passages_of(text: str, count: Callable[[str], int], longest: int, special: int = 2,
                 strategy: Strategy = Strategy(), marked: bool = False) -> Iterator[Passage]:
     """The passages of a text. count: the tokens of a text, without special ones. longest: tokens that the

@@ -270,6 +270,9 @@ class KnowledgeRoutes:
         found = await self.search.find([store], as_list(query), asker, terms)
         if found.words_only:
             record.headers["X-Search"] = "words"
+        if values.get("rewrite_query"):
+            others = record.headers.get("X-Ignored-Fields")
+            record.headers["X-Ignored-Fields"] = f"{others}, rewrite_query" if others else "rewrite_query"
         data = [{"file_id": hit.file, "filename": hit.filename, "score": hit.score,
                  "attributes": hit.attributes, "content": [{"type": "text", "text": hit.text}],
                  "heading": hit.heading, "page": hit.page, "start": hit.start} for hit in found.hits]

@@ -23,6 +23,7 @@ ACTIVE_S = 60        # last_active is written again only after so long
 STATUSES = "in_progress", "completed", "failed", "cancelled"
 UNREADABLE = "unsupported_file", "invalid_file"
 PURGED_ROWS = 200    # passages that are removed at once, with their windows
+PURGED_WINDOWS = 2_000
 MERGED_PAGES = 500   # of an index of words, at once
 
 
@@ -500,6 +501,86 @@ def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Pass
     return True
 
 
+# another embedder
+
+class Foreign(NamedTuple):
+    """A store as it is compared with the embedder of today."""
+
+    store: int
+    owner: str
+    client: str
+    model: str
+    digest: str   # of the embedder whose windows are searched
+
+
+class Bare(NamedTuple):
+    """A passage without windows of an embedder."""
+
+    number: int
+    heading: str
+    text: str
+
+
+def embedded_stores(connection: sqlite3.Connection, after: int, most: int) -> list[Foreign]:
+    """Stores behind a number whose windows are searched, and which have no older ones."""
+    return [Foreign(*row) for row in connection.execute(
+        "SELECT s.number, owner, client, model, digest FROM knowledge_stores AS s NOT INDEXED "
+        "CROSS JOIN knowledge_embedders AS e ON e.number = embedder WHERE s.number > ? AND deleted = 0 "
+        "AND expired = 0 AND old_windows = 0 ORDER BY s.number LIMIT ?", (after, most))]
+
+
+def bare_passages(connection: sqlite3.Connection, store: int, embedder: int,
+                  after: int) -> tuple[int, list[Bare]] | None:
+    """(the next file behind a number, its passages without windows of an embedder); None if there is no other
+    file."""
+    row = connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0 "
+                             "AND number > ? AND status = 'completed' ORDER BY number LIMIT 1",
+                             (store, after)).fetchone()
+    if row is None:
+        return None
+    found = connection.execute(
+        "SELECT number, heading, text FROM knowledge_passages AS p WHERE file = ? AND NOT EXISTS "
+        "(SELECT 1 FROM knowledge_windows WHERE passage = p.number AND embedder = ?) ORDER BY place",
+        (*row, embedder))
+    return row[0], [Bare(*each) for each in found]
+
+
+def add_windows(connection: sqlite3.Connection, store: int, file: int, embedder: int,
+                windows: Seq[tuple[int, Embedded]]):
+    """Give passages of a file windows beside those that they have, unless the file was deleted. windows: with
+    the numbers of their passages."""
+    if connection.execute("SELECT 1 FROM knowledge_files WHERE number = ? AND deleted = 0",
+                          (file,)).fetchone():
+        connection.executemany(
+            "INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            [(store, file, passage, embedder, *window) for passage, window in windows])
+
+
+def search_with(connection: sqlite3.Connection, store: int, embedder: int):
+    """All passages of a store have windows of another embedder: these are searched from now on."""
+    connection.execute("UPDATE knowledge_stores SET embedder = ?, old_windows = 1 WHERE number = ?",
+                       (embedder, store))
+    connection.execute(
+        "UPDATE knowledge_files SET windows = (SELECT COUNT(*) FROM knowledge_windows AS w WHERE w.file = "
+        "knowledge_files.number AND w.embedder = ?), bytes = bytes + (SELECT IFNULL(SUM((LENGTH(w.vector) + "
+        "8) * CASE WHEN w.embedder = ? THEN 1 ELSE -1 END), 0) FROM knowledge_windows AS w WHERE w.file = "
+        "knowledge_files.number) WHERE store = ? AND deleted = 0 AND status = 'completed'",
+        (embedder, embedder, store))
+
+
+def purge_windows(connection: sqlite3.Connection, store: int, embedder: int):
+    """Remove some windows of a store that are of other embedders than this."""
+    removed = 0
+    for other in "<", ">":
+        cursor = connection.execute(
+            f"DELETE FROM knowledge_windows WHERE number IN (SELECT number FROM knowledge_windows "
+            f"WHERE store = ? AND embedder {other} ? LIMIT ?)", (store, embedder, PURGED_WINDOWS))
+        removed += cursor.rowcount
+    if not removed:
+        connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
+
+
 # what was deleted
 
 def purge(connection: sqlite3.Connection) -> bool:
@@ -515,6 +596,11 @@ def purge(connection: sqlite3.Connection) -> bool:
         connection.execute(f"DROP TABLE IF EXISTS {words_table(*row)}")
         connection.execute("DELETE FROM knowledge_batches WHERE store = ?", row)
         connection.execute("DELETE FROM knowledge_stores WHERE number = ?", row)
+        return True
+    row = connection.execute("SELECT number, embedder FROM knowledge_stores INDEXED BY knowledge_stores_old "
+                             "WHERE old_windows > 0 LIMIT 1").fetchone()
+    if row:
+        purge_windows(connection, *row)
         return True
     row = connection.execute("SELECT number, expired, stale_words FROM knowledge_stores INDEXED BY "
                              "knowledge_stores_stale WHERE stale_words > 0 LIMIT 1").fetchone()

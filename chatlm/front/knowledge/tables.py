@@ -38,6 +38,7 @@ CREATE TABLE knowledge_stores (
     model TEXT NOT NULL DEFAULT '', -- embedding_model, as its client has named it; '': the usual one
     embedder INTEGER,               -- number of the embedder whose windows are searched; NULL: words only
     chunking TEXT NOT NULL,         -- JSON: {"type": "auto"} or {"type": "static", "static": {...}}
+    old_windows INTEGER NOT NULL DEFAULT 0,   -- 1: those of an earlier embedder still have to go
     has_words INTEGER NOT NULL DEFAULT 0,     -- 1: its table knowledge_words_NUMBER is there
     stale_words INTEGER NOT NULL DEFAULT 0,   -- 1: words of deleted texts are still in that, 2: they are
                                               -- being merged out of it
@@ -53,6 +54,7 @@ CREATE INDEX knowledge_stores_of_owner ON knowledge_stores (owner, deleted, numb
 CREATE INDEX knowledge_stores_by_state ON knowledge_stores (deleted, expired, expires);
 CREATE INDEX knowledge_stores_waiting ON knowledge_stores (in_progress)
     WHERE in_progress > 0 AND deleted = 0 AND expired = 0;
+CREATE INDEX knowledge_stores_old ON knowledge_stores (old_windows) WHERE old_windows > 0;
 CREATE INDEX knowledge_stores_stale ON knowledge_stores (stale_words) WHERE stale_words > 0;
 CREATE TABLE knowledge_embedders (
     number INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -492,6 +492,16 @@ async def test_a_search_keeps_a_store_alive(tmp_path, monkeypatch):
         assert after["expires_at"] == made["expires_at"] + 3600
 
 
+async def test_a_query_is_not_rewritten_and_says_so(tmp_path):
+    async with knowing(tmp_path / "k.db") as ask:
+        store, _ = await ask.store(ONE, "Cats eat fish.")
+        path = f"{ask.place.url}{STORES}/{store}/search"
+        body = {"query": "cats", "rewrite_query": True, "odd": 1}
+        async with ask.place.client.post(path, json=body, headers={"X-Chat-Space": ONE}) as response:
+            assert response.headers["X-Ignored-Fields"] == "odd, rewrite_query"
+            assert (await response.json())["search_query"] == ["cats"]
+
+
 async def test_without_a_database_there_are_no_stores():
     async with Place(pool=EmbeddingPool()) as place:
         for method, path, body in (
