@@ -20,7 +20,7 @@ from chatlm.front.admission.sandbox import FairLock, next_message
 from chatlm.front.aio import supervised
 
 # of vectors that the process keeps; or a quarter of the memory that is free at its start
-MOST_BYTES = 1 << 30
+VECTORS_BYTES = 1 << 30
 
 
 class Scanner:
@@ -114,7 +114,7 @@ class Scanner:
         """Start the process. Raises Overloaded if the program's files have changed."""
         if why := await asyncio.to_thread(why_outdated):
             raise Overloaded(why)
-        kept_bytes = min(MOST_BYTES, await asyncio.to_thread(available_memory) // 4)
+        kept_bytes = min(VECTORS_BYTES, await asyncio.to_thread(available_memory) // 4)
         if self.closed:
             raise shutting_down()
         self.process, ours = start_child(self.command, "vectors", process_environment(1))

@@ -42,7 +42,7 @@ RERANKED = 30     # passages that a reranker reads
 RERANK_S = 5.0    # and the longest that it is waited for
 READERS = 2       # searches that read the database at a time
 BUSY_S = 5.0      # how long another program may hold the database
-READ_S = 5.0      # the longest that words are searched for
+SEARCH_READ_S = 5.0  # the longest that words are searched for
 STEPS = 1000      # of SQLite's machine, between two looks at the time
 
 
@@ -245,7 +245,7 @@ class Search:
         uri = f"file:{quote(str(self.database))}?mode=ro"
         try:
             with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
-                connection.set_progress_handler(Deadline(READ_S), STEPS)
+                connection.set_progress_handler(Deadline(SEARCH_READ_S), STEPS)
                 connection.execute("BEGIN")
                 return function(connection)
         except sqlite3.OperationalError as error:
