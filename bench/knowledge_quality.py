@@ -3,14 +3,15 @@
 
     python bench/knowledge_quality.py [--embedder FOLDER] [--misses]
 
-The forty documents and three hundred questions of bench/knowledge_set.py go into a vector store of a real server, over HTTP. A question
-counts as answered at k if one of the first k passages is of the right document and has the whole sentence that answers it. Rows:
+The forty documents of bench/knowledge_set.py go into a vector store of a real server, over HTTP. It is asked three hundred questions in other
+words than those of the documents, and forty that name the fact itself. A question counts as answered at k if one of the first k passages is of the right document and has the whole sentence that answers it. Rows:
 
   ours                  POST /v1/vector_stores/{id}/search
   vectors alone         the scan of the same windows
   words, a quarter      BM25 over the question's words that at most a quarter of the passages have
   words, all            BM25 over all of its words
-  RRF with all words    vectors joined with the row before: what plain hybrid search does
+  RRF, a quarter        vectors joined with BM25's order of the words that a quarter has: ours orders those with the same words by vectors
+  RRF, all words        vectors joined with BM25 over all words: what plain hybrid search does
   open-webui            its defaults made again here: Markdown is split at headings, then into 1,000 characters with an overlap of 100
                         (langchain's recursive splitter), each part embedded whole by the same model, cosines, top 3
 
@@ -80,8 +81,14 @@ def vectors_of(server, texts, kind):
 
 
 def headed_parts(text):
-    """Markdown at its headings, each part with its own."""
-    return [part.strip() for part in re.split(r"(?m)^(?=#{1,6} )", text) if part.strip()]
+    """Markdown at its headings, each part with its own. A heading without a text goes with the next, as in langchain's splitter."""
+    parts = []
+    for part in re.split(r"(?m)^(?=#{1,6} )", text):
+        if parts and re.fullmatch(r"(#{1,6} .*\s*)+", parts[-1]):
+            parts[-1] += part
+        elif part.strip():
+            parts.append(part)
+    return [part.strip() for part in parts]
 
 
 def recursive_parts(text, size=1000, overlap=100, separators=("\n\n", "\n", " ", "")):
@@ -125,7 +132,8 @@ class Row:
 
 
 def all_words(connection, store, question):
-    return [each.passage for each in words.ranked(connection, store, words.words_of(question), 50, False)]
+    every = [words.Word(each, 1.0) for each in words.words_of(question)]
+    return [each.passage for each in words.ranked(connection, store, every, 50, False)]
 
 
 def telling(connection, store, question):
@@ -133,52 +141,63 @@ def telling(connection, store, question):
     return [each.passage for each in words.ranked(connection, store, found, 50, False)]
 
 
+class Place:
+    """A store of the server, as its parts see it."""
+
+    def __init__(self, server, folder, documents):
+        self.server = server
+        self.store, self.ingest_s = store_of(server, documents)
+        self.connection = sqlite3.connect(f"file:{folder}/kept.db?mode=ro", uri=True)
+        self.number, self.embedder = self.connection.execute("SELECT number, embedder FROM knowledge_stores").fetchone()
+        self.passages = {number: (file, text) for number, file, text in self.connection.execute(
+            "SELECT p.number, f.filename, p.text FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file")}
+        self.windows = Windows(Path(folder) / "kept.db", 1 << 30)
+        self.parts = [(file, part) for file, text in documents for headed in headed_parts(text) for part in recursive_parts(headed)]
+        self.theirs = vectors_of(server, [part for _, part in self.parts], "document")
+        self.took_ms = []
+
+    def rows(self, questions):
+        rows = {}
+        vectors = vectors_of(self.server, [question.text for question in questions], "query")
+        for question, vector in zip(questions, vectors):
+            for name, hits in self.hits(question.text, vector):
+                rows.setdefault(name, Row(name)).count(question, hits)
+        return list(rows.values())
+
+    def hits(self, question, vector):
+        began = time.monotonic()
+        found = self.server.post(f"/v1/vector_stores/{self.store}/search", {"query": question, "max_num_results": 10})
+        self.took_ms.append(1e3 * (time.monotonic() - began))
+        nearest = [near.passage for near in scanned(self.windows, Scan((self.number,), self.embedder, vector.tobytes(), 50)).nearest]
+        some, every = telling(self.connection, self.number, question), all_words(self.connection, self.number, question)
+        yield "ours", [(hit["filename"], hit["content"][0]["text"]) for hit in found["data"]]
+        for name, ranks in ("vectors alone", nearest), ("words, a quarter", some), ("words, all", every):
+            yield name, [self.passages[each] for each in ranks]
+        for name, ranks in ("RRF, a quarter", some), ("RRF, all words", every):
+            joined, _ = join([(1.0, ranks), (1.0, nearest)], [])
+            yield name, [self.passages[each] for each in sorted(joined, key=lambda each: (-joined[each], each))]
+        order = numpy.argsort(-(self.theirs @ vector), kind="stable")
+        yield "open-webui", [self.parts[index] for index in order[:10]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embedder", default=MINILM, help="a model that embeds texts (default: the default embedder)")
     parser.add_argument("--misses", action="store_true", help="also show which questions are not answered at 10")
     options = parser.parse_args()
-    documents, questions = knowledge_set.documents(), knowledge_set.questions()
+    documents = knowledge_set.documents()
     with tempfile.TemporaryDirectory() as folder, our_server(options.embedder, "--database", f"{folder}/kept.db") as server:
-        store, ingest_s = store_of(server, documents)
-        rows = {name: Row(name) for name in ("ours", "vectors alone", "words, a quarter", "words, all", "RRF with all words", "open-webui")}
-        asked = vectors_of(server, [question.text for question in questions], "query")
-        with sqlite3.connect(f"file:{folder}/kept.db?mode=ro", uri=True) as connection:
-            number, embedder = connection.execute("SELECT number, embedder FROM knowledge_stores").fetchone()
-            passages = dict(connection.execute(
-                "SELECT p.number, f.filename || char(0) || p.text FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file"))
-            windows = Windows(Path(folder) / "kept.db", 1 << 30)
-
-            def shown(ranks):
-                return [tuple(passages[each].split("\0", 1)) for each in ranks]
-
-            took = []
-            for question, vector in zip(questions, asked):
-                began = time.monotonic()
-                found = server.post(f"/v1/vector_stores/{store}/search", {"query": question.text, "max_num_results": 10})
-                took.append(1e3 * (time.monotonic() - began))
-                rows["ours"].count(question, [(hit["filename"], hit["content"][0]["text"]) for hit in found["data"]])
-                nearest = [near.passage for near in scanned(windows, Scan((number,), embedder, vector.tobytes(), 50)).nearest]
-                everything = all_words(connection, number, question.text)
-                joined, _ = join([(1.0, everything), (1.0, nearest)], [])
-                rows["vectors alone"].count(question, shown(nearest))
-                rows["words, a quarter"].count(question, shown(telling(connection, number, question.text)))
-                rows["words, all"].count(question, shown(everything))
-                rows["RRF with all words"].count(question, shown(sorted(joined, key=lambda each: (-joined[each], each))))
-            count = len(passages)
-        parts = [(file, part) for file, text in documents for headed in headed_parts(text) for part in recursive_parts(headed)]
-        theirs = vectors_of(server, [part for _, part in parts], "document")
-        for question, vector in zip(questions, asked):
-            order = numpy.argsort(-(theirs @ vector), kind="stable")
-            rows["open-webui"].count(question, [parts[index] for index in order[:10]])
-    print(f"{len(documents)} documents, {sum(len(text) for _, text in documents):,} characters, {count} passages in {ingest_s:.1f} s, "
-          f"{len(parts)} parts of open-webui; {len(questions)} questions")
-    print(f"a search over HTTP: median {statistics.median(took):.1f} ms, p99 {sorted(took)[int(len(took) * 0.99)]:.1f} ms\n")
-    print("| | recall@1 | recall@3 | recall@10 | characters at 3 | at 10 |\n|---|---|---|---|---|---|")
-    for row in rows.values():
-        print(row.line(len(questions)))
-        if options.misses:
-            print(*(f"    {each}" for each in row.missed), sep="\n")
+        place = Place(server, folder, documents)
+        print(f"{len(documents)} documents, {sum(len(text) for _, text in documents):,} characters, {len(place.passages)} passages in "
+              f"{place.ingest_s:.1f} s, {len(place.parts)} parts of open-webui")
+        for name, questions in ("questions", knowledge_set.questions()), ("lookups", knowledge_set.lookups()):
+            print(f"\n| {len(questions)} {name} | recall@1 | recall@3 | recall@10 | characters at 3 | at 10 |\n|---|---|---|---|---|---|")
+            for row in place.rows(questions):
+                print(row.line(len(questions)))
+                if options.misses:
+                    print(*(f"    {each}" for each in row.missed), sep="\n")
+        took = sorted(place.took_ms)
+        print(f"\na search over HTTP: median {statistics.median(took):.1f} ms, p99 {took[int(len(took) * 0.99)]:.1f} ms")
 
 
 if __name__ == "__main__":

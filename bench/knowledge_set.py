@@ -6,7 +6,7 @@ fact, in words that are mostly not those of the passage; it names the subject of
 documents of a kind use in turn. So this set asks whether a search tells twins apart and understands other words. It does not ask about
 typing errors, other languages, questions over several passages, or long documents.
 
-`documents()` gives (file name, text in Markdown); `questions()` gives `Question`s. The sentence that answers one is found by its text."""
+`documents()` gives (file name, text in Markdown); `questions()` gives `Question`s, and `lookups()` forty more, which name the fact itself. The sentence that answers one is found by its text."""
 
 import random
 from typing import NamedTuple
@@ -261,6 +261,8 @@ KINDS = (
         (4, 1, ("Which object from the {name} is on display?", "What remains of the {name} in the exhibition?")))),
 )
 
+LOOKED_UP = 2, 4, 7, 7, 7, 0, 3, 5     # which fact of each kind `lookups` name
+
 
 def documents():
     """(file name, text in Markdown) of each document."""
@@ -290,3 +292,16 @@ def questions(count=300, seed=129):
                 answer = kind.sections[section][1][sentence].format(**facts)
                 found.append(Question(text, file_name(values[0]), answer))
     return random.Random(seed).sample(found, count)
+
+
+def lookups():
+    """Forty questions, one for each document, that name the fact and look for the place: names, codes, numbers."""
+    found = []
+    for number, kind in enumerate(KINDS):
+        for values in kind.subjects:
+            facts = dict(zip(kind.fields, values))
+            section, sentence, _ = kind.asked[LOOKED_UP[number]]
+            plain = kind.sections[section][1][sentence]
+            field = next(name for name in kind.fields[1:] if "{" + name + "}" in plain)
+            found.append(Question(f"What do the documents say about {facts[field]}?", file_name(values[0]), plain.format(**facts)))
+    return found

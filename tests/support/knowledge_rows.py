@@ -8,6 +8,9 @@ from contextlib import closing
 from chatlm.front.knowledge.tables import KNOWLEDGE, make_words, words_table
 from chatlm.front.store.schema import STEPS
 
+ADD_WINDOW = ("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
+              "VALUES (?, ?, ?, ?, ?, ?)")
+
 
 def quantized(vector):
     """(int8 numbers, scale) of a vector, as ingestion writes them."""
@@ -30,8 +33,9 @@ def connect(path):
 
 def add_embedder(path, digest, dimensions=4):
     with closing(connect(path)) as connection:
-        return connection.execute("INSERT INTO knowledge_embedders (digest, name, dimensions) VALUES (?, ?, ?)",
-                                  (digest, digest, dimensions)).lastrowid
+        return connection.execute(
+            "INSERT INTO knowledge_embedders (digest, name, dimensions) VALUES (?, ?, ?)",
+            (digest, digest, dimensions)).lastrowid
 
 
 def add_store(path, embedder=None, owner="me", with_words=True):
@@ -50,8 +54,8 @@ def add_file(path, store, passages, embedder=None, attributes=None, filename="no
     with closing(connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         file = connection.execute(
-            "INSERT INTO knowledge_files (store, file, filename, status, attributes, chunking, created, passages, "
-            "windows, tokens) VALUES (?, 'file-' || hex(randomblob(8)), ?, 'completed', ?, '{}', 0, ?, ?, ?)",
+            "INSERT INTO knowledge_files (store, file, filename, status, attributes, chunking, created, "
+            "passages, windows, tokens) VALUES (?, 'file-' || hex(randomblob(8)), ?, 'completed', ?, '{}', 0, ?, ?, ?)",
             (store, filename, json.dumps(attributes or {}), len(passages), sum(len(w) for _, w in passages),
              sum(len(text.split()) for text, _ in passages))).lastrowid
         numbers = []
@@ -64,13 +68,12 @@ def add_file(path, store, passages, embedder=None, attributes=None, filename="no
             start += len(text) + 1
             numbers.append(number)
             for vector in windows:
-                connection.execute(
-                    "INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
-                    "VALUES (?, ?, ?, ?, ?, ?)", (store, file, number, embedder, *quantized(vector)))
+                connection.execute(ADD_WINDOW, (store, file, number, embedder, *quantized(vector)))
             if connection.execute("SELECT has_words FROM knowledge_stores WHERE number = ?",
                                   (store,)).fetchone()[0]:
-                connection.execute(f"INSERT INTO {words_table(store)} (rowid, heading, text) VALUES (?, '', ?)",
-                                   (number, text))
+                connection.execute(
+                    f"INSERT INTO {words_table(store)} (rowid, heading, text) VALUES (?, '', ?)",
+                    (number, text))
         connection.execute("COMMIT")
         return file, numbers
 

@@ -10,8 +10,8 @@ from chatlm.common.errors import bad_value, invalid
 
 Attributes = Mapping[str, str | float | bool]
 Filter = Callable[[Attributes], bool]
-MOST = 256  # comparisons of a filter
-DEEPEST = 16
+MOST_COMPARISONS = 256  # comparisons of a filter
+DEEPEST_FILTER = 16
 ORDERS = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
 KINDS = "eq, ne, gt, gte, lt, lte, in, nin, and, or"
 
@@ -25,7 +25,7 @@ def read_filter(value: Any, name: str = "filters") -> Filter:
 
 
 class Reading:
-    """Reads one filter, which is not larger than MOST and DEEPEST allow."""
+    """Reads one filter, which is not larger than MOST_COMPARISONS and DEEPEST_FILTER allow."""
 
     def __init__(self):
         self.comparisons = 0
@@ -40,8 +40,8 @@ class Reading:
             raise bad_value(f"{name}.type", kind, "one of " + KINDS)
         refuse_others(value, ("type", "key", "value"), name)
         self.comparisons += 1
-        if self.comparisons > MOST:
-            raise invalid(name, f"a filter may have at most {MOST} comparisons")
+        if self.comparisons > MOST_COMPARISONS:
+            raise invalid(name, f"a filter may have at most {MOST_COMPARISONS} comparisons")
         key = value.get("key")
         if not isinstance(key, str) or not key:
             raise bad_value(f"{name}.key", key, "the name of an attribute")
@@ -49,8 +49,8 @@ class Reading:
 
     def compound(self, value: dict, name: str, depth: int) -> Filter:
         refuse_others(value, ("type", "filters"), name)
-        if depth == DEEPEST:
-            raise invalid(name, f"filters may be at most {DEEPEST} deep")
+        if depth == DEEPEST_FILTER:
+            raise invalid(name, f"filters may be at most {DEEPEST_FILTER} deep")
         parts = value.get("filters")
         if not isinstance(parts, list) or not parts:
             raise bad_value(f"{name}.filters", parts, "a list of filters, at least one")

@@ -84,6 +84,7 @@ def paragraphs_of(text: str, marked: bool) -> Iterator[Paragraph]:
     section = 0
     fenced = False
     begin: int | None = None
+    bare = False  # what has begun is a heading alone, which goes with what follows
     last = 0
     start = 0
     while start < len(text):
@@ -94,7 +95,7 @@ def paragraphs_of(text: str, marked: bool) -> Iterator[Paragraph]:
         blank = not line.strip() and not text[start:end].strip()
         fenced ^= bool(FENCE.match(line))
         found = None if fenced or mark or blank else heading_in(line)
-        if begin is not None and (mark or blank or found):
+        if begin is not None and (mark or blank or found) and not (bare and not mark):
             yield Paragraph(begin, last, heading, page, section)
             begin = None
         if mark:
@@ -105,6 +106,7 @@ def paragraphs_of(text: str, marked: bool) -> Iterator[Paragraph]:
             heading = " > ".join(words for _, words in above[-LEVELS:])
             section += 1
         if not mark and not blank:
+            bare = bool(found) and (begin is None or bare)
             begin = start if begin is None else begin
             last = end
         start = end + 1

@@ -17,8 +17,10 @@ from chatlm.common.processes.start import (
     PROCESS_COMMAND, exit_in_words, patient, process_environment, start_child)
 from chatlm.common.program import why_outdated
 from chatlm.front.admission.sandbox import FairLock, next_message
+from chatlm.front.aio import supervised
 
-MOST_BYTES = 1 << 30  # of vectors that the process keeps, or a quarter of the memory that is free at its start
+# of vectors that the process keeps; or a quarter of the memory that is free at its start
+VECTORS_BYTES = 1 << 30
 
 
 class Scanner:
@@ -45,6 +47,10 @@ class Scanner:
     async def nearest(self, scan: Scan, client: str = "") -> Scanned:
         """The passages nearest to a vector. Raises Overloaded if they cannot be had now."""
         await self.turns.take(client)
+        return await self._run(scan)
+
+    async def _run(self, scan: Scan) -> Scanned:
+        """Scan for whoever has taken the turn, and give the turn back."""
         work = asyncio.ensure_future(self._scanned(scan))  # goes on though its client leaves
         work.add_done_callback(self._end_turn)
         return await asyncio.shield(work)
@@ -59,7 +65,8 @@ class Scanner:
             self.idle = asyncio.get_running_loop().call_later(self.IDLE_S, self._end_idle)
 
     def _end_idle(self):
-        self.ending = asyncio.ensure_future(self._stop_between())
+        self.ending = asyncio.ensure_future(supervised(
+            "ending the process that searches vectors", self._stop_between))
 
     async def _stop_between(self):
         """End the process between two scans."""
@@ -107,7 +114,7 @@ class Scanner:
         """Start the process. Raises Overloaded if the program's files have changed."""
         if why := await asyncio.to_thread(why_outdated):
             raise Overloaded(why)
-        kept_bytes = min(MOST_BYTES, await asyncio.to_thread(available_memory) // 4)
+        kept_bytes = min(VECTORS_BYTES, await asyncio.to_thread(available_memory) // 4)
         if self.closed:
             raise shutting_down()
         self.process, ours = start_child(self.command, "vectors", process_environment(1))

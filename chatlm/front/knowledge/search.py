@@ -1,8 +1,9 @@
 """Searching stores: passages that are near to a question, joined with those that have its words.
 
 Two lists of 50 passages each are joined by their ranks alone (RRF): vectors find what is meant, words find
-names and numbers. A reranker, if one is served, then reads the best of them. Which files are searched (the
-caller's stores, filters) is decided before anything is ranked."""
+names and numbers. Passages with the same words of the question are ordered by their vectors. A reranker, if
+one is served, then reads the best of them. Which files are searched (the caller's stores, filters) is decided
+before anything is ranked."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ RERANKED = 30     # passages that a reranker reads
 RERANK_S = 5.0    # and the longest that it is waited for
 READERS = 2       # searches that read the database at a time
 BUSY_S = 5.0      # how long another program may hold the database
-READ_S = 5.0      # the longest that words are searched for
+SEARCH_READ_S = 5.0  # the longest that words are searched for
 STEPS = 1000      # of SQLite's machine, between two looks at the time
 
 
@@ -88,6 +89,7 @@ class Place(NamedTuple):
     embedder: int | None  # the number of the embedder whose windows it has
     digest: str | None    # of that
     has_words: bool
+    is_purged: bool       # nothing of it waits to be removed, of which there are still words
 
 
 class InWords(NamedTuple):
@@ -115,15 +117,17 @@ class Row(NamedTuple):
     attributes: str
 
     def hit(self, score: float) -> Hit:
-        return Hit(self.passage, self.store, self.file, self.filename, json.loads(self.attributes), self.place,
-                   self.heading, self.start, self.page, self.text, min(max(score, 0.0), 1.0))
+        attributes = json.loads(self.attributes)
+        return Hit(self.passage, self.store, self.file, self.filename, attributes, self.place, self.heading,
+                   self.start, self.page, self.text, min(max(score, 0.0), 1.0))
 
 
 ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, p.text, f.file, f.filename, "
         "f.attributes FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file "
         "JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
-PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words FROM knowledge_stores AS s "
+PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
+          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1) FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
 FILES = ("SELECT number, attributes, passages, tokens FROM knowledge_files "
@@ -150,7 +154,8 @@ class Search:
         self.readers.shutdown(wait=False, cancel_futures=True)
         await self.scanner.close()
 
-    async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker, terms: Terms = Terms()) -> Found:
+    async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker,
+                   terms: Terms = Terms()) -> Found:
         """The passages that fit one of the questions. Raises Overloaded if they cannot be searched now."""
         lists = [await self._lists(stores, question, asker, terms) for question in questions]
         before = lists[0][0]
@@ -178,8 +183,9 @@ class Search:
         if not question.strip():
             raise RequestError("the query is empty", param="query", code="invalid_value")
         before = await self._read(lambda connection: in_words(connection, stores, question, terms.filter))
-        weighted = [(terms.words_weight, [each.passage for each in ranks]) for ranks in before.lists]
+        weighted = list[tuple[float, list[int]]]()
         scores = {each.passage: each.score / (1 + each.score) for ranks in before.lists for each in ranks}
+        cosines = dict[int, float]()
         compared = 0
         for digest in sorted({place.digest for place in before.places if place.digest}):
             places = [place for place in before.places if place.digest == digest]
@@ -187,8 +193,11 @@ class Search:
             if scanned:
                 compared += len(places)
                 weighted.append((terms.vector_weight, [each.passage for each in scanned.nearest]))
-                scores |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
-        return before, weighted, compared < len(before.places), scores
+                cosines |= {each.passage: each.score for each in (*scanned.others, *scanned.nearest)}
+        for ranks in before.lists:  # BM25's order stays where there is no cosine
+            order = sorted(ranks, key=lambda each: (-each.weight, -cosines.get(each.passage, -math.inf)))
+            weighted.append((terms.words_weight, [each.passage for each in order]))
+        return before, weighted, compared < len(before.places), scores | cosines
 
     async def _scanned(self, before: InWords, places: Seq[Place], digest: str, question: str,
                        asker: Asker) -> Scanned | None:
@@ -236,7 +245,7 @@ class Search:
         uri = f"file:{quote(str(self.database))}?mode=ro"
         try:
             with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
-                connection.set_progress_handler(Deadline(READ_S), STEPS)
+                connection.set_progress_handler(Deadline(SEARCH_READ_S), STEPS)
                 connection.execute("BEGIN")
                 return function(connection)
         except sqlite3.OperationalError as error:
@@ -273,8 +282,9 @@ def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str,
     lists = []
     for place in places:
         if place.has_words and files:
-            telling = telling_words(connection, place.number, words)
-            lists.append(ranked(connection, place.number, telling, LISTED, wanted is not None))
+            stale = not place.is_purged
+            telling = telling_words(connection, place.number, words, stale)
+            lists.append(ranked(connection, place.number, telling, LISTED, wanted is not None, stale))
     return InWords(places, None if wanted is None else tuple(files), passages, lists)
 
 

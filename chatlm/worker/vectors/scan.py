@@ -157,4 +157,5 @@ def ordered(candidates: Iterable[Candidate], most: int) -> Candidate:
 
 def as_near(candidate: Candidate) -> tuple[Near, ...]:
     scores, files, passages = (values.tolist() for values in candidate)
-    return tuple(Near(int(passage), int(file), score) for score, file, passage in zip(scores, files, passages))
+    return tuple(Near(int(passage), int(file), score)
+                 for score, file, passage in zip(scores, files, passages))

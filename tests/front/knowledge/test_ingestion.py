@@ -80,7 +80,7 @@ async def test_windows_are_embedded_with_their_heading_in_the_background(tmp_pat
     pool = EmbeddingPool()
     async with knowing(tmp_path / "k.db", pool=pool) as ask:
         await ask.store(ONE, "# Zoo\n\n## Cats\n\nThey eat fish.")
-        assert "Zoo > Cats\n## Cats\n\nThey eat fish." in pool.texts
+        assert "Zoo > Cats\n# Zoo\n\n## Cats\n\nThey eat fish." in pool.texts
         assert all(len(text.encode()) <= 64 for text in pool.texts)
         assert all(request.low_priority for request in pool.requests)
         [(vector, scale)] = await ask.rows(

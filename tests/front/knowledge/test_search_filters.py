@@ -3,7 +3,7 @@
 import pytest
 
 from chatlm.common.errors import RequestError
-from chatlm.front.knowledge.filters import DEEPEST, MOST, read_filter
+from chatlm.front.knowledge.filters import DEEPEST_FILTER, MOST_COMPARISONS, read_filter
 
 
 def compare(kind, value, key="year"):
@@ -55,8 +55,8 @@ def nested(depth):
     ({"type": "or", "filters": []}, "filters.filters", "at least one"),
     ({"type": "or", "filters": [compare("eq", 1), 5]}, "filters.filters[1]", "an object with a type"),
     ({"type": "or", "filters": [compare("eq", 1)], "key": "a"}, "filters.key", "allowed are type, filters"),
-    (nested(DEEPEST + 1), "", f"at most {DEEPEST} deep"),
-    ({"type": "or", "filters": [compare("eq", 1)] * (MOST + 1)}, "", f"at most {MOST} comparisons"),
+    (nested(DEEPEST_FILTER + 1), "", f"at most {DEEPEST_FILTER} deep"),
+    ({"type": "or", "filters": [compare("eq", 1)] * (MOST_COMPARISONS + 1)}, "", f"at most {MOST_COMPARISONS} comparisons"),
 ])
 def test_what_is_no_filter(wanted, param, says):
     with pytest.raises(RequestError) as refused:
@@ -66,5 +66,5 @@ def test_what_is_no_filter(wanted, param, says):
 
 
 def test_the_largest_filters_are_read():
-    assert read_filter(nested(DEEPEST))({"year": 1})
-    assert read_filter({"type": "or", "filters": [compare("eq", 1)] * MOST})({"year": 1})
+    assert read_filter(nested(DEEPEST_FILTER))({"year": 1})
+    assert read_filter({"type": "or", "filters": [compare("eq", 1)] * MOST_COMPARISONS})({"year": 1})

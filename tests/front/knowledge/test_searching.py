@@ -78,7 +78,8 @@ def near(cosine):
 async def test_vectors_and_words_are_joined_by_their_ranks(place):
     place.add(("alpha", near(0.9)), ("beta", near(0.8)), ("gamma zebra", near(0.1)), ("delta", near(0.7)),
               ("epsilon zebra crossing", near(0.85)))
-    assert await place.texts("where is it?") == ["alpha", "epsilon zebra crossing", "beta", "delta", "gamma zebra"]
+    by_vectors = ["alpha", "epsilon zebra crossing", "beta", "delta", "gamma zebra"]
+    assert await place.texts("where is it?") == by_vectors
     # "zebra" stands in more than a quarter of the passages, "crossing" does not
     assert (await place.texts("a zebra"))[0] == "alpha"
     found = await place.search.find([place.store], ["crossing"], ME)
@@ -131,9 +132,18 @@ async def test_other_stores_and_what_is_deleted_are_not_found(place):
     assert await place.texts("zebra", [place.store, other]) == ["mine"]
 
 
+async def test_words_of_what_is_deleted_do_not_crowd_out_others(place):
+    """Until a purge, the table of words still has them."""
+    gone, _ = place.add(*((f"zebra {number}", None) for number in range(60)))
+    place.add(("a zebra of mine", None), *((f"other {number}", None) for number in range(9)))
+    rows.delete_file(place.path, gone)
+    assert await place.texts("zebra") == ["a zebra of mine"]
+
+
 @pytest.mark.parametrize("digest", ["another", "not loaded"])
 async def test_words_alone_where_the_embedder_is_not_served(place, digest):
-    place.add(("alpha wolf", near(0.9)), ("beta bear", near(0.8)), ("gamma crow", near(0.1)), ("delta", near(0.7)))
+    place.add(("alpha wolf", near(0.9)), ("beta bear", near(0.8)), ("gamma crow", near(0.1)),
+              ("delta", near(0.7)))
     place.models.digest = "" if digest == "not loaded" else digest
     place.models.loaded = "another"
     found = await place.search.find([place.store], ["a crow?"], ME)
@@ -199,7 +209,8 @@ async def test_several_questions_are_one_search(place):
 
 
 @pytest.mark.parametrize("question", [
-    '"', '" OR text', "NEAR(a b)", "a* OR (", "heading:x", "-", "___", "\x00zebra", "' ; DROP TABLE x", "日本語 の"])
+    '"', '" OR text', "NEAR(a b)", "a* OR (", "heading:x", "-", "___", "\x00zebra",
+    "' ; DROP TABLE x", "日本語 の"])
 async def test_no_question_is_taken_as_a_query_language(place, question):
     place.add(("alpha zebra", near(0.9)), ("beta", near(0.1)))
     assert len(await place.texts(question)) == 2
@@ -212,7 +223,7 @@ async def test_an_empty_question_is_refused(place):
 
 async def test_a_database_that_cannot_be_read_now_is_said(place, monkeypatch):
     place.add(*((f"word{number} zebra", near(0.9)) for number in range(2000)))
-    patch(monkeypatch, searching, "READ_S", 0.0)
+    patch(monkeypatch, searching, "SEARCH_READ_S", 0.0)
     with pytest.raises(Overloaded, match="cannot be searched now"):
         await place.texts("zebra")
     monkeypatch.undo()

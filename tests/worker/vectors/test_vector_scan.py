@@ -40,7 +40,7 @@ def best_by_hand(question, numbers, scales, passages, files, most, allowed):
     """The same in whole numbers of Python."""
     wanted = [int(number) for number in question.numbers]
     best = {}
-    for vector, scale, passage, file in zip(numbers.tolist(), scales.tolist(), passages.tolist(), files.tolist()):
+    for vector, scale, passage, file in zip(*(each.tolist() for each in (numbers, scales, passages, files))):
         if file in allowed:
             score = float(sum(a * b for a, b in zip(vector, wanted))) * (scale * question.scale)
             best[passage] = max(best.get(passage, (-9.0, 0)), (score, file))
@@ -69,7 +69,8 @@ def test_the_largest_sums_are_whole():
     for size in (384, 512, 1024, 4096):
         vector = numpy.full(size, 1 / numpy.sqrt(size), numpy.float32)
         question = Question(vector)
-        block = Block(numpy.full((2, size), -128, numpy.int8), numpy.ones(2), numpy.array([1, 2]), numpy.ones(2))
+        least = numpy.full((2, size), -128, numpy.int8)
+        block = Block(least, numpy.ones(2), numpy.array([1, 2]), numpy.ones(2))
         exact = sum(-128 * int(number) for number in question.numbers)
         assert question.scores(block).tolist() == [float(exact) * question.scale] * 2
 
@@ -157,8 +158,7 @@ def test_a_file_whose_windows_were_made_again_is_read_again(database):
     with rows.connect(database) as connection:
         connection.execute("DELETE FROM knowledge_windows")
         for vector in (axis(1), axis(2)):
-            connection.execute("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
-                               "VALUES (?, ?, ?, ?, ?, ?)", (store, file, a, embedder, *rows.quantized(vector)))
+            connection.execute(rows.ADD_WINDOW, (store, file, a, embedder, *rows.quantized(vector)))
         connection.execute("UPDATE knowledge_files SET windows = 2")
     answer = ask(windows, [store], axis(1))
     assert answer.windows == 2 and answer.nearest[0].score == pytest.approx(1)
@@ -185,7 +185,8 @@ def test_answers_do_not_depend_on_how_windows_were_read(database, monkeypatch):
     growing = Windows(database, 1 << 30)
     wanted = unit(random, 1)[0]
     for _ in range(12):
-        rows.add_file(database, store, [("x", [v.tolist() for v in unit(random, 3)]) for _ in range(5)], embedder)
+        passages = [("x", [vector.tolist() for vector in unit(random, 3)]) for _ in range(5)]
+        rows.add_file(database, store, passages, embedder)
         answer = ask(growing, [store], wanted, 20)
     for numbers in (D, 5 * D, 1000 * D):
         patch(monkeypatch, scanning, "BLOCK_NUMBERS", numbers)
