@@ -355,6 +355,8 @@ KNOWLEDGE_ROUTES: tuple[Route[KnowledgeRoutes], ...] = (
           lambda knowledge, http: knowledge.handle_batch_files(http), "the files of a batch",
           query=(*A_PLACE, STATUS)),
 )
+
+
 def with_knowledge(front: Front) -> bool:
     return front.store is not None and KNOWLEDGE.name in front.store.tables
 
