@@ -23,7 +23,7 @@ from chatlm.front.aio import supervised
 VECTORS_BYTES = 1 << 30
 
 
-class Scanner:
+class VectorScanner:
     """A process that keeps the vectors of stores in memory, and compares them with one vector at a time;
     clients take turns. It is started for the first scan, and ended when there was none for IDLE_S. It reads
     the database itself, so nobody has to tell it what changed.

@@ -25,7 +25,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.vectors import Scan
 from chatlm.front.knowledge.asking import Asker, Asking
 from chatlm.front.knowledge.embedding import Embedders
-from chatlm.front.knowledge.scan import Scanner
+from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ FILES = ("SELECT number, attributes, passages, tokens FROM knowledge_files "
 class Search:
     """Searches stores, whose numbers a caller has from `Stores.of_owner`, so that they are its own."""
 
-    def __init__(self, database: Path, asking: Asking, scanner: Scanner):
+    def __init__(self, database: Path, asking: Asking, scanner: VectorScanner):
         self.database = database.absolute()
         self.asking = asking
         self.scanner = scanner
@@ -148,7 +148,7 @@ class Search:
         """That of a server with --database."""
         assert front.store
         embedders = Embedders(front.catalogue, front.owners, front.answers, front.ledger)
-        return cls(front.store.path, Asking(embedders), Scanner(front.store.path))
+        return cls(front.store.path, Asking(embedders), VectorScanner(front.store.path))
 
     async def close(self):
         self.readers.shutdown(wait=False, cancel_futures=True)

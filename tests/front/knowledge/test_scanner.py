@@ -11,7 +11,7 @@ import pytest
 import knowledge_rows as rows
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.vectors import Scan
-from chatlm.front.knowledge.scan import Scanner
+from chatlm.front.knowledge.scan import VectorScanner
 
 
 def asked(vector, **more):
@@ -26,7 +26,7 @@ async def place(tmp_path):
     embedder = rows.add_embedder(path, "a")
     store = rows.add_store(path, embedder)
     _, passages = rows.add_file(path, store, [("x", [[1, 0, 0, 0]]), ("y", [[0, 1, 0, 0]])], embedder)
-    scanner = Scanner(path)
+    scanner = VectorScanner(path)
     yield scanner, passages
     await scanner.close()
     assert scanner.process is None
@@ -68,7 +68,7 @@ async def test_a_process_that_always_ends_is_said_and_not_tried_for_ever(place, 
     for _ in range(2):
         with pytest.raises(Overloaded, match="the process that searches vectors has ended"):
             await nearest(scanner)
-    scanner.command = Scanner(tmp_path / "x").command
+    scanner.command = VectorScanner(tmp_path / "x").command
     assert len(await nearest(scanner)) == 2
 
 
@@ -79,7 +79,7 @@ async def test_one_that_hangs_is_given_up(place):
     scanner.PATIENCE_S = 0.05
     with pytest.raises(Overloaded, match="takes too long"):
         await nearest(scanner)
-    scanner.PATIENCE_S = Scanner.PATIENCE_S
+    scanner.PATIENCE_S = VectorScanner.PATIENCE_S
     assert len(await nearest(scanner)) == 2
 
 
