@@ -11,7 +11,7 @@ from chatlm.common.errors import Overloaded, RequestError
 from chatlm.front.knowledge import search as searching
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
-from chatlm.front.knowledge.scan import Scanner
+from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.search import Search, Terms
 from patching import patch
 
@@ -51,7 +51,7 @@ class Place:
         self.embedder = rows.add_embedder(path, "a")
         self.store = rows.add_store(path, self.embedder)
         self.models = Models()
-        self.search = Search(path, self.models, Scanner(path))
+        self.search = Search(path, self.models, VectorScanner(path))
 
     def add(self, *passages, store=None, **more):
         """A file of passages, each a text with its vector; without one it has no window."""
@@ -103,7 +103,7 @@ async def test_the_same_search_gives_the_same_answer(place):
     files = [hit.file for hit in first.hits if hit.text == "copy 3"]
     assert len(set(files)) == 4
     await place.search.scanner.close()
-    place.search.scanner = Scanner(place.path)
+    place.search.scanner = VectorScanner(place.path)
     again = await asyncio.gather(*(place.search.find([place.store], ["copy 3"], ME, Terms(limit=50))
                                    for _ in range(5)))
     assert again == [first] * 5
