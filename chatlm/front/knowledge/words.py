@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 SHARE = 4         # a word counts if at most every fourth passage has it
-MOST_WORDS = 256  # of a question, that are looked at
+QUESTION_WORDS = 256  # of a question, that are looked at
 RAREST = 32       # that are searched for
 # Passages that are not deleted. Where the table of words has no others, that is not asked: it takes several
 # times as long
@@ -48,7 +48,7 @@ def words_of(question: str) -> list[str]:
     words: dict[str, None] = {}
     for match in re.finditer(r"[^\W_]+", question):
         words[match[0].casefold()] = None
-        if len(words) == MOST_WORDS:
+        if len(words) == QUESTION_WORDS:
             break
     return [*words]
 
