@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import knowledge_rows
 from chatlm.common.messages.vectors import Scan
 from chatlm.front.knowledge.asking import Asker
-from chatlm.front.knowledge.scan import Scanner
+from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.search import Search
 from chatlm.front.knowledge.tables import words_table
 
@@ -95,7 +95,7 @@ def line(name, took_ms):
 
 async def measure(path, stores, rounds):
     models = Embedder()
-    search = Search(path, models, Scanner(path))
+    search = Search(path, models, VectorScanner(path))
     words = random.Random(3)
 
     async def scan():
