@@ -71,7 +71,7 @@ async function openChat(id, known = null) {
   if (!isMine()) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
-  showChat(chat, chat.leaf);
+  showChat(chat, Tree.leafBelow(Tree.childrenOf(state.nodes), chat.leaf));      // another device may have gone on there
   for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, chat);
   await Composer.loadDraft(id);
 }
@@ -120,7 +120,7 @@ async function removeChats(chats) {
     const nodes = await Store.read("nodes", chat.id);
     for (const node of nodes) {
       stopRun(node.id);
-      Store.change("nodes", node.id, null);
+      Store.change("nodes", node.id, null, true);          // they go with the chat
     }
     state.chats.delete(chat.id);
     gone.push({chat, nodes: nodes.map(node => ({...node, stream: null}))});
@@ -687,7 +687,7 @@ return Object.freeze({
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
   lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
-  readStored, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
+  readStored, hear: hearNews, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,
 });

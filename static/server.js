@@ -204,7 +204,11 @@ async function describeServer(isMine) {
   useModel(stats, Boolean(models?.data));
   Page.render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
+  if (keepsChats()) Parts.need("sync");
 }
+
+// Whether the server that this page came from keeps chats.
+const keepsChats = () => Boolean(state.stats?.annexes?.includes("chats")) && serverHome() === PAGE_HOME;
 
 // Only our own server's list is a choice of models; of another's list, the first is used.
 const listedModels = models => {
@@ -410,7 +414,7 @@ return Object.freeze({
   get phase() { return state.phase; }, get loading() { return state.loading; }, get models() { return state.models; }, get model() { return state.model; },
   get refusedKey() { return state.refusedKey; }, get exports() { return Boolean(state.stats?.exports); },
   PAGE_HOME, HEALTH_MS, SILENCE_MS, FOREVER_MS, ROUTES, Lost, Refused,
-  home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
+  get keepsChats() { return keepsChats(); }, home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
   watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel, lookAtModels, modelOfSeveral, modelNamed,
   countTokens, tokensAround, templateText, textToContinue, postAnswer, reconnected, events: serverEvents, readEvent,
 });

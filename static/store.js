@@ -37,11 +37,19 @@ let writing = new Map();          // those that are being written
 let flushing = null;              // a promise while changes are written
 let trouble = "";                 // missing: nothing is kept; full: the newest changes are not
 let listener = {onNews() {}, onTrouble() {}, onMessage() {}};
+let marking = false;              // whether changes are marked as `unsent`, for a server that keeps chats
+let follower = () => {};          // what is told of them: (kind, id, patch)
 
 // `onNews`: another tab has changed records, [kind, id, record] each; `onMessage`: it has told something; `onTrouble`: `trouble` has changed.
 function listen(to) {
   listener = to;
   if (channel) channel.onmessage = ({data}) => data.changed ? hear(data.changed) : listener.onMessage(data);
+}
+
+// Chats are kept on a server too: each change is marked as unsent, and told to `told`.
+function mark(on, told = () => {}) {
+  marking = on;
+  follower = told;
 }
 
 async function open() {
@@ -73,8 +81,17 @@ async function read(kind, conversation = null) {
   return [...records.values()];
 }
 
-// Merges `patch` into a record, or deletes it (null).
-function change(kind, id, patch) {
+// One record; null if there is none.
+async function get(kind, id) {
+  if (!db) return memory.get(kind).get(id) ?? null;
+  const stored = await promised(db.transaction(kind).objectStore(kind).get(id)), key = `${kind} ${id}`;
+  return [writing, waiting].map(changes => changes.get(key)).filter(Boolean).reduce((record, {patch}) => patched(record, patch), stored ?? null);
+}
+
+// Merges `patch` into a record, or deletes it (null). `told`: the server that keeps chats knows it already.
+function change(kind, id, given, told = false) {
+  const marked = marking && !told && kind !== "drafts", patch = marked && given ? {...given, unsent: true} : given;
+  if (marked) follower(kind, id, given);
   if (!db) return remember(kind, id, patch);
   const key = `${kind} ${id}`, earlier = waiting.get(key)?.patch;
   if (earlier === null && patch && !patch.created) return;        // it is about to be deleted
@@ -163,5 +180,5 @@ function setTrouble(found) {
   listener.onTrouble();
 }
 
-return Object.freeze({name, channel, listen, open, read, change, leave, recover, tell, get flushing() { return flushing; }, get trouble() { return trouble; }});
+return Object.freeze({name, channel, listen, mark, open, read, get, change, leave, recover, tell, get flushing() { return flushing; }, get trouble() { return trouble; }});
 })();

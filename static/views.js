@@ -44,5 +44,9 @@ Parts.register({
   view: {hash: "#get", open: () => openGet()},
 });
 
+// A link of another device: its chats are to be here too.
+const joinDevice = Parts.late("sync", () => Sync, "join");
+Parts.register({view: {hash: "#join", open: hash => joinDevice(hash)}});
+
 return Object.freeze({runsOf, lineageOf, openStatus, openRun, openGet});
 })();

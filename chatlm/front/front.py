@@ -391,7 +391,8 @@ STATE_ROUTES: tuple[Route[Front], ...] = (
     Route("GET", "/readyz", NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
     Route("GET", "/stats", NANOCHAT,
-          shows(lambda front, bound: stats_body(front.catalogue, front.models.visible(bound))),
+          shows(lambda front, bound: stats_body(front.catalogue, front.models.visible(bound))
+                | {"annexes": [annex.name for annex in front.wanted]}),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/stats/history", NANOCHAT,
           shows(lambda front, bound: front.history.body(front.models.visible(bound))),

@@ -563,8 +563,8 @@ def search_with(connection: sqlite3.Connection, store: int, embedder: int):
                        (embedder, store))
     connection.execute(
         "UPDATE knowledge_files SET windows = (SELECT COUNT(*) FROM knowledge_windows AS w WHERE w.file = "
-        "knowledge_files.number AND w.embedder = ?1), bytes = (SELECT IFNULL(SUM(LENGTH(CAST(text AS BLOB)) + "
-        "LENGTH(CAST(heading AS BLOB))), 0) FROM knowledge_passages AS p WHERE p.file = "
+        "knowledge_files.number AND w.embedder = ?1), bytes = (SELECT IFNULL(SUM(LENGTH(CAST(text AS BLOB)) "
+        "+ LENGTH(CAST(heading AS BLOB))), 0) FROM knowledge_passages AS p WHERE p.file = "
         "knowledge_files.number) + (SELECT IFNULL(SUM(LENGTH(w.vector) + 8), 0) FROM knowledge_windows AS w "
         "WHERE w.file = knowledge_files.number AND w.embedder = ?1) "
         "WHERE store = ?2 AND deleted = 0 AND status = 'completed'", (embedder, store))

@@ -1,0 +1,323 @@
+// Chats that are on the server too: what is done here is sent there, and what other devices did is read. Only if the reader wants it,
+// and only with the server that the page came from.
+//
+// A change is a patch of one record, sent with the revision (`rev`) that the record had here (docs/api/chats.md). `unsent` marks a record until the
+// server has it, so nothing is lost when the page closes. What the server says counts: it is merged into the record, below what is still unsent.
+// One tab of a browser waits for news; the others hear of them as of any other tab's changes.
+"use strict";
+
+const Sync = (() => {
+
+const {TEXT, element, wait} = Parts;
+
+const KIND = {conversations: "chat", nodes: "node"}, STORED_AS = {chat: "conversations", node: "nodes"};
+const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
+const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
+const WAIT_S = 20, LEASE_MS = 30000;
+const MOST_SENT = 200, SENT_CHARACTERS = 4e6;                            // in a request
+const me = Tree.newId();
+const PLACE = `${Store.name} sync`, LEASE = `${PLACE} lease`, GONE = `${PLACE} gone `;      // in localStorage; of deletions one for each tab
+
+const state = {on: false, space: "", rev: 0, gone: [], problem: ""};   // `gone`: deletions to send, [kind, id]
+const patches = new Map();                 // "kind id" -> fields that changed here and are not sent
+const refused = new Set();                 // records that the server does not take, in this visit
+const grownAt = new Map();                 // id of a growing answer -> when it was sent
+let sending = false, again = false, timer = 0;
+
+// state ----------------------------------------------------------------------------------------------------------------
+
+function load() {
+  try { Object.assign(state, JSON.parse(localStorage.getItem(PLACE) ?? "{}")); } catch (error) { /* as it was */ }
+}
+
+function save() {
+  const {on, space, rev} = state;
+  try { localStorage.setItem(PLACE, JSON.stringify({on, space, rev})); } catch (error) { /* for this visit only */ }
+}
+
+// Deletions that are still to be sent.
+function setGone(gone) {
+  state.gone = gone;
+  try { gone.length ? localStorage.setItem(GONE + me, JSON.stringify(gone)) : localStorage.removeItem(GONE + me); } catch (error) { /* for this visit only */ }
+}
+
+// Those that closed tabs have left. One of another tab that is open is sent twice, which does no harm.
+function takeOverGone() {
+  const left = Object.keys(localStorage).filter(key => key.startsWith(GONE) && key !== GONE + me);
+  setGone([...state.gone, ...left.flatMap(key => JSON.parse(localStorage.getItem(key)))]);
+  for (const key of left) localStorage.removeItem(key);
+}
+
+// 128 random bits: whoever knows them has these chats, on a server without keys.
+const newSpace = () => btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(16)))).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "");
+
+const ask = (path, body, options = {}) => body
+  ? Server.post(`v1/chats/${path}`, body, {...options, headers: {"X-Chat-Space": state.space}})
+  : Server.request(`v1/chats/${path}`, {...options, headers: {"X-Chat-Space": state.space}});
+
+function turnOn(space = state.space || newSpace()) {
+  Object.assign(state, {on: true, space, problem: ""});
+  save();
+  begin();
+}
+
+function turnOff() {
+  state.on = false;
+  save();
+  Store.mark(false);
+}
+
+async function begin() {
+  Store.mark(true, note);
+  takeOverGone();
+  await markNew();
+  soon();
+  follow();
+}
+
+// Records that this server has never had are to be sent.
+async function markNew() {
+  for (const kind of Object.keys(KIND)) {
+    for (const record of await Store.read(kind)) if (!record.rev && !record.unsent) Store.change(kind, record.id, {unsent: true}, true);
+  }
+}
+
+// sending --------------------------------------------------------------------------------------------------------------
+
+const isGone = key => state.gone.some(each => each.join(" ") === key);
+
+function note(kind, id, patch) {
+  const key = `${kind} ${id}`;
+  if (patch === null) {
+    patches.delete(key);
+    setGone([...state.gone, [kind, id]]);
+  } else {
+    patches.set(key, {...patches.get(key), ...patch});
+    if (patch.created && isGone(key)) setGone(state.gone.filter(each => each.join(" ") !== key));      // brought back
+  }
+  soon(SEND_MS);
+}
+
+function soon(pause = 0) {
+  if (!timer) timer = setTimeout(() => { timer = 0; send(); }, pause);
+}
+
+async function send() {
+  if (!state.on) return;
+  if (sending) { again = true; return; }
+  sending = true;
+  try {
+    for (let more = true; more && state.on;) more = await sendSome();
+    state.problem = "";
+  } catch (error) {
+    state.problem = error.message;
+    setTimeout(soon, 5000);
+  } finally {
+    sending = false;
+  }
+  if (again) { again = false; soon(SEND_MS); }
+}
+
+// Sends what one request holds; true if there may be more.
+async function sendSome() {
+  const changes = await nextChanges();
+  if (!changes.length) return false;
+  const response = await ask("changes", {changes: changes.map(({kind, id, base, patch}) => ({kind: KIND[kind], id, base, patch}))});
+  if (!response.ok) throw await Server.errorOf(response);
+  const {data} = await response.json(), news = [];
+  for (const [i, outcome] of data.entries()) news.push(...await settle(changes[i], outcome));
+  if (news.length) Chat.hear(news);
+  return true;
+}
+
+// A deletion waits as long as it can be undone. Chats come before their messages, and a message after the one it follows.
+async function nextChanges() {
+  const changes = Chat.toasts.some(({undo}) => undo) ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
+  let characters = 0;
+  for (const kind of Object.keys(KIND)) {
+    const unsent = (await Store.read(kind)).filter(({id, unsent: marked}) => marked && !refused.has(id));
+    for (const record of kind === "nodes" ? parentsFirst(unsent) : unsent) {
+      const changed = patches.get(`${kind} ${record.id}`), patch = kept(record.rev && changed ? changed : record);
+      if (!Object.keys(patch).length) { Store.change(kind, record.id, {unsent: false}, true); continue; }
+      if (Tree.isGrowing(record)) {
+        if (Date.now() - grownAt.get(record.id) < GROWING_MS) { soon(GROWING_MS); continue; }
+        grownAt.set(record.id, Date.now());
+      }
+      const size = JSON.stringify(patch).length;
+      if (changes.length && (changes.length === MOST_SENT || characters + size > SENT_CHARACTERS)) return changes;
+      changes.push({kind, id: record.id, base: record.rev ?? 0, patch, changed});
+      characters += size;
+    }
+  }
+  return changes.slice(0, MOST_SENT);
+}
+
+function parentsFirst(nodes) {
+  const left = new Map(nodes.map(node => [node.id, node])), sorted = [];
+  for (const node of nodes) {
+    const line = [];
+    for (let each = left.get(node.id); each; each = left.get(each.parent)) { left.delete(each.id); line.push(each); }
+    sorted.push(...line.reverse());
+  }
+  return sorted;
+}
+
+const kept = record => Object.fromEntries(Object.entries(record).filter(([name, value]) => !OWN.includes(name) && value !== undefined));
+
+// What became of a change; returns news for this tab.
+async function settle({kind, id, patch, changed}, {state: done, rev, record, error}) {
+  const key = `${kind} ${id}`;
+  if (patch === null) {
+    setGone(state.gone.filter(each => each.join(" ") !== key));
+    return [];
+  }
+  if (done === "deleted") return drop(kind, id);
+  if (done === "refused") {
+    refused.add(id);
+    state.problem = error.message;
+    return [];
+  }
+  const since = patches.get(key) !== changed;            // changed again while it was sent
+  if (!since) patches.delete(key);
+  Store.change(kind, id, {rev, unsent: since}, true);
+  return record ? take(kind, id, rev, record) : [];
+}
+
+// receiving ------------------------------------------------------------------------------------------------------------
+
+// Waits for news as long as this tab has the lease.
+async function follow() {
+  while (state.on) {
+    if (!leased()) { await wait(5000); continue; }
+    try {
+      const response = await ask(`changes?after=${state.rev}&wait=${state.rev ? WAIT_S : 0}`);
+      if (response.status === 410) { await listAnew(); continue; }
+      if (!response.ok) throw await Server.errorOf(response);
+      const {rev, data} = await response.json();
+      await hear(data);
+      state.rev = rev;
+      save();
+      if (!rev && !data.length) await wait(2000);       // there is nothing yet: without a revision the server does not wait
+    } catch (error) {
+      state.problem = error.message;
+      await wait(5000);
+    }
+  }
+}
+
+function leased() {
+  const now = Date.now();
+  try {
+    const {tab, until} = JSON.parse(localStorage.getItem(LEASE) ?? "{}");
+    if (tab && tab !== me && until > now) return false;
+    localStorage.setItem(LEASE, JSON.stringify({tab: me, until: now + LEASE_MS}));
+  } catch (error) { /* without storage there is one tab */ }
+  return true;
+}
+
+async function hear(rows) {
+  const news = [];
+  for (const {kind, id, rev, record} of rows) {
+    const stored = STORED_AS[kind];
+    if (stored) news.push(...record ? await take(stored, id, rev, record) : await drop(stored, id));
+  }
+  if (news.length) Chat.hear(news);
+}
+
+// Merges what the server has into a record; what is unsent stays as it is here.
+async function take(kind, id, rev, record) {
+  const known = await Store.get(kind, id);
+  if (Chat.runs.has(id) || known?.rev >= rev || isGone(`${kind} ${id}`)) return [];
+  const unsent = known?.unsent ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
+  const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
+  const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
+  const patch = {...begin, parent: null, ...gone, ...record, ...unsent, id, rev, unsent: Boolean(known?.unsent)};
+  if (kind === "conversations") delete patch.parent;
+  Store.change(kind, id, patch, true);
+  return [[kind, id, await Store.get(kind, id)]];
+}
+
+async function drop(kind, id) {
+  patches.delete(`${kind} ${id}`);
+  const nodes = kind === "conversations" ? await Store.read("nodes", id) : [];
+  for (const node of nodes) Store.change("nodes", node.id, null, true);
+  Store.change(kind, id, null, true);
+  return [...nodes.map(node => ["nodes", node.id, null]), [kind, id, null]];
+}
+
+// The server no longer knows what was deleted since: what it had and does not list is gone.
+async function listAnew() {
+  const listed = new Set();
+  let more = true, last = 0;
+  while (more) {
+    const response = await ask(`changes?after=${last}`);
+    if (!response.ok) throw await Server.errorOf(response);
+    const page = await response.json();
+    for (const {id, record} of page.data) if (record) listed.add(id);
+    await hear(page.data);
+    ({has_more: more, rev: last} = page);
+  }
+  for (const kind of Object.keys(KIND)) {
+    for (const {id, rev} of await Store.read(kind)) if (rev && !listed.has(id)) Chat.hear(await drop(kind, id));
+  }
+  state.rev = last;
+  save();
+}
+
+// what the reader sees --------------------------------------------------------------------------------------------------
+
+const link = () => `${location.origin}${location.pathname}#join/${state.space}`;
+const pending = async () => (await Promise.all(Object.keys(KIND).map(kind => Store.read(kind)))).flat().filter(({unsent}) => unsent).length;
+
+async function open() {
+  if (!state.on) {
+    if (await Page.confirmed(TEXT.syncTitle, [paragraph(TEXT.syncOffer)], TEXT.syncNo, TEXT.syncYes)) turnOn();
+    return;
+  }
+  const left = await pending(), told = state.problem ? TEXT.syncProblem(state.problem) : left ? TEXT.syncLeft(left) : TEXT.syncAll;
+  const shown = element("p", {}, element("code", {id: "sync-link", textContent: link()}));
+  if (await Page.confirmed(TEXT.syncTitle, [paragraph(told), paragraph(TEXT.syncLink), shown], TEXT.syncStay, TEXT.syncStop, true)) turnOff();
+}
+
+const paragraph = text => element("p", {textContent: text});
+
+// Opens the link of another device.
+async function join(hash) {
+  const space = hash.slice("#join/".length);
+  history.replaceState(null, "", location.pathname + location.search);
+  if (!/^[A-Za-z0-9_-]{22,64}$/.test(space)) return Chat.say(TEXT.syncBadLink);
+  if (space === state.space && state.on) return;
+  if (!await Page.confirmed(TEXT.syncTitle, [paragraph(TEXT.syncJoin)], TEXT.syncNo, TEXT.syncYes)) return;
+  for (const kind of Object.keys(KIND)) for (const {id} of await Store.read(kind)) Store.change(kind, id, {rev: 0, unsent: true}, true);
+  state.rev = 0;
+  setGone([]);
+  turnOn(space);
+}
+
+Parts.register({
+  strings: {
+    devices: "Chats on all your devices", syncTitle: "Chats on all your devices",
+    syncOffer: "Keep the chats of this browser on this server, so that your other devices have them too? Who runs the server can read them.",
+    syncJoin: "Use the chats of your other device in this browser? Those that are here are added to them.",
+    syncNo: "Not now", syncYes: "Keep them", syncStay: "Go on", syncStop: "Stop keeping them",
+    syncAll: "All chats of this browser are on the server.", syncLeft: count => `${count} messages and chats are still to be sent.`,
+    syncProblem: why => `The server cannot be reached or does not take them: ${why}`,
+    syncLink: "Open this link on another device. Whoever has it has your chats.", syncBadLink: "This link to another device is not complete.",
+  },
+  menu: () => Server.keepsChats ? [[TEXT.devices, "server", () => open()]] : [],
+  bind() {
+    load();
+    if (state.on) begin();
+    addEventListener("storage", ({key}) => {            // another tab has begun or ended it
+      if (key !== PLACE) return;
+      const {on, space} = state;
+      load();
+      if (state.on && (!on || space !== state.space)) begin();
+      else if (!state.on && on) Store.mark(false);
+    });
+    addEventListener("pagehide", () => { if (leased()) localStorage.removeItem(LEASE); });
+  },
+});
+
+return Object.freeze({join});
+})();
