@@ -34,6 +34,7 @@ The rooms, each above those that it may import
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
     chatlm/front/*.py         serve.py: a server's start and end; front.py: its core; annexes.py: all else
           chats/              chats of an owner for all his devices
+          knowledge/          vector stores: files become passages, which are searched
           server/             routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
           api/                bodies in: fields and readers; answers out: encoders
@@ -44,6 +45,7 @@ The rooms, each above those that it may import
           store/              the database
           tools/              tool servers
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
+          vectors/            the process that finds vectors near to a question's
           doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes

@@ -25,6 +25,7 @@ from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.dialects.retrieval import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.kept_fields import STORE_FIELDS
+from chatlm.front.api.knowledge_fields import KNOWLEDGE_FIELDS
 from chatlm.front.api.tables import SAMPLED
 from chatlm.front.front import ROUTES
 from chatlm.terminal.store import parse_store_words
@@ -274,6 +275,7 @@ def test_every_route_is_in_the_page_of_apis():
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
     of_tools = routes["/v1/tools/call"]
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
+    of_knowledge = {field.name for fields in KNOWLEDGE_FIELDS.values() for field in fields}
     assert {
         name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names
     } - named == {
@@ -287,7 +289,8 @@ def test_every_route_is_in_the_page_of_apis():
         *(of_tools - named),
     }
     assert of_tools <= {*re.findall(r"\w+", text_of(ROOT / "docs/tools.md"))}
-    assert of_store <= {*re.findall(r"\w+", pages["batches-and-kept"])}
+    assert of_store - of_knowledge <= {*re.findall(r"\w+", pages["batches-and-kept"])}
+    assert of_knowledge <= {*re.findall(r"\w+", pages["knowledge"])}
     assert retrieval <= {*re.findall(r"\w+", pages["embeddings-and-ranking"])}
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*re.findall(r"\w+", pages["formats"])}
 

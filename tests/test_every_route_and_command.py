@@ -150,6 +150,29 @@ def ask_what_is_kept(ask):
     ask("GET", "/v1/usage")
 
 
+def ask_about_vector_stores(ask):
+    """Every route of vector stores. Nothing embeds here: tests/front/knowledge/ has a real embedder."""
+    ask("POST", "/v1/vector_stores", {"name": "zoo"}, status=409)
+    ask("GET", "/v1/vector_stores")
+    store = {"id": "vs_none", "status": 404}
+    ask("GET", "/v1/vector_stores/{id}", **store)
+    ask("POST", "/v1/vector_stores/{id}", {"name": "new"}, **store)
+    ask("DELETE", "/v1/vector_stores/{id}", **store)
+    ask("POST", "/v1/vector_stores/{id}/search", {"query": "cats"}, **store)
+    ask("POST", "/v1/vector_stores/{id}/files", {"file_id": "file-none"}, **store)
+    ask("GET", "/v1/vector_stores/{id}/files", **store)
+    file = {**store, "file": "file-none"}
+    ask("GET", "/v1/vector_stores/{id}/files/{file}", **file)
+    ask("POST", "/v1/vector_stores/{id}/files/{file}", {"attributes": {}}, **file)
+    ask("DELETE", "/v1/vector_stores/{id}/files/{file}", **file)
+    ask("GET", "/v1/vector_stores/{id}/files/{file}/content", **file)
+    ask("POST", "/v1/vector_stores/{id}/file_batches", {"file_ids": ["file-none"]}, **store)
+    batch = {**store, "batch": "vsfb_none"}
+    ask("GET", "/v1/vector_stores/{id}/file_batches/{batch}", **batch)
+    ask("POST", "/v1/vector_stores/{id}/file_batches/{batch}/cancel", **batch)
+    ask("GET", "/v1/vector_stores/{id}/file_batches/{batch}/files", **batch)
+
+
 def ask_about_models(ask):
     """Every route that lists, loads or fetches models."""
     default = ask("GET", "/v1/models")["data"][0]["id"]
@@ -201,7 +224,7 @@ def test_every_route_answers(nanochat_fixtures, tmp_path):
                  "--export-folder", tmp_path / "exports"]
         with server(tmp_path / "tiny.gguf", *flags, env=env, log=log) as (process, url):
             ask = Asking(url)
-            for part in (ask_what_computes, ask_what_is_kept, ask_about_models, ask_what_is_open):
+            for part in (ask_what_computes, ask_what_is_kept, ask_about_vector_stores, ask_about_models, ask_what_is_open):
                 part(ask)
             process.terminate()
             log.extend(process.stdout)

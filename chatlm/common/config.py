@@ -102,6 +102,11 @@ class Limits:
     spaces: int = 1_000             # of X-Chat-Space, that an address writes to first and that have something
     unfinished_batches: int = 100   # of one key or address
 
+    # knowledge
+    vector_stores: int = 100        # of one owner
+    store_files: int = 10_000       # of a vector store
+    store_windows: int = 200_000    # of a vector store: vectors that are searched
+
 
 LIMITS = Limits()
 

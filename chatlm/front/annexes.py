@@ -20,6 +20,7 @@ from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
     AFTER, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
+from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import KeptBefore
+    from chatlm.front.knowledge.routes import KnowledgeRoutes
     from chatlm.front.server.answering import Answering, Ask, Begin
     from chatlm.front.server.batches import BatchRoutes
     from chatlm.front.server.budgets import Budgets
@@ -301,6 +303,69 @@ KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.cl
 CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
 
 
+# Vector stores: files that are cut into passages, embedded and searched
+
+def load_knowledge() -> Make[KnowledgeRoutes]:
+    from chatlm.front.knowledge.routes import KnowledgeRoutes
+    from chatlm.front.knowledge.search import Search
+    from chatlm.front.server.budgets import Budgets
+    return lambda front: KnowledgeRoutes(
+        front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger,
+        Search.of(front) if front.store else None)
+
+
+def knowledge_tables() -> Seq[Step]:
+    from chatlm.front.knowledge.tables import KNOWLEDGE
+    return KNOWLEDGE
+
+
+A_PLACE = LIMIT, ORDER, AFTER, BEFORE
+KNOWLEDGE_ROUTES: tuple[Route[KnowledgeRoutes], ...] = (
+    Route("POST", "/v1/vector_stores", OPENAI, lambda knowledge, http: knowledge.handle_create(http),
+          "make a vector store, perhaps with files"),
+    Route("GET", "/v1/vector_stores", OPENAI, lambda knowledge, http: knowledge.handle_list(http),
+          "your vector stores", query=A_PLACE),
+    Route("GET", "/v1/vector_stores/{id}", OPENAI, lambda knowledge, http: knowledge.handle_store(http),
+          "a vector store, and how far its files are"),
+    Route("POST", "/v1/vector_stores/{id}", OPENAI, lambda knowledge, http: knowledge.handle_update(http),
+          "change its name, metadata or expiry"),
+    Route("DELETE", "/v1/vector_stores/{id}", OPENAI, lambda knowledge, http: knowledge.handle_delete(http),
+          "delete it with all passages; the files stay"),
+    Route("POST", "/v1/vector_stores/{id}/search", OPENAI,
+          lambda knowledge, http: knowledge.handle_search(http), "the passages that fit a question"),
+    Route("POST", "/v1/vector_stores/{id}/files", OPENAI, lambda knowledge, http: knowledge.handle_add(http),
+          "put an uploaded file into it, which is read in the background"),
+    Route("GET", "/v1/vector_stores/{id}/files", OPENAI, lambda knowledge, http: knowledge.handle_files(http),
+          "its files", query=(*A_PLACE, STATUS)),
+    Route("GET", "/v1/vector_stores/{id}/files/{file}", OPENAI,
+          lambda knowledge, http: knowledge.handle_file(http), "how far a file is, or why it has failed"),
+    Route("POST", "/v1/vector_stores/{id}/files/{file}", OPENAI,
+          lambda knowledge, http: knowledge.handle_change(http), "change a file's attributes"),
+    Route("DELETE", "/v1/vector_stores/{id}/files/{file}", OPENAI,
+          lambda knowledge, http: knowledge.handle_remove(http), "take a file out of it"),
+    Route("GET", "/v1/vector_stores/{id}/files/{file}/content", OPENAI,
+          lambda knowledge, http: knowledge.handle_content(http), "the passages of a file", query=(PAGE,)),
+    Route("POST", "/v1/vector_stores/{id}/file_batches", OPENAI,
+          lambda knowledge, http: knowledge.handle_begin_batch(http), "put several files into it"),
+    Route("GET", "/v1/vector_stores/{id}/file_batches/{batch}", OPENAI,
+          lambda knowledge, http: knowledge.handle_batch(http), "how far a batch of files is"),
+    Route("POST", "/v1/vector_stores/{id}/file_batches/{batch}/cancel", OPENAI,
+          lambda knowledge, http: knowledge.handle_cancel(http), "leave out those of its files that wait"),
+    Route("GET", "/v1/vector_stores/{id}/file_batches/{batch}/files", OPENAI,
+          lambda knowledge, http: knowledge.handle_batch_files(http), "the files of a batch",
+          query=(*A_PLACE, STATUS)),
+)
+
+
+def with_knowledge(front: Front) -> bool:
+    return front.store is not None and KNOWLEDGE.name in front.store.tables
+
+
+KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
+                  lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
+                  tables=knowledge_tables)
+
+
 # Chats that all devices of their owner have
 
 def load_chats() -> Make[ChatRoutes]:
@@ -473,5 +538,5 @@ RUNS = Annex("runs", load_runs, RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (
-    BATCHES, FILES, CHATS, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS,
-    KEPT, CONVERSATIONS)
+    BATCHES, FILES, CHATS, KNOWLEDGE, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS,
+    TOOLS, ROUNDS, KEPT, CONVERSATIONS)

@@ -37,6 +37,7 @@ ROLES = {
     "check": "chatlm.worker.kernels.check:check_main",
     "quantize": "chatlm.export.gguf.roles:quantize_role",
     "imatrix": "chatlm.export.gguf.roles:imatrix_role",
+    "vectors": "chatlm.worker.vectors.process:vectors_main",
     "guard": "chatlm.front.tools.guard:guard_main",
 }
 

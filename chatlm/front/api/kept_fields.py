@@ -6,6 +6,7 @@ import math
 
 from chatlm.front.api.field_types import INTEGER, METADATA, SWITCH, TEXT
 from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
+from chatlm.front.api.knowledge_fields import KNOWLEDGE_FIELDS
 from chatlm.front.api.spoken import paths_of_batches
 
 ENDPOINTS = paths_of_batches()
@@ -35,6 +36,7 @@ STORE_FIELDS: dict[str, tuple[Field, ...]] = {
     "/v1/conversations": (SOME_ITEMS, LABELS),
     "/v1/conversations/{id}": (LABELS._replace(required=True),),
     "/v1/conversations/{id}/items": (SOME_ITEMS._replace(required=True),),
+    **KNOWLEDGE_FIELDS,
 }
 # of queries
 AFTER = Field("after", TEXT, "the id of the last row of the page before")
@@ -42,8 +44,9 @@ ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),
               "by time; desc = newest first")
 LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
 FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
-PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
-                "only these files")
+UPLOADED = "batch", "assistants", "user_data"  # purposes of files that clients upload
+PURPOSES = *UPLOADED, "batch_output"
+PURPOSE = Field("purpose", FieldType(", ".join(PURPOSES), {"enum": [*PURPOSES]}), "only these files")
 STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
 SINCE = Field("after", INTEGER, "the revision up to which you know all (0: nothing)", 0, 2**53)
 WAIT = Field("wait", INTEGER, "seconds to wait for a change, if there is none (0)", 0, 60)

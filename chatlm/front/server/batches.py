@@ -171,6 +171,7 @@ class BatchWorker:
         self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
         self.swept_s = 0.0
+        self.removed = False  # texts were removed that the -wal may still have
         self.stops: dict[str, asyncio.Event] = {}  # by batch under way: set when it is cancelled
         self.under_way: dict[str, UnderWay] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -219,9 +220,13 @@ class BatchWorker:
         for piece in (partial(responses.forget, now=now), files.purge, responses.purge,
                       partial(approvals.purge, now=now), vacuum):
             while await self._stored(piece):
+                self.removed |= piece is not vacuum
                 if time.monotonic() > until_s:
                     self.wake.set()  # so that the next round goes on here
                     return
+        if self.removed:
+            self.removed = False
+            await self.store.clear_log()
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner, batch.client)

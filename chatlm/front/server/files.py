@@ -1,4 +1,5 @@
-"""The routes of the Files API: files of requests for batches, and what batches write."""
+"""The routes of the Files API: files of requests for batches, what batches write, and documents for vector
+stores."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from chatlm.common.errors import RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import storable
-from chatlm.front.api.kept_fields import AFTER, FILES_LIMIT, LAST_SECONDS, ORDER, PURPOSE
+from chatlm.front.api.kept_fields import AFTER, FILES_LIMIT, LAST_SECONDS, ORDER, PURPOSE, UPLOADED
 from chatlm.front.intake.budget import BODY_S
 from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
@@ -59,7 +60,7 @@ class FileRoutes:
 
     def uploads_under_way(self) -> list[int]:
         """The files that arrive. In the store's thread: between its pieces of work it knows each."""
-        return [upload.id for upload in [*self.uploads]]
+        return [file for upload in [*self.uploads] for file in upload.ids]
 
     async def handle_upload(self, http: web.Request) -> web.Response:
         """POST /v1/files: a form with `purpose` and `file`, in any order."""
@@ -77,6 +78,8 @@ class FileRoutes:
             try:
                 await upload.begin()
                 fields = await upload.receive(http)
+                if fields.get("purpose") == "batch":
+                    await upload.check_raw()
                 file = await store.run(partial(upload.complete, fields, self.keep_s))
             finally:
                 self.uploads.remove(upload)
@@ -172,8 +175,9 @@ def requests_of(data: bytes, first: int) -> list[NumberedLine]:
 
 
 class Upload:
-    """A file that arrives: its lines are checked and stored as they come, never more than a few at a time in
-    memory."""
+    """A file that arrives. The lines of one for batches are checked and stored as they come, never more than
+    a few at a time in memory. Any other file is stored as it is, in parts. If its form says only behind the
+    file that this is for batches, it is stored first and checked then."""
 
     SMALL_FIELD = 1000  # bytes of the form's other fields
 
@@ -182,6 +186,8 @@ class Upload:
         self.intake = intake
         self.caller = caller
         self.id = 0                   # its row in the store
+        self.raw = 0                  # that of a file which is still to be checked
+        self.is_raw = False           # it is stored as it is
         self.filename: str | None = None
         self.size = 0                 # bytes that have come
         self.number = 0               # lines, with blank ones
@@ -191,6 +197,11 @@ class Upload:
         self.waited_s = 0.0           # for the client
         self.rows: list[LineRow] = []           # that are still to be stored
         self.custom_ids: set[bytes] = set()  # digests of those so far
+
+    @property
+    def ids(self) -> list[int]:
+        """Its rows in the store."""
+        return [self.id, self.raw]
 
     async def begin(self):
         """Make its file. RequestError if its owner has no room left."""
@@ -208,7 +219,10 @@ class Upload:
                 name = getattr(part, "name", None)
                 if name == "file" and self.filename is None:
                     self.filename = visible((part.filename or "file").replace("\n", " "))[:255]
-                    await self._receive_lines(part)
+                    if fields.get("purpose") == "batch":
+                        await self._receive_lines(self._chunks(part, LIMITS.batch_bytes))
+                    else:
+                        await self._receive_raw(part, fields.get("purpose"))
                 elif name and name != "file":
                     value = b""
                     while chunk := await self._timed(part.read_chunk(self.SMALL_FIELD)):
@@ -240,9 +254,49 @@ class Upload:
                                status=408, code="body_timeout")
         return value
 
-    async def _receive_lines(self, part):
+    async def _receive_raw(self, part, purpose: str | None):
+        """Store a file as it is, in parts. purpose: None if the form has not said it yet."""
+        self.is_raw = True
+        most = LIMITS.batch_bytes if purpose is None else LIMITS.document_bytes
         rest = bytearray()
-        async for chunk in self._chunks(part):
+        async for chunk in self._chunks(part, most):
+            rest += chunk
+            if len(rest) >= files.PART_BYTES:
+                self._add_part(bytes(rest))
+                await self._store()
+                rest.clear()
+        if rest:
+            self._add_part(bytes(rest))
+        await self._store()
+
+    def _add_part(self, data: bytes):
+        self.number += 1
+        self.rows.append(LineRow(self.number, data))
+
+    async def check_raw(self):
+        """Check and store the lines of a file that has come before its purpose."""
+        if not self.is_raw:
+            return
+        self.is_raw = False
+        self.raw = self.id
+        self.number = 0
+
+        def create(connection):
+            self.id = files.create(connection, self.caller.texts, "", "batch", now_s()).id
+        await self.store.run(create, adds_bytes=LINE_BYTES)
+
+        async def parts() -> AsyncIterator[bytes]:
+            last = 0
+            while True:
+                part, last = await self.store.run(partial(files.content, file=self.raw, after=last))
+                if not part:
+                    return
+                yield part
+        await self._receive_lines(parts())  # whose file stays incomplete, so it is removed
+
+    async def _receive_lines(self, chunks: AsyncIterator[bytes]):
+        rest = bytearray()
+        async for chunk in chunks:
             rest += chunk
             if b"\n" in chunk:
                 whole = rest.rfind(b"\n") + 1
@@ -255,11 +309,11 @@ class Upload:
             await self._take(bytes(rest))
         await self._store()
 
-    async def _chunks(self, part) -> AsyncIterator[bytes]:
+    async def _chunks(self, part, most: int) -> AsyncIterator[bytes]:
         while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 8)):
             self.size += len(chunk)
-            if self.size > LIMITS.batch_bytes:
-                raise too_large(LIMITS.batch_bytes, "the file", "file_too_large", "file")
+            if self.size > most:
+                raise too_large(most, "the file", "file_too_large", "file")
             yield chunk
 
     async def _take(self, data: bytes):
@@ -313,11 +367,16 @@ class Upload:
         """It can be seen now. RequestError if the form lacks something."""
         if self.filename is None:
             raise RequestError("file is missing", code="missing_required_parameter", param="file")
-        if fields.get("purpose") != "batch":
-            raise bad_value("purpose", fields.get("purpose", ""), '"batch"')
-        if not self.requests:
+        purpose = fields.get("purpose", "")
+        if purpose not in UPLOADED:
+            raise bad_value("purpose", purpose, ", ".join(f'"{each}"' for each in UPLOADED))
+        if self.is_raw and self.size > LIMITS.document_bytes:
+            raise too_large(LIMITS.document_bytes, "the file", "file_too_large", "file")
+        if not self.requests and not self.is_raw:
             raise RequestError("the file has no lines", code="empty_file", param="file")
-        lasts = keep_s
+        if not self.size:
+            raise RequestError("the file is empty", code="empty_file", param="file")
+        lasts = None if self.is_raw else keep_s  # a document is kept until it is deleted
         if (text := fields.get("expires_after[seconds]")) is not None:
             if fields.get("expires_after[anchor]", "created_at") != "created_at":
                 raise bad_value("expires_after[anchor]", fields["expires_after[anchor]"], '"created_at"')
@@ -326,8 +385,9 @@ class Upload:
             f"{self.bad:,} of {self.requests:,} lines cannot be run as they are; the first: "
             f"{self.first_problem[:400]}")
         connection.execute(
-            "UPDATE files SET filename = ?, state = ?, note = ?, expires = created + ? WHERE id = ?",
-            (self.filename, files.THERE, note or None, lasts, self.id))
+            "UPDATE files SET filename = ?, purpose = ?, state = ?, note = ?, expires = created + ? "
+            "WHERE id = ?",
+            (self.filename, purpose, files.THERE, note or None, lasts, self.id))
         row = connection.execute("SELECT name FROM files WHERE id = ?", (self.id,)).fetchone()
         log.debug("file %s: %d lines, %d bad", row[0], self.requests, self.bad)
         return files.file_named(connection, row[0])

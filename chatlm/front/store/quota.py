@@ -51,9 +51,9 @@ def refusal(connection: sqlite3.Connection, owner: str, adds_bytes: int = 0,
         held = at_address
     if held + adds_bytes <= LIMITS.kept_bytes:
         return None
-    return RequestError(f"{whose} files, batches, responses and conversations would have more than "
-                        f"{LIMITS.kept_bytes:,} bytes together: delete some{otherwise}", status=403,
-                        code="storage_full")
+    return RequestError(f"{whose} files, batches, responses, conversations, chats and vector stores would "
+                        f"have more than {LIMITS.kept_bytes:,} bytes together: delete some{otherwise}",
+                        status=403, code="storage_full")
 
 
 def check(connection: sqlite3.Connection, owner: str, adds_bytes: int = 0, otherwise: str = "",

@@ -1,0 +1,1 @@
+"""Knowledge: OpenAI's vector stores, whose files answers can be asked about; how files become passages."""

@@ -1,0 +1,648 @@
+"""Vector stores, their files and batches of files in the database, and how the API shows them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, bad_value, shown
+from chatlm.front.knowledge.tables import make_words, words_table
+from chatlm.front.store import files
+from chatlm.front.store.files import owns
+
+if TYPE_CHECKING:
+    import sqlite3
+    from chatlm.front.knowledge.passages import Passage
+
+
+DAY_S = 86_400
+ACTIVE_S = 60        # last_active is written again only after so long
+STATUSES = "in_progress", "completed", "failed", "cancelled"
+UNREADABLE = "unsupported_file", "invalid_file"
+PURGED_ROWS = 200    # passages that are removed at once, with their windows
+PURGED_WINDOWS = 2_000
+MERGED_PAGES = 500   # of an index of words, at once
+
+
+class VectorStore(NamedTuple):
+    """A row of `knowledge_stores`."""
+
+    number: int
+    id: str
+    owner: str
+    client: str
+    name: str
+    description: str
+    metadata: str
+    created: int
+    last_active: int
+    expires_days: int | None
+    expires: int | None
+    expired: int
+    embedder: int | None
+    model: str
+    chunking: str
+    has_words: int
+    in_progress: int
+    completed: int
+    failed: int
+    cancelled: int
+    windows: int
+    bytes: int
+    embedder_name: str | None
+
+    def status(self, now: int) -> str:
+        if self.is_over(now):
+            return "expired"
+        return "in_progress" if self.in_progress else "completed"
+
+    def is_over(self, now: int) -> bool:
+        return bool(self.expired) or self.expires is not None and self.expires <= now
+
+    def body(self, now: int) -> dict:
+        """As the API shows it."""
+        expiry = {"anchor": "last_active_at", "days": self.expires_days} if self.expires_days else None
+        return {"id": self.id, "object": "vector_store", "created_at": self.created, "name": self.name,
+                "description": self.description or None, "usage_bytes": self.bytes,
+                "file_counts": counts(self), "status": self.status(now), "expires_after": expiry,
+                "expires_at": self.expires, "last_active_at": self.last_active,
+                "metadata": json.loads(self.metadata), "embedding_model": self.model or self.embedder_name}
+
+
+class StoreFile(NamedTuple):
+    """A row of `knowledge_files`."""
+
+    number: int
+    store: int
+    file: str
+    filename: str
+    status: str
+    error_code: str | None
+    error_message: str | None
+    note: str | None
+    attributes: str
+    chunking: str
+    created: int
+    tries: int
+    bytes: int
+    passages: int
+    windows: int
+    characters: int
+    tokens: int
+
+    def body(self, store_id: str) -> dict:
+        """As the API shows it. `cut` says what its text lacks."""
+        error = {"code": self.error_code, "message": self.error_message} if self.error_code else None
+        return {"id": self.file, "object": "vector_store.file", "created_at": self.created,
+                "vector_store_id": store_id, "status": self.status, "usage_bytes": self.bytes,
+                "last_error": error, "attributes": json.loads(self.attributes),
+                "chunking_strategy": shown_strategy(json.loads(self.chunking)), "cut": self.note,
+                "filename": self.filename}
+
+
+class FileBatch(NamedTuple):
+    """A row of `knowledge_batches`."""
+
+    number: int
+    id: str
+    store: int
+    created: int
+    cancelled: int
+
+
+class Wanted(NamedTuple):
+    """A file that a store is to have."""
+
+    file: str
+    attributes: Mapping[str, Any]
+    chunking: Mapping[str, Any]
+    param: str   # where its id stands in the body
+
+
+class Embedded(NamedTuple):
+    """A window: int8 times scale is a vector of length 1."""
+
+    vector: bytes
+    scale: float
+
+
+def read_json(text: str) -> dict:
+    return json.loads(text)
+
+
+def counts(row: VectorStore) -> dict[str, int]:
+    by_status = {status: getattr(row, status) for status in STATUSES}
+    return {**by_status, "total": sum(by_status.values())}
+
+
+def shown_strategy(strategy: Mapping[str, Any]) -> dict:
+    """A strategy as answers have it: `auto` is none of the static ones."""
+    return {"type": "other"} if strategy["type"] == "auto" else dict(strategy)
+
+
+def not_found(what: str, name: str, param: str = "id") -> RequestError:
+    return RequestError(f"there is no {what} {shown(name)}", status=404, code="not_found", param=param)
+
+
+# stores
+
+STORE = (f"SELECT {', '.join(VectorStore._fields[:-1])}, (SELECT name FROM knowledge_embedders WHERE "
+         "knowledge_embedders.number = embedder) FROM knowledge_stores")
+FILE = f"SELECT {', '.join(StoreFile._fields)} FROM knowledge_files"
+BATCH = f"SELECT {', '.join(FileBatch._fields)} FROM knowledge_batches"
+
+
+def store_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> VectorStore:
+    """The store with this id, if this owner may see it. Raises RequestError 404 if there is none."""
+    row = connection.execute(f"{STORE} WHERE id = ? AND deleted = 0", (name,)).fetchone()
+    if row is None or not owns(owner, row[2]):
+        raise not_found("vector store", name)
+    return VectorStore(*row)
+
+
+def usable_store(connection: sqlite3.Connection, name: str, owner: str, now: int) -> VectorStore:
+    """The same, but RequestError 400 for one that has expired."""
+    store = store_of_owner(connection, name, owner)
+    if store.is_over(now):
+        raise RequestError(f"the vector store {store.id} has expired: make another one", code="expired",
+                           param="id")
+    return store
+
+
+def stores_of_owner(connection: sqlite3.Connection, owner: str, after: str, before: str,
+                    ascending: bool) -> Iterator[VectorStore]:
+    """Its stores in order, behind `after` and in front of `before`."""
+    condition = "owner = ? AND deleted = 0"
+    values: list[Any] = [owner]
+    for param, name, later in ("after", after, ascending), ("before", before, not ascending):
+        if name:
+            number = number_of(connection, "knowledge_stores", "id", name, "owner = ?", owner, param)
+            condition += f" AND number {'>' if later else '<'} ?"
+            values.append(number)
+    rows = connection.execute(f"{STORE} WHERE {condition} "
+                              f"ORDER BY number {order(ascending, before, after)}", values)
+    return map(VectorStore._make, rows)
+
+
+def order(ascending: bool, before: str, after: str) -> str:
+    """The direction in which rows are read. A page in front of `before` alone ends at it, so it is read
+    backwards."""
+    forwards = ascending if after or not before else not ascending
+    return "ASC" if forwards else "DESC"
+
+
+def number_of(connection: sqlite3.Connection, table: str, column: str, name: str, condition: str,
+              value: Any, param: str) -> int:
+    """The number of a row of a list. Raises RequestError if it is none."""
+    row = connection.execute(f"SELECT number FROM {table} WHERE {column} = ? AND {condition} AND deleted = 0",
+                             (name, value)).fetchone()
+    if row is None:
+        raise bad_value(param, name, "the id of a row of the list")
+    return row[0]
+
+
+def create_store(connection: sqlite3.Connection, owner: str, client: str, values: Mapping[str, Any],
+                 model: str, now: int) -> VectorStore:
+    """A new store without files. Raises RequestError if its owner has too many."""
+    held = connection.execute("SELECT COUNT(*) FROM knowledge_stores WHERE owner = ? AND deleted = 0",
+                              (owner,)).fetchone()[0]
+    if held >= LIMITS.vector_stores:
+        raise RequestError(f"you have {held} vector stores, as many as one may have: delete some", status=403,
+                           code="too_many_vector_stores")
+    days = values.get("expires_after")
+    name = f"vs_{secrets.token_hex(16)}"
+    cursor = connection.execute(
+        "INSERT INTO knowledge_stores (id, owner, client, name, description, metadata, created, last_active, "
+        "expires_days, expires, chunking, model) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (name, owner, client, values.get("name", ""), values.get("description", ""),
+         json.dumps(values.get("metadata", {})), now, now, days, days and now + days * DAY_S,
+         json.dumps(values.get("chunking_strategy", {"type": "auto"})), model))
+    number = cursor.lastrowid or 0
+    if make_words(connection, number):
+        connection.execute("UPDATE knowledge_stores SET has_words = 1 WHERE number = ?", (number,))
+    return store_of_owner(connection, name, owner)
+
+
+def update_store(connection: sqlite3.Connection, store: VectorStore, values: Mapping[str, Any], now: int):
+    """Change what a body names."""
+    changes: dict[str, Any] = {"last_active": now}
+    if "name" in values:
+        changes["name"] = values["name"]
+    if "metadata" in values:
+        changes["metadata"] = json.dumps(values["metadata"])
+    days = values.get("expires_after", store.expires_days)
+    changes["expires_days"] = days
+    changes["expires"] = days and now + days * DAY_S
+    names = ", ".join(f"{column} = ?" for column in changes)
+    connection.execute(f"UPDATE knowledge_stores SET {names} WHERE number = ?",
+                       (*changes.values(), store.number))
+
+
+def note_use(connection: sqlite3.Connection, store: VectorStore, now: int):
+    """It was used now: it lasts longer."""
+    if now - store.last_active >= ACTIVE_S:
+        update_store(connection, store, {}, now)
+
+
+def delete_store(connection: sqlite3.Connection, store: VectorStore):
+    """Nobody sees it from now on; `purge` removes what it has."""
+    connection.execute("UPDATE knowledge_stores SET deleted = 1 WHERE number = ?", (store.number,))
+    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND deleted = 0",
+                       (store.number,))
+
+
+def expire(connection: sqlite3.Connection, now: int):
+    """Empty the stores whose time is over. They are shown until their owners delete them."""
+    over = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
+                              "AND expires <= ?", (now,)).fetchall()
+    for row in over:
+        connection.execute("UPDATE knowledge_stores SET expired = 1 WHERE number = ?", row)
+        connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND deleted = 0", row)
+
+
+# files
+
+def add_file(connection: sqlite3.Connection, store: VectorStore, wanted: Wanted, now: int) -> StoreFile:
+    """Have a store get a file, again if it has it. Raises RequestError if it may not."""
+    file = files.file_of_owner(connection, wanted.file, store.owner, wanted.param)
+    if file.purpose in ("batch", "batch_output"):
+        raise RequestError(f"the purpose of {file.name} is {file.purpose}, not assistants or user_data",
+                           code="invalid_value", param=wanted.param)
+    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND file = ? AND deleted = 0",
+                       (store.number, file.name))
+    held = connection.execute(
+        "SELECT in_progress + completed + failed + cancelled FROM knowledge_stores WHERE number = ?",
+        (store.number,)).fetchone()[0]
+    if held >= LIMITS.store_files:
+        raise RequestError(f"the vector store has {held:,} files, as many as one may have", status=403,
+                           code="too_many_files", param=wanted.param)
+    cursor = connection.execute(
+        "INSERT INTO knowledge_files (store, file, filename, attributes, chunking, created) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (store.number, file.name, file.filename, json.dumps(wanted.attributes), json.dumps(wanted.chunking),
+         now))
+    return file_numbered(connection, cursor.lastrowid or 0)
+
+
+def file_numbered(connection: sqlite3.Connection, number: int) -> StoreFile:
+    """Raises LookupError if it is gone."""
+    row = connection.execute(f"{FILE} WHERE number = ? AND deleted = 0",
+                             (number,)).fetchone()
+    if row is None:
+        raise LookupError(number)
+    return StoreFile(*row)
+
+
+def file_of_store(connection: sqlite3.Connection, store: VectorStore, name: str) -> StoreFile:
+    """A file by its id. Raises RequestError 404 if the store does not have it."""
+    row = connection.execute(f"{FILE} WHERE store = ? AND file = ? "
+                             "AND deleted = 0", (store.number, name)).fetchone()
+    if row is None:
+        raise not_found(f"file of {store.id}", name, "file_id")
+    return StoreFile(*row)
+
+
+def files_of_store(connection: sqlite3.Connection, store: VectorStore, after: str, before: str,
+                   ascending: bool, status: str = "", batch: int | None = None) -> Iterator[StoreFile]:
+    """Its files in order, behind `after` and in front of `before`. status: only these; batch: only its."""
+    source = "knowledge_files AS f"
+    place = "f.number"
+    condition = "f.store = ? AND f.deleted = 0"
+    values: list[Any] = [store.number]
+    if batch is not None:
+        source = "knowledge_batch_files AS mine CROSS JOIN knowledge_files AS f ON f.number = mine.file"
+        place = "mine.file"
+        condition = "mine.batch = ? AND f.deleted = 0"
+        values = [batch]
+    for param, name, later in ("after", after, ascending), ("before", before, not ascending):
+        if name:
+            number = number_of(connection, "knowledge_files", "file", name, "store = ?", store.number, param)
+            condition += f" AND {place} {'>' if later else '<'} ?"
+            values.append(number)
+    if status:
+        condition += " AND f.status = ?"
+        values.append(status)
+    columns = ", ".join(f"f.{column}" for column in StoreFile._fields)
+    rows = connection.execute(f"SELECT {columns} FROM {source} WHERE {condition} "
+                              f"ORDER BY {place} {order(ascending, before, after)}", values)
+    return map(StoreFile._make, rows)
+
+
+def set_attributes(connection: sqlite3.Connection, file: StoreFile, attributes: Mapping[str, Any]):
+    connection.execute("UPDATE knowledge_files SET attributes = ? WHERE number = ?",
+                       (json.dumps(attributes), file.number))
+
+
+def remove_file(connection: sqlite3.Connection, file: StoreFile):
+    """Take a file out of its store; `purge` removes its texts."""
+    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE number = ?", (file.number,))
+
+
+def passages_after(connection: sqlite3.Connection, file: StoreFile, place: int) -> Iterator[tuple[int, str]]:
+    """(place, text) of the passages of a file from a place on."""
+    return connection.execute("SELECT place, text FROM knowledge_passages WHERE file = ? AND place >= ? "
+                              "ORDER BY place", (file.number, place))
+
+
+# batches
+
+def create_batch(connection: sqlite3.Connection, store: VectorStore, wanted: Seq[Wanted],
+                 now: int) -> FileBatch:
+    name = f"vsfb_{secrets.token_hex(16)}"
+    cursor = connection.execute("INSERT INTO knowledge_batches (id, store, created) VALUES (?, ?, ?)",
+                                (name, store.number, now))
+    for each in wanted:
+        file = add_file(connection, store, each, now)
+        connection.execute("INSERT INTO knowledge_batch_files (batch, file) VALUES (?, ?)",
+                           (cursor.lastrowid, file.number))
+    return batch_of_store(connection, store, name)
+
+
+def batch_of_store(connection: sqlite3.Connection, store: VectorStore, name: str) -> FileBatch:
+    """A batch by its id. Raises RequestError 404 if the store has none."""
+    row = connection.execute(f"{BATCH} WHERE id = ? AND store = ?",
+                             (name, store.number)).fetchone()
+    if row is None:
+        raise not_found(f"file batch of {store.id}", name, "batch_id")
+    return FileBatch(*row)
+
+
+def shown_batch(connection: sqlite3.Connection, store: VectorStore, batch: FileBatch) -> dict:
+    """As the API shows it. Files that were taken out of the store since are counted as cancelled."""
+    sums = ", ".join(f"IFNULL(SUM(now = '{status}'), 0)" for status in STATUSES)
+    row = connection.execute(
+        f"SELECT {sums} FROM (SELECT CASE WHEN deleted THEN 'cancelled' ELSE status END AS now "
+        "FROM knowledge_batch_files JOIN knowledge_files ON knowledge_files.number = "
+        "knowledge_batch_files.file WHERE batch = ?)", (batch.number,)).fetchone()
+    by_status = dict(zip(STATUSES, row))
+    status = "completed"
+    if by_status["in_progress"]:
+        status = "in_progress"
+    elif batch.cancelled:
+        status = "cancelled"
+    elif by_status["failed"] and not by_status["completed"]:
+        status = "failed"
+    return {"id": batch.id, "object": "vector_store.files_batch", "created_at": batch.created,
+            "vector_store_id": store.id, "status": status,
+            "file_counts": {**by_status, "total": sum(by_status.values())}}
+
+
+def cancel_batch(connection: sqlite3.Connection, batch: FileBatch):
+    """Cancel those of its files that are not there yet."""
+    connection.execute("UPDATE knowledge_batches SET cancelled = 1 WHERE number = ? AND EXISTS (SELECT 1 "
+                       "FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file "
+                       "WHERE batch = ? AND status = 'in_progress' AND deleted = 0)",
+                       (batch.number, batch.number))
+    connection.execute("UPDATE knowledge_files SET status = 'cancelled' WHERE status = 'in_progress' "
+                       "AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)",
+                       (batch.number,))
+
+
+# ingestion
+
+class Pending(NamedTuple):
+    """A store with files that are to be ingested."""
+
+    store: int
+    id: str
+    owner: str
+    client: str
+    model: str
+
+
+def pending(connection: sqlite3.Connection) -> list[Pending]:
+    return [Pending(*row) for row in connection.execute(
+        "SELECT number, id, owner, client, model FROM knowledge_stores INDEXED BY knowledge_stores_waiting "
+        "WHERE in_progress > 0 AND deleted = 0 AND expired = 0")]
+
+
+def claim(connection: sqlite3.Connection, store: int, busy: Seq[int]) -> StoreFile | None:
+    """The first file of a store that waits to be ingested; None if there is none. busy: files that are.
+
+    Counts the try: a file during which the server dies again and again is given up some time."""
+    marks = ", ".join("?" * len(busy))
+    row = connection.execute(
+        f"{FILE} WHERE store = ? AND status = 'in_progress' AND deleted = 0 "
+        f"AND number NOT IN ({marks}) ORDER BY number LIMIT 1", (store, *busy)).fetchone()
+    if row is None:
+        return None
+    file = StoreFile(*row)
+    connection.execute("UPDATE knowledge_files SET tries = tries + 1 WHERE number = ?", (file.number,))
+    return file
+
+
+def give_back(connection: sqlite3.Connection, file: StoreFile):
+    """Its try has not failed: it waits, or the server stops."""
+    connection.execute("UPDATE knowledge_files SET tries = tries - 1 WHERE number = ? AND tries > 0",
+                       (file.number,))
+
+
+def is_wanted(connection: sqlite3.Connection, file: StoreFile) -> bool:
+    """Is it still to be ingested?"""
+    return connection.execute(
+        "SELECT 1 FROM knowledge_files JOIN knowledge_stores ON knowledge_stores.number = store "
+        "WHERE knowledge_files.number = ? AND status = 'in_progress' AND knowledge_files.deleted = 0 "
+        "AND knowledge_stores.deleted = 0 AND expired = 0", (file.number,)).fetchone() is not None
+
+
+def fail(connection: sqlite3.Connection, file: StoreFile, code: str, message: str):
+    """A file cannot be ingested."""
+    if is_wanted(connection, file):
+        connection.execute("UPDATE knowledge_files SET status = 'failed', error_code = ?, error_message = ? "
+                           "WHERE number = ?", (code, message[:1000], file.number))
+
+
+def embedder_number(connection: sqlite3.Connection, digest: str, name: str, dimensions: int) -> int:
+    connection.execute("INSERT INTO knowledge_embedders (digest, name, dimensions) VALUES (?, ?, ?) "
+                       "ON CONFLICT (digest) DO UPDATE SET name = excluded.name", (digest, name, dimensions))
+    return connection.execute("SELECT number FROM knowledge_embedders WHERE digest = ?",
+                              (digest,)).fetchone()[0]
+
+
+def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Passage],
+             vectors: Seq[Embedded], embedder: int, characters: int, note: str | None) -> bool:
+    """Write all parts of a file. Returns False, and writes nothing, if it is no longer wanted. Raises
+    RequestError if its store would have too many windows."""
+    if not is_wanted(connection, file):
+        return False
+    store, held, has_words, bound = connection.execute(
+        "SELECT number, windows, has_words, embedder FROM knowledge_stores WHERE number = ?",
+        (file.store,)).fetchone()
+    if held + len(vectors) > LIMITS.store_windows:
+        raise RequestError(f"its vector store has {held:,} windows of text, and with the {len(vectors):,} "
+                           f"of this file it would have more than {LIMITS.store_windows:,}")
+    size = 0
+    waiting = iter(vectors)
+    for passage in passages:
+        number = connection.execute(
+            "INSERT INTO knowledge_passages (store, file, place, heading, start, page, tokens, text) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (store, file.number, passage.place, passage.heading, passage.start, passage.page, passage.tokens,
+             passage.text)).lastrowid
+        windows = [next(waiting) for _ in passage.windows]
+        rows = [(store, file.number, number, embedder, *window) for window in windows]
+        connection.executemany("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, "
+                               "scale) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        size += len(passage.text.encode()) + len(passage.heading.encode())
+        size += sum(len(window.vector) + 8 for window in windows)
+        if has_words:
+            connection.execute(f"INSERT INTO {words_table(store)} (rowid, heading, text) VALUES (?, ?, ?)",
+                               (number, passage.heading, passage.text))
+    if bound is None:
+        connection.execute("UPDATE knowledge_stores SET embedder = ? WHERE number = ?", (embedder, store))
+    connection.execute(
+        "UPDATE knowledge_files SET status = 'completed', bytes = ?, passages = ?, windows = ?, "
+        "characters = ?, tokens = ?, note = ? WHERE number = ?",
+        (size, len(passages), len(vectors), characters, sum(passage.tokens for passage in passages), note,
+         file.number))
+    return True
+
+
+# another embedder
+
+class Foreign(NamedTuple):
+    """A store as it is compared with the embedder of today."""
+
+    store: int
+    owner: str
+    client: str
+    model: str
+    digest: str   # of the embedder whose windows are searched
+
+
+class Bare(NamedTuple):
+    """A passage without windows of an embedder."""
+
+    number: int
+    heading: str
+    text: str
+
+
+def embedded_stores(connection: sqlite3.Connection, after: int, most: int) -> list[Foreign]:
+    """Stores behind a number whose windows are searched, and which have no older ones."""
+    return [Foreign(*row) for row in connection.execute(
+        "SELECT s.number, owner, client, model, digest FROM knowledge_stores AS s NOT INDEXED "
+        "CROSS JOIN knowledge_embedders AS e ON e.number = embedder WHERE s.number > ? AND deleted = 0 "
+        "AND expired = 0 AND old_windows = 0 ORDER BY s.number LIMIT ?", (after, most))]
+
+
+def bare_passages(connection: sqlite3.Connection, store: int, embedder: int,
+                  after: int) -> tuple[int, list[Bare]] | None:
+    """(the next file behind a number, its passages without windows of an embedder); None if there is no other
+    file."""
+    row = connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0 "
+                             "AND number > ? AND status = 'completed' ORDER BY number LIMIT 1",
+                             (store, after)).fetchone()
+    if row is None:
+        return None
+    found = connection.execute(
+        "SELECT number, heading, text FROM knowledge_passages AS p WHERE file = ? AND NOT EXISTS "
+        "(SELECT 1 FROM knowledge_windows WHERE passage = p.number AND embedder = ?) ORDER BY place",
+        (*row, embedder))
+    return row[0], [Bare(*each) for each in found]
+
+
+def add_windows(connection: sqlite3.Connection, store: int, file: int, embedder: int,
+                windows: Seq[tuple[int, Embedded]]):
+    """Give passages of a file windows beside those that they have, unless the file was deleted. windows: with
+    the numbers of their passages."""
+    if connection.execute("SELECT 1 FROM knowledge_files WHERE number = ? AND deleted = 0",
+                          (file,)).fetchone():
+        connection.executemany(
+            "INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            [(store, file, passage, embedder, *window) for passage, window in windows])
+
+
+def search_with(connection: sqlite3.Connection, store: int, embedder: int):
+    """All passages of a store have windows of another embedder: these are searched from now on."""
+    connection.execute("UPDATE knowledge_stores SET embedder = ?, old_windows = 1 WHERE number = ?",
+                       (embedder, store))
+    connection.execute(
+        "UPDATE knowledge_files SET windows = (SELECT COUNT(*) FROM knowledge_windows AS w WHERE w.file = "
+        "knowledge_files.number AND w.embedder = ?1), bytes = (SELECT IFNULL(SUM(LENGTH(CAST(text AS BLOB)) "
+        "+ LENGTH(CAST(heading AS BLOB))), 0) FROM knowledge_passages AS p WHERE p.file = "
+        "knowledge_files.number) + (SELECT IFNULL(SUM(LENGTH(w.vector) + 8), 0) FROM knowledge_windows AS w "
+        "WHERE w.file = knowledge_files.number AND w.embedder = ?1) "
+        "WHERE store = ?2 AND deleted = 0 AND status = 'completed'", (embedder, store))
+
+
+def purge_windows(connection: sqlite3.Connection, store: int, embedder: int):
+    """Remove some windows of a store that are of other embedders than this."""
+    removed = 0
+    for other in "<", ">":
+        cursor = connection.execute(
+            f"DELETE FROM knowledge_windows WHERE number IN (SELECT number FROM knowledge_windows "
+            f"WHERE store = ? AND embedder {other} ? LIMIT ?)", (store, embedder, PURGED_WINDOWS))
+        removed += cursor.rowcount
+    if not removed:
+        connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
+
+
+# what was deleted
+
+def purge(connection: sqlite3.Connection) -> bool:
+    """Remove a piece of what was deleted. False if there is nothing left."""
+    row = connection.execute(
+        "SELECT number, store FROM knowledge_files INDEXED BY knowledge_files_deleted WHERE deleted = 1 "
+        "LIMIT 1").fetchone()
+    if row:
+        purge_file(connection, *row)
+        return True
+    row = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 1 LIMIT 1").fetchone()
+    if row:
+        connection.execute(f"DROP TABLE IF EXISTS {words_table(*row)}")
+        connection.execute("DELETE FROM knowledge_batches WHERE store = ?", row)
+        connection.execute("DELETE FROM knowledge_stores WHERE number = ?", row)
+        return True
+    row = connection.execute("SELECT number, embedder FROM knowledge_stores INDEXED BY knowledge_stores_old "
+                             "WHERE old_windows > 0 LIMIT 1").fetchone()
+    if row:
+        purge_windows(connection, *row)
+        return True
+    row = connection.execute("SELECT number, expired, stale_words FROM knowledge_stores INDEXED BY "
+                             "knowledge_stores_stale WHERE stale_words > 0 LIMIT 1").fetchone()
+    if row:
+        merge_words(connection, *row)
+        return True
+    return False
+
+
+def purge_file(connection: sqlite3.Connection, file: int, store: int):
+    """Remove some passages of a file that was deleted, and the file with the last of them."""
+    is_gone, has_words = connection.execute(
+        "SELECT deleted, has_words FROM knowledge_stores WHERE number = ?", (store,)).fetchone()
+    passages = connection.execute("SELECT number, heading, text FROM knowledge_passages WHERE file = ? "
+                                  "ORDER BY place LIMIT ?", (file, PURGED_ROWS)).fetchall()
+    for number, heading, text in passages:
+        connection.execute("DELETE FROM knowledge_windows WHERE passage = ?", (number,))
+        if has_words and not is_gone:  # the table of a deleted store goes as a whole
+            table = words_table(store)
+            connection.execute(f"INSERT INTO {table} ({table}, rowid, heading, text) "
+                               "VALUES ('delete', ?, ?, ?)", (number, heading, text))
+        connection.execute("DELETE FROM knowledge_passages WHERE number = ?", (number,))
+    if passages:
+        connection.execute("UPDATE knowledge_stores SET stale_words = has_words WHERE number = ?", (store,))
+    if len(passages) < PURGED_ROWS:
+        connection.execute("DELETE FROM knowledge_batch_files WHERE file = ?", (file,))
+        connection.execute("DELETE FROM knowledge_files WHERE number = ?", (file,))
+
+
+def merge_words(connection: sqlite3.Connection, store: int, expired: int, stage: int):
+    """Merge a part of a store's index of words, after which words of deleted texts are gone from it. SQLite
+    keeps them until then, even with secure_delete."""
+    table = words_table(store)
+    if expired:
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+        connection.execute("UPDATE knowledge_stores SET has_words = 0, stale_words = 0 WHERE number = ?",
+                           (store,))
+        return
+    before = connection.total_changes
+    pages = -MERGED_PAGES if stage == 1 else MERGED_PAGES  # below 0: begin to merge all into one
+    connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('merge', ?)", (pages,))
+    is_over = stage == 2 and connection.total_changes - before < 2
+    connection.execute("UPDATE knowledge_stores SET stale_words = ? WHERE number = ?",
+                       (0 if is_over else 2, store))

@@ -1,0 +1,180 @@
+"""The tables of knowledge: vector stores, the files in them, and what of these is searched.
+
+A file of a store is searched by its passages: texts of one heading, a few hundred tokens long. A passage has
+one or several windows, each short enough for the embedder, with a vector. The words of a store's passages are
+in an FTS5 table of that store alone, so that texts of others never change a score, and DROP deletes them all.
+Where SQLite has no FTS5, no store has such a table.
+
+What is deleted gets `deleted = 1` and is seen by nobody from then on; `purge` removes its texts in pieces.
+Numbers are never used again (AUTOINCREMENT): whoever has read windows up to a number finds later ones above
+it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatlm.front.store.schema import Step, counted
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Sequence as Seq
+
+
+STORES = """
+CREATE TABLE knowledge_stores (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,        -- vs_...
+    owner TEXT NOT NULL,            -- see Owners.of_texts
+    client TEXT NOT NULL,           -- who made it: the name of a key, or an address
+    name TEXT NOT NULL DEFAULT '',
+    description TEXT NOT NULL DEFAULT '',
+    metadata TEXT NOT NULL DEFAULT '{}',  -- JSON
+    created INTEGER NOT NULL,
+    last_active INTEGER NOT NULL,
+    expires_days INTEGER,           -- after last_active
+    expires INTEGER,                -- when that is
+    expired INTEGER NOT NULL DEFAULT 0,   -- 1: it is shown, but none of its files is searched
+    deleted INTEGER NOT NULL DEFAULT 0,
+    model TEXT NOT NULL DEFAULT '', -- embedding_model, as its client has named it; '': the usual one
+    embedder INTEGER,               -- number of the embedder whose windows are searched; NULL: words only
+    chunking TEXT NOT NULL,         -- JSON: {"type": "auto"} or {"type": "static", "static": {...}}
+    old_windows INTEGER NOT NULL DEFAULT 0,   -- 1: those of an earlier embedder still have to go
+    has_words INTEGER NOT NULL DEFAULT 0,     -- 1: its table knowledge_words_NUMBER is there
+    stale_words INTEGER NOT NULL DEFAULT 0,   -- 1: words of deleted texts are still in that, 2: they are
+                                              -- being merged out of it
+    in_progress INTEGER NOT NULL DEFAULT 0,   -- files by their status
+    completed INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0,
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    windows INTEGER NOT NULL DEFAULT 0,       -- of its files
+    bytes INTEGER NOT NULL DEFAULT 0,         -- their usage_bytes
+    held INTEGER NOT NULL DEFAULT 0           -- bytes and 512 and what else a row of each file takes
+);
+CREATE INDEX knowledge_stores_of_owner ON knowledge_stores (owner, deleted, number);
+CREATE INDEX knowledge_stores_by_state ON knowledge_stores (deleted, expired, expires);
+CREATE INDEX knowledge_stores_waiting ON knowledge_stores (in_progress)
+    WHERE in_progress > 0 AND deleted = 0 AND expired = 0;
+CREATE INDEX knowledge_stores_old ON knowledge_stores (old_windows) WHERE old_windows > 0;
+CREATE INDEX knowledge_stores_stale ON knowledge_stores (stale_words) WHERE stale_words > 0;
+CREATE TABLE knowledge_embedders (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    digest TEXT NOT NULL UNIQUE,    -- of its weights
+    name TEXT NOT NULL,             -- its model as /v1/models called it last
+    dimensions INTEGER NOT NULL
+);
+CREATE TABLE knowledge_files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    store INTEGER NOT NULL REFERENCES knowledge_stores (number),
+    file TEXT NOT NULL,             -- file-..., see the table files
+    filename TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'in_progress',  -- or completed, failed, cancelled
+    error_code TEXT,                -- server_error, unsupported_file, invalid_file
+    error_message TEXT,
+    note TEXT,                      -- what of the document its text lacks
+    attributes TEXT NOT NULL DEFAULT '{}',  -- JSON: texts, numbers, booleans
+    chunking TEXT NOT NULL,         -- JSON
+    created INTEGER NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,  -- of its ingestion, that a crash has ended
+    bytes INTEGER NOT NULL DEFAULT 0,  -- usage_bytes: of its texts, and of their vectors
+    passages INTEGER NOT NULL DEFAULT 0,
+    windows INTEGER NOT NULL DEFAULT 0,
+    characters INTEGER NOT NULL DEFAULT 0,  -- of its text, from which passages were cut
+    tokens INTEGER NOT NULL DEFAULT 0,      -- of its passages, as the embedder counts
+    deleted INTEGER NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX knowledge_files_of_store ON knowledge_files (store, file) WHERE deleted = 0;
+CREATE INDEX knowledge_files_in_order ON knowledge_files (store, deleted, number);
+CREATE INDEX knowledge_files_by_file ON knowledge_files (file);
+CREATE INDEX knowledge_files_by_status ON knowledge_files (store, status, number) WHERE deleted = 0;
+CREATE INDEX knowledge_files_deleted ON knowledge_files (deleted) WHERE deleted = 1;
+CREATE TABLE knowledge_batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,        -- vsfb_...
+    store INTEGER NOT NULL REFERENCES knowledge_stores (number),
+    created INTEGER NOT NULL,
+    cancelled INTEGER NOT NULL DEFAULT 0  -- 1: its client has cancelled it
+);
+CREATE INDEX knowledge_batches_of_store ON knowledge_batches (store);
+CREATE TABLE knowledge_batch_files (
+    batch INTEGER NOT NULL REFERENCES knowledge_batches (number),
+    file INTEGER NOT NULL REFERENCES knowledge_files (number),
+    PRIMARY KEY (batch, file)
+) WITHOUT ROWID;
+CREATE INDEX knowledge_batches_of_file ON knowledge_batch_files (file);
+CREATE TABLE knowledge_passages (   -- of files that are completed, in order; of deleted ones until a purge
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    store INTEGER NOT NULL,         -- that of its file
+    file INTEGER NOT NULL REFERENCES knowledge_files (number),
+    place INTEGER NOT NULL,         -- 0, 1, ... within its file
+    heading TEXT NOT NULL,          -- those above it, joined by ' > '; '' if there are none
+    start INTEGER NOT NULL,         -- its first character within the text of the file
+    page INTEGER,                   -- of a PDF, from 1
+    tokens INTEGER NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE INDEX knowledge_passages_of_file ON knowledge_passages (file, place);
+CREATE TABLE knowledge_windows (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    store INTEGER NOT NULL,
+    file INTEGER NOT NULL REFERENCES knowledge_files (number),
+    passage INTEGER NOT NULL REFERENCES knowledge_passages (number),
+    embedder INTEGER NOT NULL REFERENCES knowledge_embedders (number),
+    vector BLOB NOT NULL,           -- int8: times scale, a vector of length 1
+    scale REAL NOT NULL
+);
+CREATE INDEX knowledge_windows_of_store ON knowledge_windows (store, embedder);
+CREATE INDEX knowledge_windows_of_file ON knowledge_windows (file);
+CREATE INDEX knowledge_windows_of_passage ON knowledge_windows (passage);
+"""
+# What the files of a store are together, kept by triggers. {row}: OLD or NEW, which counts unless it is
+# deleted
+SUMS = {
+    **{status: f"({{row}}.status = '{status}')" for status in ("in_progress", "completed", "failed",
+                                                              "cancelled")},
+    "windows": "{row}.windows",
+    "bytes": "{row}.bytes",
+    "held": "({row}.bytes + 512 + LENGTH(CAST({row}.attributes AS BLOB)) "
+            "+ LENGTH(CAST({row}.filename AS BLOB)))",
+}
+
+
+def sums(new: str, old: str) -> str:
+    """The statement that counts a change of a file for its store. new, old: its rows, '' if there is none."""
+    changes = []
+    for column, value in SUMS.items():
+        change = column
+        if new:
+            change += f" + ({new}.deleted = 0) * {value.format(row=new)}"
+        if old:
+            change += f" - ({old}.deleted = 0) * {value.format(row=old)}"
+        changes.append(f"{column} = {change}")
+    return f"UPDATE knowledge_stores SET {', '.join(changes)} WHERE number = {new or old}.store;"
+
+
+TRIGGERS = f"""
+CREATE TRIGGER knowledge_files_added AFTER INSERT ON knowledge_files BEGIN {sums("NEW", "")} END;
+CREATE TRIGGER knowledge_files_changed AFTER UPDATE ON knowledge_files BEGIN {sums("NEW", "OLD")} END;
+CREATE TRIGGER knowledge_files_removed AFTER DELETE ON knowledge_files BEGIN {sums("", "OLD")} END;
+CREATE TRIGGER knowledge_file_gone AFTER UPDATE OF state ON files WHEN NEW.state = 2 BEGIN
+    UPDATE knowledge_files SET deleted = 1 WHERE file = NEW.name AND deleted = 0;
+END;
+"""
+HELD = ("(1 - {row}.deleted) * ({row}.held + 512 + LENGTH(CAST({row}.metadata AS BLOB)) "
+        "+ LENGTH(CAST({row}.name AS BLOB)) + LENGTH(CAST({row}.description AS BLOB)))")
+# Only the end may be changed once a release has had it
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD))
+
+
+def words_table(store: int) -> str:
+    """The name of a store's table of words: FTS5 without content, of the columns heading and text, whose
+    rowid is the number of the passage."""
+    return f"knowledge_words_{store:d}"
+
+
+def make_words(connection: sqlite3.Connection, store: int) -> bool:
+    """Make a store's table of words; False where SQLite has no FTS5."""
+    if connection.execute("SELECT sqlite_compileoption_used('ENABLE_FTS5')").fetchone() != (1,):
+        return False
+    connection.execute(f"CREATE VIRTUAL TABLE {words_table(store)} USING fts5(heading, text, content='', "
+                       "tokenize='unicode61 remove_diacritics 2')")
+    return True
