@@ -11,7 +11,7 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.memory import OwnMemory
@@ -79,11 +79,11 @@ class PlayedWorker(Worker):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, memory=OwnMemory, commons=None, **settings):
-    """A WorkerPool with one played worker and a context of 64 letters. memory, commons: see WorkerPool."""
+def played_pool(worker_class=PlayedWorker, memory=OwnMemory, shared=None, **settings):
+    """A WorkerPool with one played worker and a context of 64 letters. memory, shared: see WorkerPool."""
     settings = Settings(**settings)
-    commons = commons or Commons(Prefixes(settings))
-    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, memory)
+    shared = shared or SharedResources(Prefixes(settings))
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=shared.prefixes), shared, memory)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)

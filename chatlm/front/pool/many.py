@@ -96,7 +96,7 @@ class ManyModels:
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
-        self.opener.commons.start()
+        self.opener.shared.start()
         self.run("finding the models", self._open_all)
 
     async def wait_ready(self):
@@ -111,7 +111,7 @@ class ManyModels:
             self.stage = (stage, fraction)
             loop.call_soon_threadsafe(self.catalogue.on_progress, stage, fraction)
 
-        await self.opener.commons.admission.sandboxes["templates"].start()
+        await self.opener.shared.admission.sandboxes["templates"].start()
         for choice in self.settings.several:
             self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None

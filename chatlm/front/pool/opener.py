@@ -17,7 +17,7 @@ from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
 from chatlm.common.processes.launch import ranks_here
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.local_devices import LocalDevices, choose_devices, cuda_device_count
 from chatlm.front.pool.models import Model
 from chatlm.front.pool.pool import WorkerPool
@@ -55,8 +55,8 @@ class Opener:
         self.survey = Survey(command)
         self.workers = 0  # so far
         self.prefixes = Prefixes(settings)
-        self.commons = Commons(self.prefixes)
-        self.commons.join(self)
+        self.shared = SharedResources(self.prefixes)
+        self.shared.join(self)
         budget = settings.models_memory  # None on a GPU: the survey reads how much it has
         if budget is None and not self._on_gpus(settings):
             budget = int(available_memory() * (1 - self.RESERVE))
@@ -147,7 +147,7 @@ class Opener:
                            models=self.settings.models)  # adapters may come from there
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
-        pool = WorkerPool(settings, placement, self.commons, share_of)
+        pool = WorkerPool(settings, placement, self.shared, share_of)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)
@@ -166,5 +166,5 @@ class Opener:
     async def close(self):
         """Make no more pools, and close those that are open: who would have closed them may be gone."""
         await self.survey.close()
-        await asyncio.gather(*(user.close() for user in self.commons.users if user is not self))
-        await self.commons.leave(self)
+        await asyncio.gather(*(user.close() for user in self.shared.users if user is not self))
+        await self.shared.leave(self)

@@ -25,7 +25,7 @@ from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.body_tasks import BodyTasks
 from chatlm.front.intake.envelope import make_envelope, unpacked_envelope
 from chatlm.front.intake.intake import Intake
-from chatlm.front.intake.sandboxed import Shelf
+from chatlm.front.intake.sandboxed import OpenBodyCache
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.terminal.batch import Local
@@ -189,17 +189,17 @@ async def test_a_body_is_forgotten_once_read(models, intake, crossings, model, f
 
 def test_a_sandbox_drops_bodies_of_other_tickets():
     """It drops those without one too, and opens what it is sent."""
-    shelf = Shelf()
-    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
+    cache = OpenBodyCache()
+    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), cache)
     for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
-        shelf.turn_to(ticket)
+        cache.keep_only(ticket)
         assert unpacked_envelope(
             tasks.open("/tokenize", None, 9, (), json.dumps({"model": model}).encode()).data).model == model
-        shelf.turn_to(ticket)
-        assert shelf.body.model == model
+        cache.keep_only(ticket)
+        assert cache.body.model == model
     for ticket in (3, 0, 0):
-        shelf.turn_to(ticket)
-        assert shelf.body is None
+        cache.keep_only(ticket)
+        assert cache.body is None
         with pytest.raises(AssertionError, match="the front thinks"):
             tasks.open("/tokenize", None, 9, ())
         tasks.open("/tokenize", None, 9, (), b"{}")
