@@ -38,7 +38,7 @@ HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
 @record
-class Sighting:
+class FoundFiles:
     """A model, a checkpoint or an adapter below a folder, as a scan finds it."""
 
     path: Path

@@ -12,7 +12,7 @@ from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
     AS_TRAINED, CheckpointPlace, checkpoints_in, is_wanted, meta_of, nanochat_tokenizers, step_of)
-from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
+from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainers import foreign, is_build_nanogpt
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, is_litgpt
 from chatlm.common.records import record
@@ -22,7 +22,7 @@ CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Tra
 
 
 @record
-class RunStep(Sighting):
+class RunStep(FoundFiles):
     """A checkpoint as its files are now, complete or not."""
 
     step: int = 0

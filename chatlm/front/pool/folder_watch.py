@@ -13,11 +13,11 @@ from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import shown_bytes
-from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.folder_scanner import FolderScanner
 
 if TYPE_CHECKING:
     from chatlm.common.config import ModelChoice
-    from chatlm.common.hub.folder import Files
+    from chatlm.common.hub.folder import ModelFiles
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
@@ -35,7 +35,7 @@ class FolderWatch:
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.models or "").expanduser()
-        self.sightings = Sightings(lambda: find_models(self.folder, self._stop_if_closing),
+        self.scanner = FolderScanner(lambda: find_models(self.folder, self._stop_if_closing),
                                    lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
 
     def _stop_if_closing(self):
@@ -44,24 +44,24 @@ class FolderWatch:
 
     async def begin(self):
         """Find the models at the start. The caller opens them."""
-        await self.sightings.look()
-        there = [*self.sightings.there.values()]
+        await self.scanner.look()
+        there = [*self.scanner.there.values()]
         for files, choice in zip(there, named_models(self.folder, there, taken=self._other_names())):
             model = await self._resolve(choice, files)
             if model:
                 self.registry.add(model)
 
     async def run(self):
-        await self.sightings.run(self.update)
+        await self.scanner.run(self.update)
 
     @property
     def _mine(self) -> dict[Path, Model]:
         """Path -> model, for the models that were found below the folder."""
         return {Path(model.choice.path): model for model in self.registry.models if model.stamp}
 
-    async def update(self, settled: Seq[Files]):
+    async def update(self, settled: Seq[ModelFiles]):
         """Drop models whose files have changed or are gone, and serve what has become complete."""
-        there = self.sightings.there
+        there = self.scanner.there
         leaving = []
         for path, model in self._mine.items():
             is_changed = path not in there or there[path].stamp != model.stamp
@@ -83,7 +83,7 @@ class FolderWatch:
     def is_coming(self, name: str) -> bool:
         """Is it a name of a model that is not served yet, because its files are still changing?"""
         mine = self._mine
-        new = [files for files in self.sightings.there.values() if files.path not in mine]
+        new = [files for files in self.scanner.there.values() if files.path not in mine]
         if not new:
             return False
         choices = [choice for files, choice in self._named(new) if files.path not in mine]
@@ -109,7 +109,7 @@ class FolderWatch:
         model.reason = ""
         return pool
 
-    async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
+    async def _open(self, choice: ModelChoice, files: ModelFiles, old: Model | None):
         """Serve a new model, or the new version of an old one."""
         model = await self._resolve(choice, files)
         if model is None:
@@ -124,7 +124,7 @@ class FolderWatch:
             models.append(model)
         self.many.serve(model)
 
-    async def _resolve(self, choice: ModelChoice, files: Files) -> Model | None:
+    async def _resolve(self, choice: ModelChoice, files: ModelFiles) -> Model | None:
         """Find a model's files; None if they were removed meanwhile."""
         try:
             model = await self.many.opener.resolve(choice)
@@ -141,16 +141,16 @@ class FolderWatch:
 
     def name_models(self):
         """Name the models after their current files. `latest` goes to the newest step that can be served."""
-        there = self.sightings.there
+        there = self.scanner.there
         mine = self._mine
         for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
             mine[path].rename(mine[path].name, ())
         for files, choice in self._named():
             mine[files.path].rename(choice.name, choice.aliases)
 
-    def _named(self, new: Seq[Files] = ()) -> Iterator[tuple[Files, ModelChoice]]:
+    def _named(self, new: Seq[ModelFiles] = ()) -> Iterator[tuple[ModelFiles, ModelChoice]]:
         """The files that are served, and these new ones, with the names that they should have."""
-        there = self.sightings.there
+        there = self.scanner.there
         mine = self._mine
         shown = [files for files in there.values() if files.path in mine or files in new]
         unable = {str(files.path) for files in shown if files.path not in mine or not mine[files.path].pool}
@@ -163,7 +163,7 @@ class FolderWatch:
         adapters = await asyncio.to_thread(lambda: [
             (files, matching_bases(files.path, models)) for files in adapters_below(self.folder)])
         unclear = [(files, bases) for files, bases in adapters if len(bases) != 1]
-        self.sightings.note("adapters", {
+        self.scanner.note("adapters", {
             files.path: f"the adapter {files.name} is not served: its base_model_name_or_path matches "
                         f"{'several' if bases else 'none'} of the models"
             for files, bases in unclear if files.stamp})
@@ -173,7 +173,7 @@ class FolderWatch:
             own = [files for files, bases in adapters if bases == [model]]
             own += [AdapterFiles(files.path) for files, _ in unclear]  # these stay as they are
             watch = model.pool.adapters.watch
-            await watch.update(watch.sightings.compare(own))
+            await watch.update(watch.scanner.compare(own))
 
 
 def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:

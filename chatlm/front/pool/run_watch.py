@@ -21,7 +21,7 @@ from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import NoRoom, Residency
 from chatlm.front.pool.run_names import RunNames
-from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.folder_scanner import FolderScanner
 
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import RunStep
@@ -75,7 +75,7 @@ class RunWatch:
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
         self.models: dict[RunStep, Model] = {}  # being served
         self.left_out: list[RunStep] = []       # what -g and -i leave out
-        self.sightings = Sightings(
+        self.scanner = FolderScanner(
             self._find, lambda: [step.stamp for step in self.models], self.WATCH_S)
         self.names = RunNames(self.folder)
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
@@ -86,7 +86,7 @@ class RunWatch:
     async def begin(self):
         """Open the last step of each run. The others follow while requests are served."""
         await self.work.begin()
-        last = {step.run: step for step in await self.sightings.look()}
+        last = {step.run: step for step in await self.scanner.look()}
         await self._open([*last.values()])
         await self._read_logs()
         if not self.models:
@@ -109,7 +109,7 @@ class RunWatch:
         return chosen
 
     async def run(self):
-        await self.sightings.run(self.update, self._pause)
+        await self.scanner.run(self.update, self._pause)
 
     async def _pause(self, seconds: float):
         next_s = time.monotonic() + seconds
@@ -120,7 +120,7 @@ class RunWatch:
         """Serve checkpoints that have become complete. Stop serving those that have changed or are gone."""
         await self._read_logs()  # first: nothing may wait between a dismissal and `follow`
         for step, model in [*self.models.items()]:
-            now = self.sightings.there.get(step.path)
+            now = self.scanner.there.get(step.path)
             if not now or now.stamp != step.stamp:
                 self._dismiss(step, "was replaced" if now and not now.missing else "was removed")
             elif model.is_read:  # a worker found other files, which have been put back since
@@ -132,8 +132,8 @@ class RunWatch:
     def is_coming(self, name: str) -> bool:
         """Is it the name of a checkpoint that is not served yet, because its files are being written,
         replaced or read? The same holds for `latest` of a run that only has such checkpoints."""
-        for step in self.sightings.there.values():
-            if step in self.models or self.sightings.is_final(step):
+        for step in self.scanner.there.values():
+            if step in self.models or self.scanner.is_final(step):
                 continue
             of_run = self.names.of(step.run)
             latest = () if step.run in self.last else (of_run.latest,)
@@ -146,12 +146,12 @@ class RunWatch:
         """The steps whose files are gone, as GET /v1/runs/ID lists them."""
         folders = {run: os.path.realpath(run) for run in self.names.known}
         runs = {folders[run]: name for run, name in self.names.known.items()}
-        there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
+        there = {(folders.get(step.run, ""), step.step) for step in self.scanner.there.values()}
         there |= {(os.path.realpath(step.run), step.step) for step in self.left_out}
         return await self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
     async def _open(self, steps: Iterable[RunStep]):
-        self.names.learn(self.sightings.there.values())  # whichever of them is complete first
+        self.names.learn(self.scanner.there.values())  # whichever of them is complete first
         for step in steps:
             name = self.names.of(step.run).step(step.step)
             if step.missing:
@@ -207,7 +207,7 @@ class RunWatch:
                 await self.work.note_written(model)
 
     def _refuse(self, step: RunStep, reason: str, is_whole: bool = False):
-        self.sightings.refuse(step.stamp, is_whole=is_whole)
+        self.scanner.refuse(step.stamp, is_whole=is_whole)
         log.warning("%s", reason)
 
     def _give_latest(self):

@@ -308,8 +308,8 @@ async def test_a_broken_adapter_is_told_once(start, model, client, tmp_path, mon
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
     lines = lambda: [record for record in caplog.records if "cannot be served" in record.getMessage()]
-    looks, look = [], pool.adapters.watch.sightings.look
-    monkeypatch.setattr(pool.adapters.watch.sightings, "look", lambda: (looks.append(1), look())[1])
+    looks, look = [], pool.adapters.watch.scanner.look
+    monkeypatch.setattr(pool.adapters.watch.scanner, "look", lambda: (looks.append(1), look())[1])
     async with served(pool) as url:
         before = await text_of(client, url, "ad0")
         (folder / "adapter_config.json").write_text("")  # as a writer has it for a moment

@@ -148,7 +148,7 @@ async def test_a_rewritten_step_is_waited_for(start_folder, nanochat_fixtures, c
                 file.write(whole[file.tell():])
 
         writing = asyncio.ensure_future(write())
-        await until(lambda: paths[1] in watch.sightings.there)
+        await until(lambda: paths[1] in watch.scanner.there)
         for name in ("d4@652", "nanochat-d4-sft@652") * 2:
             status, body, headers = await ask(client, url, name)
             assert status == 503 and int(headers["Retry-After"]) > 0 and "being written" in body["error"]["message"]

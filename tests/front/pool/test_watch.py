@@ -261,7 +261,7 @@ async def test_a_refused_checkpoint_becomes_unknown(run_folder, watching, client
         whole = file_of(run_folder, 2).read_bytes()
         file_of(run_folder, 2).write_bytes(whole[:1000])
         watch, = models.source.watches
-        await until(lambda: watch.sightings.refused)
+        await until(lambda: watch.scanner.refused)
         status, body = await ask(client, url, "d2-base@2")
         assert status == 503 and "being written" in body["error"]["message"]     # the trainer may have paused
         os.utime(file_of(run_folder, 2), (1e9, 1e9))
@@ -282,8 +282,8 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
         model, aside = models.find("d2-base@2").model, run_folder / "aside"
         before = (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"]
         watch, = models.source.watches
-        seen = watch.sightings.find()
-        watch.sightings.find = lambda: seen                  # no scan sees that the file is away
+        seen = watch.scanner.find()
+        watch.scanner.find = lambda: seen                  # no scan sees that the file is away
         file_of(run_folder, 2).rename(aside)
         model.pool.workers[0].kill()
         await until(lambda: model.pool is None or model not in models.registry.models)
@@ -765,7 +765,7 @@ async def test_a_watched_tag_is_served_alone(run_folder, watching, client, caplo
         for written in (("d4", 4), ("d2", 2), ("d2", 5, "chatsft")):        # the other tag gets a step too
             copied(run_folder, *written)
         [runs] = models.source.watches
-        scanned = lambda: {step.step for step in [*runs.sightings.there.values(), *runs.left_out]}
+        scanned = lambda: {step.step for step in [*runs.scanner.there.values(), *runs.left_out]}
         await until(lambda: known() == later and scanned() == {1, 2, 3, 4, 5})
         async with client.get(url + "/v1/runs") as response:
             runs = {run["id"] for lineage in (await response.json())["data"] for run in lineage["runs"]}
