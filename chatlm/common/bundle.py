@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from chatlm.common import contents, libraries
-from chatlm.common.contents import Contents, Model, contents_of
+from chatlm.common.contents import Contents, BundledModel, contents_of
 from chatlm.common.core import core_package, find_core, interface_of, lacks, versions
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
@@ -266,7 +266,7 @@ def needed_glibc(packed: Seq[Libraries]) -> str:
     return f" (glibc {needed[-1]} or newer)" if needed else ""
 
 
-def copy_model(path: Path, file: BinaryIO) -> Model:
+def copy_model(path: Path, file: BinaryIO) -> BundledModel:
     """Copy a GGUF file. If the path is a bundle that begins with one, copy that."""
     name = path.stem
     left = path.stat().st_size
@@ -284,7 +284,7 @@ def copy_model(path: Path, file: BinaryIO) -> Model:
             left -= len(data)
     if left:
         raise ConfigError(f"{path} became shorter while it was copied")
-    return Model(name, size, digest.hexdigest())
+    return BundledModel(name, size, digest.hexdigest())
 
 
 def check_target(path: Path):

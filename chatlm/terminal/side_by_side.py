@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
-from chatlm.common.config import LIMITS, ModelChoice
+from chatlm.common.config import LIMITS, ModelEntry
 from chatlm.common.errors import ConfigError, visible
 from chatlm.common.files import read_text_of
 from chatlm.common.jsontext import as_json, dump
@@ -80,7 +80,7 @@ class Column:
 
 async def compare(settings: Settings) -> int:
     """The `compare` command: prints the answers one below the other; returns 1 if one failed."""
-    names = [choice.path for choice in settings.several]
+    names = [entry.path for entry in settings.several]
     if not 2 <= len(names) <= LIMITS.compared:
         raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, not {len(names)}; the "
                           "question comes after -p")
@@ -185,11 +185,11 @@ async def score(settings: Settings) -> int:
     if settings.text is None:
         raise ConfigError("score needs --text FILE, the text to score")
     text = read_text_of(settings.text, "--text")
-    for choice in settings.several or (ModelChoice(""),):
-        one_model = replace(settings, model=choice.path or None, several=())
+    for entry in settings.several or (ModelEntry(""),):
+        one_model = replace(settings, model=entry.path or None, several=())
         async with open_pool(one_model) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
-            name = choice.path or pool.model_name
+            name = entry.path or pool.model_name
             began_s = time.monotonic()
             scored = await score_text(PoolScorer(pool), text)
         if settings.json:

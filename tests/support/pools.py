@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from chatlm.common.config import ModelChoice, Settings
+from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -51,7 +51,7 @@ async def started():
 @pytest.fixture
 async def one_and_two(nanochat_fixtures, started):
     """A catalogue of two tiny models, "one" and "two"."""
-    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
+    choices = tuple(ModelEntry(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
     return await started(many_models(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, TypeVar
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import error_text, printable, require_folder
 from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.common.hub.nanochat import checkpoints_in, step_of
@@ -35,8 +35,8 @@ class ModelFiles(FoundFiles):
     tag: str = ""            # the name of that run
 
     @property
-    def choice(self) -> ModelChoice:
-        return ModelChoice(str(self.path), self.name)
+    def entry(self) -> ModelEntry:
+        return ModelEntry(str(self.path), self.name)
 
     @property
     def run(self) -> Path | None:
@@ -65,7 +65,7 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
 
 
 def named_models(folder: Path, found: Seq[ModelFiles], unable: Container[str] = (),
-                 taken: Container[str] = ()) -> list[ModelChoice]:
+                 taken: Container[str] = ()) -> list[ModelEntry]:
     """The names of a folder's models, in the order of `found`.
 
     If a run has several steps, each step's name has its number; the last step that can be served also
@@ -73,35 +73,35 @@ def named_models(folder: Path, found: Seq[ModelFiles], unable: Container[str] = 
     unable: paths of models that cannot be served. taken: names of other models."""
     last: dict[Path, ModelFiles] = {}
     for files in found:
-        if files.run and (files.run not in last or files.choice.path not in unable):
+        if files.run and (files.run not in last or files.entry.path not in unable):
             last[files.run] = files
     steps = Counter(files.run for files in found)
-    choices = []
+    entries = []
     for files in found:
         if files.run:
-            choices.append(step_choice(files, last[files.run] is files, steps[files.run] > 1))
+            entries.append(checkpoint_entry(files, last[files.run] is files, steps[files.run] > 1))
         else:
-            choices.append(files.choice)
-    names = Counter(choice.name for choice in choices)
+            entries.append(files.entry)
+    names = Counter(entry.name for entry in entries)
     aliases = Counter()
-    for choice in choices:
-        aliases.update(choice.aliases)
+    for entry in entries:
+        aliases.update(entry.aliases)
     ambiguous = {*names, *(alias for alias, count in aliases.items() if count > 1)}
     named = []
-    for choice in choices:
-        name = choice.name
+    for entry in entries:
+        name = entry.name
         number = 2
         if names[name] > 1 or name in taken:
-            name = path_name(folder, Path(choice.path))
+            name = path_name(folder, Path(entry.path))
         while name in taken or any(name == other.name for other in named):  # odd characters were replaced
-            name = f"{choice.name}-{number}"
+            name = f"{entry.name}-{number}"
             number += 1
-        own = [alias for alias in choice.aliases if alias not in ambiguous and alias not in taken]
-        named.append(replace(choice, name=name, aliases=tuple(own)))
+        own = [alias for alias in entry.aliases if alias not in ambiguous and alias not in taken]
+        named.append(replace(entry, name=name, aliases=tuple(own)))
     return named
 
 
-def step_choice(files: ModelFiles, last: bool, several: bool) -> ModelChoice:
+def checkpoint_entry(files: ModelFiles, last: bool, several: bool) -> ModelEntry:
     """The names of one step of a run. last: it is the newest that can be served. several: its run
     has several."""
     name = files.name
@@ -113,7 +113,7 @@ def step_choice(files: ModelFiles, last: bool, several: bool) -> ModelChoice:
         aliases.append(name)
     if several:
         name = f"{name}@{files.step}"
-    return replace(files.choice, name=name, aliases=tuple(aliases))
+    return replace(files.entry, name=name, aliases=tuple(aliases))
 
 
 def shown_name(name: str) -> str:

@@ -20,7 +20,7 @@ from chatlm.front.evals.scores import PoolScorer
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.evals.step_work import DutyWork
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -39,11 +39,11 @@ class ForwardCheck:
         self.said: set[tuple[str, str]] = set()  # (run, warning) that the log has already
         self.rows: tuple[tuple, list[list[int]]] = ((), [])  # of the last shard, for the next checkpoint
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.evaluation is None or model.is_compared or (
             model.saved_s <= self.agreed_s.get(run_of(model), -1.0))
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: StepResult):
         """What did not agree is compared again by the next server: the right texts may be here now."""
         if result.fields and result.fields["forward"]["agrees"]:
             model.is_compared = True
@@ -74,7 +74,7 @@ class ForwardCheck:
             self._say(run_of(model), f"the val_bpb of {model.name} is not compared with our own: {lack}")
         return StepResult(FORWARD)
 
-    def _result(self, model: Model, found: LossComparison, path: Path) -> StepResult:
+    def _result(self, model: ServedModel, found: LossComparison, path: Path) -> StepResult:
         own = round(found.ours, 6) if math.isfinite(found.ours) else None
         model.own_val_bpb = own
         if found.agrees:
@@ -117,11 +117,11 @@ class ForwardCheck:
         return self.rows[1]
 
 
-def run_of(model: Model) -> str:
+def run_of(model: ServedModel) -> str:
     return model.run.run if model.run else ""
 
 
-def why_not(model: Model, pool: WorkerPool, evaluation: Evaluation) -> str:
+def why_not(model: ServedModel, pool: WorkerPool, evaluation: Evaluation) -> str:
     """Why a model as it is served cannot be compared; "" if it can."""
     settings = model.settings
     scorer = PoolScorer(pool)

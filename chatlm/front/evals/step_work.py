@@ -30,14 +30,14 @@ from chatlm.front.evals.run_results import (
     suite_key, text_key, text_result)
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.models import Served
+from chatlm.front.pool.models import ModelOrAdapter
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.steps import RunStep
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_names import RunName
 
@@ -54,7 +54,7 @@ class Postponed(ChatServerError):
 class DutyWork:
     """What a duty works with."""
 
-    model: Model
+    model: ServedModel
     pool: WorkerPool
     yields: Callable[[], None]  # a duty calls it often; it may raise an exception to end the work
 
@@ -65,10 +65,10 @@ class Duty(Protocol):
     kind: str  # the kind and the key of its results
     key: str
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         ...
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: StepResult):
         """Let the model show a result, be it new or an old one."""
         ...
 
@@ -86,10 +86,10 @@ class TextDuty:
         self.text = text
         self.key = text_key(text)
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.bits_per_byte is not None
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: StepResult):
         if result.score:
             model.bits_per_byte = result.score.bits_per_byte
 
@@ -113,10 +113,10 @@ class PromptsDuty:
         self.prompts = prompts
         self.key = prompts_key(prompts)
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return bool(model.samples)
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: StepResult):
         model.samples = result.samples
 
     async def find(self, work: DutyWork) -> StepResult:
@@ -143,10 +143,10 @@ class SuiteDuty:
         for task in suite.tasks:
             drawn_items(task, most)  # raises now if an item is broken
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.judged is not None
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: StepResult):
         model.judged = dict(result.metrics)
         model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
@@ -178,13 +178,13 @@ class StepWork:
     """Does its duties for one checkpoint after another, the newest first, with rows and memory that nothing
     else needs. Results are kept in the checkpoint's model and in the results of its run."""
 
-    def __init__(self, many: ManyModels, models: Mapping[RunStep, Model]):
+    def __init__(self, many: ManyModels, models: Mapping[RunStep, ServedModel]):
         self.many = many
         self.models = models
         settings = many.settings
         self.failed: set[tuple[RunStep, str]] = set()  # (step, kind of duty)
         # what `describe_step` says of each model
-        self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()
+        self.steps: WeakKeyDictionary[ServedModel, tuple[StepOfRun, str]] = WeakKeyDictionary()
         self.duties: list[Duty] = [ForwardCheck()]
         run_log = RunLog(settings.run_log) if settings.run_log is not None else None
         self.results = RunResults(kept_folder(settings), run_log)
@@ -207,7 +207,7 @@ class StepWork:
         served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
         return await asyncio.to_thread(self.results.removed, watched, runs, there, served)
 
-    async def opened(self, step: RunStep, model: Model):
+    async def opened(self, step: RunStep, model: ServedModel):
         """Note that a checkpoint is served now: keep what its training wrote, and show what is known about
         its weights."""
         if not model.pool:
@@ -217,14 +217,14 @@ class StepWork:
         for duty in self.duties:
             await self._recall(duty, model)
 
-    async def note_written(self, model: Model):
+    async def note_written(self, model: ServedModel):
         """Keep what a checkpoint's training wrote about it, beside it and in logs."""
         if model in self.steps:
             found = {**model.logged, **model.written}
             fields = {"written": found} if found else {}
             await self.results.add(self.steps[model][0], StepResult(WRITTEN, "", fields, found))
 
-    async def _recall(self, duty: Duty, model: Model):
+    async def _recall(self, duty: Duty, model: ServedModel):
         """Show a result that is known of these weights, and keep it as a result of this step too."""
         step, made_by = self.steps[model]
         found = self.results.find(step.digest, duty.kind, duty.key, made_by)
@@ -252,7 +252,7 @@ class StepWork:
             await asyncio.sleep(0.5)
         await self.results.write_again()
 
-    def _duties_left(self, step: RunStep, model: Model) -> list[Duty]:
+    def _duties_left(self, step: RunStep, model: ServedModel) -> list[Duty]:
         return [duty for duty in self.duties
                 if not duty.done(model) and (step, duty.kind) not in self.failed]
 
@@ -268,7 +268,7 @@ class StepWork:
             if not self._may_load(model):
                 raise Postponed("other models need the memory")
 
-        pool = Served(model).pool
+        pool = ModelOrAdapter(model).pool
         was_loaded = model.state == "ready"
         try:
             result = await duty.find(DutyWork(model, pool, check_room))
@@ -282,7 +282,7 @@ class StepWork:
         if not (was_loaded or pool.dispatcher.jobs or pool.dispatcher.in_use):
             model.unload()
 
-    def _may_load(self, model: Model) -> bool:
+    def _may_load(self, model: ServedModel) -> bool:
         """Whether a model is loaded, or fits into free memory that no other model waits for."""
         residency = self.many.residency
         share = residency.share_of(model.pool)
@@ -310,7 +310,7 @@ def kept_folder(settings: Settings) -> Path | None:
         return None
 
 
-def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
+def describe_step(step: RunStep, model: ServedModel, pool: WorkerPool) -> tuple[StepOfRun, str]:
     """The names of a checkpoint in its results, and a digest of what decides these beside its weights and the
     question: its other files, and how it is computed here."""
     files = []

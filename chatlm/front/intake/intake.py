@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.additions import Added
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.models import ServedModel, ModelOrAdapter
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -76,7 +76,7 @@ class Intake:
     # what a caller wants of a body
 
     async def answer(self, arrival: Arrival, reading: Holding, holding: Holding,
-                     offered: bytes = b"null") -> tuple[Served, ParsedBody]:
+                     offered: bytes = b"null") -> tuple[ModelOrAdapter, ParsedBody]:
         """Read the body of a route that answers. `reading` holds its bytes, and gives them back once it is
         read. `holding` then accounts for what is kept of a large body.
 
@@ -91,7 +91,7 @@ class Intake:
             return await self._answer(whole, reading, holding)
 
     async def _answer(self, arrival: Arrival, reading: Holding,
-                      holding: Holding) -> tuple[Served, ParsedBody]:
+                      holding: Holding) -> tuple[ModelOrAdapter, ParsedBody]:
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
         await self.decode_pictures(arrival, served, holding)
         added = arrival.added
@@ -108,7 +108,7 @@ class Intake:
         return served, parsed
 
     async def text(self, arrival: Arrival, holding: Holding, sees: bool = True,
-                   offered: bytes = b"null") -> tuple[Served, str, bytes]:
+                   offered: bytes = b"null") -> tuple[ModelOrAdapter, str, bytes]:
         """Read the body of any other route. Returns the model, the fields without effect, and the text to
         answer with. sees: must the model see its pictures? offered: as for `answer`."""
         if offered != b"null":
@@ -121,7 +121,7 @@ class Intake:
         ignored, _, text = text.partition(b"\n")
         return served, ignored.decode(), text
 
-    async def variants(self, arrival: Arrival, holding: Holding, served: Served, indices: Seq[int],
+    async def variants(self, arrival: Arrival, holding: Holding, served: ModelOrAdapter, indices: Seq[int],
                        seed: int) -> list[ParsedBody]:
         """Read what a body of /v1/compare asks of one model, with or without adapters. indices: the numbers
         of its answers. `holding` then accounts for what is kept of a large body."""
@@ -131,7 +131,7 @@ class Intake:
             holding.keep(sum(parsed.size for parsed in read))
         return [replace(parsed, request=with_pixels(parsed.request, arrival.pictures)) for parsed in read]
 
-    async def line(self, arrival: Arrival, served: Served, holding: Holding) -> ParsedBody:
+    async def line(self, arrival: Arrival, served: ModelOrAdapter, holding: Holding) -> ParsedBody:
         """Read a line of a batch. Raises RequestError as its route would."""
         await self.decode_pictures(arrival, served, holding)
         [parsed] = await self._read(arrival, served, "line")
@@ -157,7 +157,7 @@ class Intake:
                 checked[index] = line
         return checked
 
-    async def _check_again(self, caller: Caller, name: str, usual: Served, lines: Seq[NumberedLine],
+    async def _check_again(self, caller: Caller, name: str, usual: ModelOrAdapter, lines: Seq[NumberedLine],
                            checked: Seq[CheckedLine]) -> Seq[CheckedLine]:
         """Check lines for the model that they name. checked: what the usual model says about them."""
         try:
@@ -171,7 +171,8 @@ class Intake:
         except ChatServerError:  # such as while the model loads: what is wrong shows when a line is run
             return [line._replace(problem="") for line in checked]
 
-    async def _check(self, caller: Caller, served: Served, lines: Seq[NumberedLine]) -> list[CheckedLine]:
+    async def _check(self, caller: Caller, served: ModelOrAdapter,
+                     lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """Check lines for one model. Many lines are read in a sandbox: 200 MB take many seconds. While the
         model loads, only their form is checked: what is wrong with a body shows when its line is run."""
         refusal = self.why_blind(served.pool)
@@ -195,7 +196,7 @@ class Intake:
                 await asyncio.sleep(0)  # let other tasks run
         return checked
 
-    async def _check_in_sandbox(self, caller: Caller, served: Served, lines: Seq[NumberedLine],
+    async def _check_in_sandbox(self, caller: Caller, served: ModelOrAdapter, lines: Seq[NumberedLine],
                                 refusal: str) -> list[CheckedLine]:
         admission = served.pool.admission
         with admission.prepare(caller.client):
@@ -263,7 +264,7 @@ class Intake:
             self.forgetting.add(forgetting)
             forgetting.add_done_callback(self.forgetting.discard)
 
-    async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
+    async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> ModelOrAdapter:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
         version of the adapter. Raises RequestError if there is none, or if it has failed."""
         served = self.catalogue.find(name, bound)
@@ -273,7 +274,7 @@ class Intake:
         await pool.version.current()
         return served._replace(version=pool.version.number)
 
-    def _models_that_see(self) -> list[Model]:
+    def _models_that_see(self) -> list[ServedModel]:
         return [model for model in self.catalogue.registry.models
                 if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
 
@@ -295,7 +296,7 @@ class Intake:
         return "this model cannot see images" + (
             f"; of the models here, these can: {others}" if others else "")
 
-    async def decode_pictures(self, arrival: Arrival, served: Served, holding: Holding):
+    async def decode_pictures(self, arrival: Arrival, served: ModelOrAdapter, holding: Holding):
         """Decode a body's pictures, once, however many models see them. Their pixels are held as long as
         `holding`. Raises RequestError if the model cannot see, or if a picture cannot be read."""
         envelope = arrival.envelope
@@ -319,7 +320,7 @@ class Intake:
         arrival.files = {picture.digest: data for picture, (_, data) in zip(pictures, envelope.lift.files)}
         envelope.show(pictures)
 
-    async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
+    async def _read(self, arrival: Arrival, served: ModelOrAdapter, task: str, *arguments) -> Any:
         """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where. Raises Overloaded
         while the model loads: what it can do is not known yet, so nothing that a body asks of it can be
         refused."""

@@ -16,10 +16,10 @@ from chatlm.front.pool.residency import shown_bytes
 from chatlm.front.pool.folder_scanner import FolderScanner
 
 if TYPE_CHECKING:
-    from chatlm.common.config import ModelChoice
+    from chatlm.common.config import ModelEntry
     from chatlm.common.hub.folder import ModelFiles
     from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -46,8 +46,8 @@ class FolderWatch:
         """Find the models at the start. The caller opens them."""
         await self.scanner.look()
         there = [*self.scanner.there.values()]
-        for files, choice in zip(there, named_models(self.folder, there, taken=self._other_names())):
-            model = await self._resolve(choice, files)
+        for files, entry in zip(there, named_models(self.folder, there, taken=self._other_names())):
+            model = await self._resolve(entry, files)
             if model:
                 self.registry.add(model)
 
@@ -55,9 +55,9 @@ class FolderWatch:
         await self.scanner.run(self.update)
 
     @property
-    def _mine(self) -> dict[Path, Model]:
+    def _mine(self) -> dict[Path, ServedModel]:
         """Path -> model, for the models that were found below the folder."""
-        return {Path(model.choice.path): model for model in self.registry.models if model.stamp}
+        return {Path(model.entry.path): model for model in self.registry.models if model.stamp}
 
     async def update(self, settled: Seq[ModelFiles]):
         """Drop models whose files have changed or are gone, and serve what has become complete."""
@@ -72,10 +72,10 @@ class FolderWatch:
             if pool:
                 await self.many.remove(pool)
         known = self._mine
-        for files, choice in self._named(settled):
+        for files, entry in self._named(settled):
             old = known.get(files.path)
             if files in settled and not (old and self._in_memory(old)):
-                await self._open(choice, files, old)
+                await self._open(entry, files, old)
         self.name_models()
         await self.many.opener.survey.close()
         await self.share_adapters()
@@ -86,16 +86,16 @@ class FolderWatch:
         new = [files for files in self.scanner.there.values() if files.path not in mine]
         if not new:
             return False
-        choices = [choice for files, choice in self._named(new) if files.path not in mine]
-        return any(is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
-                   for choice in choices)
+        entries = [entry for files, entry in self._named(new) if files.path not in mine]
+        return any(is_among(name, accepted_names((entry.name, *entry.aliases), entry.path))
+                   for entry in entries)
 
-    def _in_memory(self, model: Model) -> bool:
+    def _in_memory(self, model: ServedModel) -> bool:
         """Is it in memory, or does a request wait for it?"""
         share = self.many.residency.share_of(model.pool)
         return share is not None and (share.taken or share.pool.dispatcher.is_needed)
 
-    def _let_go(self, model: Model, there: bool) -> WorkerPool | None:
+    def _let_go(self, model: ServedModel, there: bool) -> WorkerPool | None:
         """Forget what was read of a model, whose files have changed or, if not `there`, were removed. Returns
         the pool that it had."""
         if not there:
@@ -109,9 +109,9 @@ class FolderWatch:
         model.reason = ""
         return pool
 
-    async def _open(self, choice: ModelChoice, files: ModelFiles, old: Model | None):
+    async def _open(self, entry: ModelEntry, files: ModelFiles, old: ServedModel | None):
         """Serve a new model, or the new version of an old one."""
-        model = await self._resolve(choice, files)
+        model = await self._resolve(entry, files)
         if model is None:
             return
         await self.many.opener.open(model)
@@ -124,10 +124,10 @@ class FolderWatch:
             models.append(model)
         self.many.serve(model)
 
-    async def _resolve(self, choice: ModelChoice, files: ModelFiles) -> Model | None:
+    async def _resolve(self, entry: ModelEntry, files: ModelFiles) -> ServedModel | None:
         """Find a model's files; None if they were removed meanwhile."""
         try:
-            model = await self.many.opener.resolve(choice)
+            model = await self.many.opener.resolve(entry)
         except ConfigError:
             return None
         model.stamp = files.stamp
@@ -136,8 +136,8 @@ class FolderWatch:
     def _other_names(self, there: Container[Path] = ()) -> set[str]:
         """The names of models that are not below the folder, or no longer."""
         others = [model for model in self.registry.models
-                  if not model.stamp or Path(model.choice.path) not in there]
-        return {name for model in others for name in (model.name, *model.choice.aliases)}
+                  if not model.stamp or Path(model.entry.path) not in there]
+        return {name for model in others for name in (model.name, *model.entry.aliases)}
 
     def name_models(self):
         """Name the models after their current files. `latest` goes to the newest step that can be served."""
@@ -145,10 +145,10 @@ class FolderWatch:
         mine = self._mine
         for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
             mine[path].rename(mine[path].name, ())
-        for files, choice in self._named():
-            mine[files.path].rename(choice.name, choice.aliases)
+        for files, entry in self._named():
+            mine[files.path].rename(entry.name, entry.aliases)
 
-    def _named(self, new: Seq[ModelFiles] = ()) -> Iterator[tuple[ModelFiles, ModelChoice]]:
+    def _named(self, new: Seq[ModelFiles] = ()) -> Iterator[tuple[ModelFiles, ModelEntry]]:
         """The files that are served, and these new ones, with the names that they should have."""
         there = self.scanner.there
         mine = self._mine
@@ -176,7 +176,7 @@ class FolderWatch:
             await watch.update(watch.scanner.compare(own))
 
 
-def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:
+def matching_bases(folder: Path, models: Seq[ServedModel]) -> list[ServedModel]:
     """The models that match the base in an adapter's config."""
     base = base_of(folder)
     return [model for model in models if base and model.source and not is_other_base(

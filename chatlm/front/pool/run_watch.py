@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TYPE_CHECKING
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
-from chatlm.common.hub.nanochat import explicit_choice
+from chatlm.common.hub.nanochat import checkpoint_flags
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.val_bpb import evaluation_of
 from chatlm.common.hub.written import Logs, written_beside
@@ -26,7 +26,7 @@ from chatlm.front.pool.folder_scanner import FolderScanner
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.run_names import RunName
 
 
@@ -36,10 +36,10 @@ class CheckpointWork(Protocol):
     async def begin(self):
         """Awaited before the first checkpoint is opened."""
 
-    async def opened(self, step: RunStep, model: Model):
+    async def opened(self, step: RunStep, model: ServedModel):
         """A checkpoint is served."""
 
-    async def note_written(self, model: Model):
+    async def note_written(self, model: ServedModel):
         """What its training has written about a checkpoint has changed."""
 
     async def removed(self, watched: Path, runs: Mapping[str, RunName],
@@ -69,16 +69,16 @@ class RunWatch:
     SURVEY_S = 20.0  # the process that reads headers ends this long after the last checkpoint
 
     def __init__(self, many: ManyModels,
-                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork]):
+                 step_work: Callable[[ManyModels, Mapping[RunStep, ServedModel]], CheckpointWork]):
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
-        self.models: dict[RunStep, Model] = {}  # being served
+        self.models: dict[RunStep, ServedModel] = {}  # being served
         self.left_out: list[RunStep] = []       # what -g and -i leave out
         self.scanner = FolderScanner(
             self._find, lambda: [step.stamp for step in self.models], self.WATCH_S)
         self.names = RunNames(self.folder)
-        self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
+        self.last: dict[Path, ServedModel] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
         self.logs = Logs()
         self.work = step_work(many, self.models)
@@ -90,14 +90,14 @@ class RunWatch:
         await self._open([*last.values()])
         await self._read_logs()
         if not self.models:
-            log.info("--watch %s: no complete checkpoint%s yet", self.folder, self._choice())
+            log.info("--watch %s: no complete checkpoint%s yet", self.folder, self._flags())
         if self.left_out:
-            log.info("--watch serves only what fits%s; left out: %s", self._choice().removeprefix(" of"),
+            log.info("--watch serves only what fits%s; left out: %s", self._flags().removeprefix(" of"),
                      ", ".join(sorted({run_of(step) for step in self.left_out})))
 
-    def _choice(self) -> str:
-        choice = explicit_choice(self.many.settings)
-        return f" of {choice}" if choice else ""
+    def _flags(self) -> str:
+        entry = checkpoint_flags(self.many.settings)
+        return f" of {entry}" if entry else ""
 
     def _find(self) -> list[RunStep]:
         """Folders without any file of a checkpoint are ignored."""
@@ -168,15 +168,15 @@ class RunWatch:
         if step.adapts:  # served as its base with the adapter merged
             path = await asyncio.to_thread(base_of, step.path)
             merged = {"lora": (str(step.path),)}
-        name = self.registry.renamed(ModelChoice(str(step.path), name)).name
-        choice = ModelChoice(path, name, changes={
+        name = self.registry.renamed(ModelEntry(str(step.path), name)).name
+        entry = ModelEntry(path, name, changes={
             "source": None, "model_tag": None, "step": None, **merged})
         try:
             if not path:
                 raise ConfigError(f"it is an adapter whose {CONFIG} has no base_model_name_or_path")
             written, evaluation = await asyncio.to_thread(
                 lambda: (written_beside(step.path), evaluation_of(step.path)))
-            model = await self.many.opener.resolve(choice)
+            model = await self.many.opener.resolve(entry)
             failure = await self.many.opener.open(model)
         except ConfigError as error:  # it was removed
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
@@ -221,7 +221,7 @@ class RunWatch:
         for run, model in self.last.items():
             name = self.names.of(run)
             names = [name.latest, *[name.latest_of_lineage] * self.names.is_furthest(run)]
-            model.choice = replace(model.choice, aliases=tuple(dict.fromkeys(names)), default=run == default)
+            model.entry = replace(model.entry, aliases=tuple(dict.fromkeys(names)), default=run == default)
 
     def _dismiss(self, step: RunStep, why: str):
         """Stop accepting requests for a checkpoint. Those that it has may end."""
@@ -249,14 +249,14 @@ class RunWatch:
                     newest.load()
                 continue
             if holder:
-                holder.choice = replace(holder.choice, aliases=(), default=False)
+                holder.entry = replace(holder.entry, aliases=(), default=False)
                 if share := self.many.residency.share_of(holder.pool):
                     share.idle_s = share.idle_s or self.LEAVE_S
                 if holder.pool and newest.pool:
                     newest.pool.dispatcher.use.succeed(holder.pool.dispatcher.use)
             self.last[run] = newest
             self._give_latest()
-            for alias in newest.choice.aliases:
+            for alias in newest.entry.aliases:
                 log.info("%s is now %s", alias, newest.name)
         return coming
 
@@ -265,12 +265,12 @@ def run_of(step: RunStep) -> str:
     return f"{step.place.lineage}-{step.place.stage}" if step.place else step.tag
 
 
-def order(model: Model) -> tuple:
+def order(model: ServedModel) -> tuple:
     """A sort key: first the models of no run, then the steps of each run."""
     return model.run.order if model.run else ("", -1, ""), model.step
 
 
-def in_use(model: Model, residency: Residency) -> bool:
+def in_use(model: ServedModel, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
     share = residency.share_of(model.pool)
     if not (share and share.taken and share.pool.dispatcher.in_use):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.server.access import Owners
 
 
@@ -75,7 +75,7 @@ class Bodies:
             record.api = place_of(read_as).api
             yield arrival
 
-    async def answer(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
+    async def answer(self, http: web.Request, holding: Holding) -> tuple[ModelOrAdapter, ParsedBody]:
         """The body of a route that answers. `holding` then accounts for what is kept of a large one."""
         with self.holding() as reading:
             async with self.opened(http, reading) as arrival:
@@ -89,7 +89,7 @@ class Bodies:
         note_ignored(", ".join(parsed.ignored_fields))
         return served, parsed
 
-    async def text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
+    async def text(self, http: web.Request, holding: Holding) -> tuple[ModelOrAdapter, bytes]:
         """The text that answers any other body."""
         async with self.opened(http, holding) as arrival:
             offered = await self._offered(http, arrival)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.arrival import Arrival
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
@@ -84,7 +84,7 @@ async def read_contestants(bodies: Bodies, http: web.Request, holding: Holding) 
         return contestants
 
 
-def name_of(variant: Mapping, base: Served) -> str:
+def name_of(variant: Mapping, base: ModelOrAdapter) -> str:
     """The name of a variant's model; "" if it has none."""
     step = variant.get("step")
     if step is not None:

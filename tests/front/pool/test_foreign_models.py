@@ -189,7 +189,7 @@ async def test_hostile_models_keep_none_from_being_served(started, client, llama
                 await asyncio.sleep(0.01)
         async with client.post(url + "/v1/completions", json=body | {"model": "late"}) as response:
             assert response.status == 200
-    reasons = {Path(model.choice.path).name: model.reason for model in models.registry.models if model.reason}
+    reasons = {Path(model.entry.path).name: model.reason for model in models.registry.models if model.reason}
     for name, words in (("huge-token", "its tokens are too long"), ("charsmap", "precompiled_charsmap"),
                         ("many-specials", "default_num_special_tokens")):
         assert words in reasons[name], reasons

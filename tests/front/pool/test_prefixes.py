@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from chatlm.common.config import ApiKey, ModelChoice, Settings, store_place
+from chatlm.common.config import ApiKey, ModelEntry, Settings, store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message, SamplingParams
 from chatlm.common.segments import check_folder, segment_paths
@@ -212,7 +212,7 @@ def test_settings_say_how_much_prefixes_get():
 
 def test_prefixes_count_in_models_memory(nanochat_fixtures):
     """The memory of prefixes is part of models memory."""
-    several = ModelChoice(str(nanochat_fixtures / "gen1")), ModelChoice(str(nanochat_fixtures / "gen5"))
+    several = ModelEntry(str(nanochat_fixtures / "gen1")), ModelEntry(str(nanochat_fixtures / "gen5"))
     for prefix_memory, kept in ((None, 10 << 20), (30 << 20, 30 << 20), (0, 0)):
         residency = Residency(0)
         opener = Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=prefix_memory, device_type="cpu"), ["none"], residency)

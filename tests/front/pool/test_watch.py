@@ -477,7 +477,7 @@ async def test_a_stale_val_bpb_is_marked(nanochat_fixtures, tmp_path, watching, 
     models = await watching(tmp_path / "base")
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.choice.path)
+        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.entry.path)
         assert base.metrics == {"val_bpb": 1.5, "min_val_bpb": 1.5, "train_loss": pytest.approx(2 / (1 - 0.9 ** 30))} and rl.metrics == {}
         async with client.get(url + "/v1/models") as response:
             listed = {model["id"]: model for model in (await response.json())["data"]}
