@@ -36,7 +36,7 @@ class FolderWatch:
         self.registry = many.registry
         self.folder = Path(many.settings.models or "").expanduser()
         self.scanner = FolderScanner(lambda: find_models(self.folder, self._stop_if_closing),
-                                   lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
+                                     lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
 
     def _stop_if_closing(self):
         if self.many.closing:

@@ -20,7 +20,7 @@ from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
 from chatlm.front.tools.reading import EVENT_LINE_ENDS, SLICE_BYTES, Lines, LineTooLong, Reader, Turns
 from chatlm.front.tools.transport import (
-    MESSAGE_BYTES, Hear, Message, Refusal, ServerGone, ToolError, packed, result_of)
+    MESSAGE_BYTES, Hear, Message, JsonRpcError, ServerGone, ToolError, packed, result_of)
 
 CONNECT_S = 10.0
 STREAM_BYTES = 64 << 20  # of one answer's events together
@@ -259,7 +259,7 @@ class HttpTransport:
             return self._lost(unknown_outcome=not is_about_session)
         for message in errors:
             error = message["error"]
-            return Refusal(error["code"], error["message"], error["supported"])
+            return JsonRpcError(error["code"], error["message"], error["supported"])
         return HttpRefusal(response.status)
 
     def _lost(self, unknown_outcome: bool = False) -> SessionLost:
