@@ -24,7 +24,7 @@ ABSENT = """
     chatlm.front.api.dialects.tokenization chatlm.front.api.response_items
     chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
     chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
-    chatlm.front.server.approvals chatlm.front.server.batch_turns chatlm.front.server.batches
+    chatlm.front.server.approvals chatlm.front.server.line_queue chatlm.front.server.batches
     chatlm.front.server.budgets chatlm.front.server.compare chatlm.front.server.conversation_log
     chatlm.front.server.conversations chatlm.front.server.downloading
     chatlm.front.server.exporting chatlm.front.server.files chatlm.front.server.metric_families

@@ -19,7 +19,7 @@ from chatlm.common.errors import (
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.batch_lines import Line, lasting_body, read_line, bad_line_result
+from chatlm.front.api.batch_lines import BatchLine, lasting_body, read_line, bad_line_result
 from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.api.spoken import answer_encoder, place_of
 from chatlm.front.intake.arrival import Caller
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from chatlm.terminal.remote import Pool
 
 T = TypeVar("T")
-Answered = tuple[Line, int, dict]  # with the status and the body of its answer
+Answered = tuple[BatchLine, int, dict]  # with the status and the body of its answer
 Answer = Callable[[int, bytes], Awaitable[Answered]]  # (number, text) of a line
 TOGETHER = 64         # lines under way: more than a worker's rows, so that none is empty
 PATIENCE_S = 600      # how long a line that there is no room for is sent again
@@ -226,7 +226,7 @@ class Remote:
         lines = place_of(path).in_batches
         return lines is not None and lines.has_seed and (self.is_ours or not lines.seed_is_ours)
 
-    async def _answer(self, line: Line) -> tuple[int, dict]:
+    async def _answer(self, line: BatchLine) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if self.takes_seed(line.url) else {}
         body = seeds | line.body_alone() | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,

@@ -17,7 +17,7 @@ from chatlm.front.pool.many import many_models
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import WorkerState, Worker
 from answers import asked
 from fake_pool import Letters
 from forked import DYING
@@ -73,7 +73,7 @@ class PlayedWorker(Worker):
     def __init__(self, pool):
         super().__init__(pool.settings, pool.placement, 0)
         self.pool, self.sent = pool, []
-        self.become(State.READY)
+        self.become(WorkerState.READY)
 
     def send(self, message):
         self.sent.append(message)

@@ -15,7 +15,7 @@ from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
 from chatlm.front.pool.folder_scanner import FolderScanner
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -113,7 +113,7 @@ class PoolAdapters:
         older version that they could use."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
-        ready = [worker for worker in self.workers if worker.state is State.READY]
+        ready = [worker for worker in self.workers if worker.state is WorkerState.READY]
         older = self.serving.get(adapter.name)
         if not ready or older and not any(worker.gpu in older.loaded for worker in ready):
             self._switch(adapter)
@@ -156,7 +156,7 @@ class PoolAdapters:
         for adapter in (adapter for adapter in retired if adapter.id not in self.uses):
             del self.all[adapter.id]
             for worker in self.workers:
-                if worker.state is State.READY:
+                if worker.state is WorkerState.READY:
                     worker.send(DropAdapter(adapter.id))
 
     def send_all(self, worker: Worker):
@@ -171,7 +171,8 @@ class PoolAdapters:
         adapter = self.all.get(adapter_id)
         if adapter is None or worker.gpu in adapter.loaded:
             return True
-        return not any(other.gpu in adapter.loaded for other in self.workers if other.state is State.READY)
+        ready = [other for other in self.workers if other.state is WorkerState.READY]
+        return not any(other.gpu in adapter.loaded for other in ready)
 
     def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
         """Note what a worker reports about an adapter. Returns a ConfigError if the server cannot start."""

@@ -23,7 +23,7 @@ TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expire
          "cancelled_at")
 
 
-class Batch(NamedTuple):
+class BatchRow(NamedTuple):
     """A row of `batches`."""
 
     id: int
@@ -73,11 +73,11 @@ class Batch(NamedTuple):
         }
 
 
-COLUMNS = ", ".join(Batch._fields)
+COLUMNS = ", ".join(BatchRow._fields)
 
 
 def create(connection: sqlite3.Connection, owner: str, client: str, source: files.File, endpoint: str,
-           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
+           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> BatchRow:
     name = f"batch_{secrets.token_hex(16)}"
     output, errors = (files.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
                       for what in ("output", "error"))
@@ -89,15 +89,15 @@ def create(connection: sqlite3.Connection, owner: str, client: str, source: file
     return batch_named(connection, name)
 
 
-def batch_named(connection: sqlite3.Connection, name: str) -> Batch:
+def batch_named(connection: sqlite3.Connection, name: str) -> BatchRow:
     """The batch with this name. Raises LookupError if there is none."""
     row = connection.execute(f"SELECT {COLUMNS} FROM batches WHERE name = ?", (name,)).fetchone()
     if row is None:
         raise LookupError(name)
-    return Batch(*row)
+    return BatchRow(*row)
 
 
-def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> Batch:
+def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> BatchRow:
     """The batch with this name, if this owner may see it. Raises RequestError 404 if there is none."""
     with suppress(LookupError):
         batch = batch_named(connection, name)
@@ -106,15 +106,15 @@ def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> Bat
     raise RequestError(f"there is no batch {shown(name)}", status=404, code="not_found", param="id")
 
 
-def shown_batch(connection: sqlite3.Connection, batch: Batch) -> dict:
+def shown_batch(connection: sqlite3.Connection, batch: BatchRow) -> dict:
     written = connection.execute("SELECT name, requests FROM files WHERE name IN (?, ?) AND state = ?",
                                  (batch.output, batch.errors, files.THERE))
     return batch.body(dict(written.fetchall()))
 
 
-def unfinished(connection: sqlite3.Connection) -> list[Batch]:
+def unfinished(connection: sqlite3.Connection) -> list[BatchRow]:
     """The batches that are not finished, the oldest first."""
-    return [Batch(*row) for row in connection.execute(
+    return [BatchRow(*row) for row in connection.execute(
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
@@ -132,7 +132,7 @@ def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
     return row and row[0]
 
 
-def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: int, *passed: str):
+def set_status(connection: sqlite3.Connection, batch: BatchRow, status: str, now: int, *passed: str):
     """Give a batch a status, and note the time. passed: statuses that it passes through at the same time."""
     times = json.loads(batch_named(connection, batch.name).times)
     times |= {f"{each}_at": now for each in (*passed, status)}
@@ -140,7 +140,7 @@ def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: i
                        (status, json.dumps(times), batch.id))
 
 
-def begin(connection: sqlite3.Connection, batch: Batch, now: int) -> bool:
+def begin(connection: sqlite3.Connection, batch: BatchRow, now: int) -> bool:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
     source = files.file_named(connection, batch.input)
@@ -173,7 +173,7 @@ class Waiting(NamedTuple):
     bytes: int   # of its text
 
 
-def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most: int) -> list[Waiting]:
+def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int, most: int) -> list[Waiting]:
     """The first `most` requests after line `after` that have no result."""
     source, output, errors = (files.file_named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
@@ -186,13 +186,13 @@ def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most
         "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
 
 
-def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
+def line(connection: sqlite3.Connection, batch: BatchRow, number: int) -> LineRow:
     source = files.file_named(connection, batch.input)
     return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
 
-def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]) -> bool:
+def record(connection: sqlite3.Connection, batch: BatchRow, results: Seq[tuple[int, bytes, bool]]) -> bool:
     """Write results of lines: (number, text, whether it is an error). Writes nothing and returns False if the
     batch is no longer in progress."""
     if batch_named(connection, batch.name).status != "in_progress":
@@ -207,7 +207,7 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
     return True
 
 
-def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> Batch:
+def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> BatchRow:
     """Cancel a batch. Raises RequestError 409 if it is finished."""
     batch = batch_of_owner(connection, name, owner)
     if batch.status not in UNFINISHED:
@@ -218,7 +218,7 @@ def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> B
     return batch_named(connection, name)
 
 
-def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
+def end(connection: sqlite3.Connection, batch: BatchRow, status: str, now: int):
     """Finish a batch: show its output files, and remove those without a line."""
     if status == "failed":
         set_status(connection, batch, status, now)

@@ -20,7 +20,7 @@ from chatlm.common.records import record
 from chatlm.front.aio import supervised
 from chatlm.front.tools.foreign import header_properties
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
-from chatlm.front.tools.reading import Turns
+from chatlm.front.tools.reading import LoopShare
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.transport import CallArguments, Message, JsonRpcError, ToolError, Transport
 
@@ -153,14 +153,14 @@ class ToolClient:
         packed: dict[str, Seq[Any]] = {}
         left_out: dict[str, str] = {}
         size = 0
-        turns = Turns()
+        loop_share = LoopShare()
         cursor: str | int | None = None
         cursors: set[str | int] = set()
         for _ in range(PAGES):
             page = await self._request("tools/list", {} if cursor is None else {"cursor": cursor}, timeout_s)
             for tool in page["tools"]:
                 bytes_of_tool = sum(len(text) for text in tool[:4])
-                await turns.spend(bytes_of_tool)
+                await loop_share.spend(bytes_of_tool)
                 if len(packed) < TOOLS and size + bytes_of_tool <= LIST_BYTES:
                     packed.setdefault(tool[0], tool)
                     size += bytes_of_tool

@@ -16,7 +16,7 @@ from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import WorkerState, Worker
 from fake_pool import frames, serving
 from forked import DYING
 
@@ -327,7 +327,7 @@ async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixt
         for name in ("two", "most", "one", "two"):
             workers = models.find(name).model.pool.workers
             assert content(await ask(client, url, name)) == expected[name]["hello"]
-            while any(worker.state is not State.READY for worker in workers):
+            while any(worker.state is not WorkerState.READY for worker in workers):
                 await asyncio.sleep(0.02)
             assigned.clear()
             _, body = await ask(client, url, name, n=3)      # the second and third follow the first one's first token

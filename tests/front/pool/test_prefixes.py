@@ -17,7 +17,7 @@ from chatlm.common.segments import check_folder, segment_paths
 from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.prefixes import STAGING_BYTES, Prefixes, memory_for
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 from answers import asked
 from fake_pool import serving
 import families
@@ -47,7 +47,7 @@ async def test_a_prefix_outlives_its_worker(start_pool):
     again, cached = await answer(pool, "after unloading")
     assert again == text and cached > 200
     pool.workers[0].kill()
-    while pool.workers[0].state is State.READY:
+    while pool.workers[0].state is WorkerState.READY:
         await asyncio.sleep(0.01)
     again, cached = await answer(pool, "after its death")
     await idle(pool)
@@ -61,7 +61,7 @@ async def test_a_replica_reads_what_a_dead_one_kept(start_pool):
     [worker] = [worker for worker in pool.workers if worker.prefixes]
     other = pool.workers[1 - pool.workers.index(worker)]
     worker.kill()
-    while worker.state is State.READY:
+    while worker.state is WorkerState.READY:
         await asyncio.sleep(0.01)
     again, cached = await answer(pool, "elsewhere")
     await idle(pool)

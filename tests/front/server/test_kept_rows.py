@@ -270,7 +270,7 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
                 list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)
         batch = batches.create(connection, "me", "", file, "/v1/completions", "24h", 1, FAR, None, None)
-        list(files.list_rows(connection, "batches", batches.Batch._fields, "me", batch.name))
+        list(files.list_rows(connection, "batches", batches.BatchRow._fields, "me", batch.name))
         batches.unfinished(connection), batches.unfinished_of(connection, "me", ""), batches.reads(connection, file), batches.begin(connection, batch, 1)
         batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
