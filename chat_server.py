@@ -144,7 +144,7 @@ from contextlib import nullcontext, suppress
 
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, with_kept_words
 from chatlm.commands import program_of
-from chatlm.common.commands import Command, Program, chosen_command
+from chatlm.common.commands import Application, Command, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.interrupts import raised_interrupts
@@ -157,7 +157,7 @@ from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.pool.local_devices import check_nice, niceness
 
 
-def run_command(command: Command, settings: Settings, program: Program) -> int:
+def run_command(command: Command, settings: Settings, program: Application) -> int:
     """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
     instead. Returns the exit status."""
     assert command.run, f"{command.name} has no Settings"

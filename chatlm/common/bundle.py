@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from chatlm.common import contents, libraries
-from chatlm.common.contents import Contents, BundledModel, contents_of
+from chatlm.common.contents import BundledModel, Contents, contents_of
 from chatlm.common.core import core_package, find_core, interface_of, lacks, versions
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather

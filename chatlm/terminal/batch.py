@@ -19,10 +19,10 @@ from chatlm.common.errors import (
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.batch_lines import BatchLine, lasting_body, read_line, bad_line_result
+from chatlm.front.api.batch_lines import BatchLine, bad_line_result, lasting_body, read_line
 from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.api.spoken import answer_encoder, place_of
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import aiohttp
@@ -35,7 +35,7 @@ from chatlm.terminal.streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.opened_body import OpenedBody
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
 
@@ -195,7 +195,7 @@ class Local:
         except ChatServerError as error:
             return line, *failed_answer(error)
 
-    async def _answer(self, arrival: Arrival) -> dict:
+    async def _answer(self, arrival: OpenedBody) -> dict:
         with Holding(self.intake.budget, arrival.caller.client) as holding:
             served = await self.intake.resolve("", (), holding)
             parsed = await self.intake.line(arrival, served, holding)

@@ -20,11 +20,11 @@ from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.pool.many import many_models
-from chatlm.front.server.compare import Comparison, contestants_of, with_ids
+from chatlm.front.server.compare import Comparison, compared_models_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
@@ -169,10 +169,10 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
 
         with Holding(intake.budget, "") as holding:
             caller = Caller("/v1/compare", client="", owner="")
-            async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
-                contestants, _ = await contestants_of(intake, arrival, holding)
-            contestants = with_ids(contestants, lambda works: [request for _, request in works])
-            async with Comparison(contestants) as comparison:
+            async with intake.opened(caller, dump(body), times=LIMITS.compared) as opened_body:
+                compared, _ = await compared_models_of(intake, opened_body, holding)
+            compared = with_ids(compared, lambda works: [request for _, request in works])
+            async with Comparison(compared) as comparison:
                 async for event in comparison.events():
                     yield event
     finally:

@@ -17,7 +17,7 @@ from chatlm.front.pool.many import many_models
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.worker import WorkerState, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 from answers import asked
 from fake_pool import Letters
 from forked import DYING

@@ -21,7 +21,7 @@ from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat import (
-    choose_checkpoint, checkpoint_flags, find_checkpoints, named_experiment, place_among, step_of)
+    checkpoint_flags, choose_checkpoint, find_checkpoints, named_experiment, place_among, step_of)
 from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.hub.trainer_files import LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder

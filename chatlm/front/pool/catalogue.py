@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import RequestError
 from chatlm.common.invocation import program_command
-from chatlm.front.pool.models import ServedModel, Registry
+from chatlm.front.pool.models import Registry, ServedModel
 from chatlm.front.pool.names import default_among
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SUMMED = "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers"
 
 
-class Opening(NamedTuple):
+class OpeningProgress(NamedTuple):
     """Why a catalogue serves nothing yet: the word for it in /health, and what is done now."""
 
     status: str
@@ -49,7 +49,7 @@ class Source(Protocol):
         """Bring no further models. The catalogue closes the pools afterwards."""
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         """Why nothing is served yet; None once requests are served, or could be."""
         ...
 
@@ -105,11 +105,11 @@ class GivenModels:
         """It brings none."""
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         for pool in self.catalogue.pools:
             loading = pool.health()[1].get("loading")
             if loading:
-                return Opening("loading", loading["stage"], loading["fraction"])
+                return OpeningProgress("loading", loading["stage"], loading["fraction"])
         return None
 
     @property

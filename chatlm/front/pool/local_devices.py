@@ -21,7 +21,7 @@ from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import DraftTerms, WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
 from chatlm.common.processes.launch import ranks_here
-from chatlm.front.pool.worker import WorkerState, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

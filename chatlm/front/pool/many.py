@@ -19,7 +19,7 @@ from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.catalogue import Catalogue, Opening
+from chatlm.front.pool.catalogue import Catalogue, OpeningProgress
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
 from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
@@ -245,13 +245,13 @@ class ManyModels:
         await self.opener.close()
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         if self.failure or not self.became_ready.is_set():
-            return Opening("loading", *self.stage)
+            return OpeningProgress("loading", *self.stage)
         if not self._is_waiting:
             return None
         folder = Path(self.settings.watch or "").absolute().name  # no more: /health needs no key
-        return Opening("waiting", f"waiting for the first checkpoint in {folder}", 0.0)
+        return OpeningProgress("waiting", f"waiting for the first checkpoint in {folder}", 0.0)
 
     @property
     def budget(self) -> int:

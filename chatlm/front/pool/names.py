@@ -10,7 +10,7 @@ from chatlm.common.client_words import no_such_model
 from chatlm.common.errors import RequestError, shown
 
 if TYPE_CHECKING:
-    from chatlm.front.pool.models import ServedModel, ModelOrAdapter
+    from chatlm.front.pool.models import ModelOrAdapter, ServedModel
 
 
 DEFAULT_NAMES = "", "default"

@@ -26,7 +26,7 @@ from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
 from chatlm.front.admission.sandbox import next_message
 from chatlm.front.pool.local_devices import draft_terms
-from chatlm.front.pool.worker import WorkerState, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

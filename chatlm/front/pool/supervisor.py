@@ -19,7 +19,7 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, has_other_files
-from chatlm.front.pool.worker import Launcher, WorkerState, Worker
+from chatlm.front.pool.worker import Launcher, Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

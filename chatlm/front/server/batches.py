@@ -18,11 +18,11 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import BatchLine, lasting_body, line_id, bad_line_result
+from chatlm.front.api.batch_lines import BatchLine, bad_line_result, lasting_body, line_id
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import AFTER, LIMIT, WINDOWS
 from chatlm.front.api.spoken import answer_encoder
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
@@ -441,14 +441,14 @@ class BatchWorker:
                         mine.batch.owner)
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
         async with self.intake.opened(caller, row.text.strip(), number=row.number,
-                                      opener=served.pool.admission) as arrival:
-            parsed = await self.intake.line(arrival, served, holding)
+                                      opener=served.pool.admission) as opened_body:
+            parsed = await self.intake.line(opened_body, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
         encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
-        del parsed, arrival
+        del parsed, opened_body
         if self.ledger.budgets:
             self.ledger.budgets.check_line(client, (request, served.pool.context_length))
         own = list[Charge]()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Embedder
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import ServedModel, ModelOrAdapter
+    from chatlm.front.pool.models import ModelOrAdapter, ServedModel
     from chatlm.front.server.bodies import Bodies
 
 

@@ -34,7 +34,7 @@ from chatlm.front.store.pages import Listed, ListPage, page_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatlm.front.intake.arrival import Caller
+    from chatlm.front.intake.opened_body import Caller
     from chatlm.front.intake.intake import Intake
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store

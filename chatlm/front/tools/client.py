@@ -22,7 +22,7 @@ from chatlm.front.tools.foreign import header_properties
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
 from chatlm.front.tools.reading import LoopShare
 from chatlm.front.tools.results import ToolResult
-from chatlm.front.tools.transport import CallArguments, Message, JsonRpcError, ToolError, Transport
+from chatlm.front.tools.transport import CallArguments, JsonRpcError, Message, ToolError, Transport
 
 MODERN = "2026-07-28"
 LEGACY = "2025-11-25"  # the newest with a handshake; a server names an older one if it has only that

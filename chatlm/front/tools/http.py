@@ -21,7 +21,7 @@ from chatlm.front.tools.foreign import Unreadable
 from chatlm.front.tools.reading import (
     EVENT_LINE_ENDS, SLICE_BYTES, LineSplitter, LineTooLong, LoopShare, MessageReader)
 from chatlm.front.tools.transport import (
-    MESSAGE_BYTES, Hear, Message, JsonRpcError, ServerGone, ToolError, packed, result_of)
+    MESSAGE_BYTES, Hear, JsonRpcError, Message, ServerGone, ToolError, packed, result_of)
 
 CONNECT_S = 10.0
 STREAM_BYTES = 64 << 20  # of one answer's events together

@@ -16,7 +16,7 @@ from chatlm.front.tools.client import Report, Tool, ToolClient, ToolList
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.http import HttpTransport, SessionLost
 from chatlm.front.tools.offers import OFFERED_BYTES, MOST_TOOLS, OfferedTool
-from chatlm.front.tools.reading import MessageReader, LoopShare
+from chatlm.front.tools.reading import LoopShare, MessageReader
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.stdio import StdioTransport
 from chatlm.front.tools.transport import CallArguments, ServerGone, ToolError

@@ -14,7 +14,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM, exit_in_word
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
-from chatlm.front.tools.reading import LineSplitter, LineTooLong, MessageReader, LoopShare, slices
+from chatlm.front.tools.reading import LineSplitter, LineTooLong, LoopShare, MessageReader, slices
 from chatlm.front.tools.transport import MESSAGE_BYTES, Hear, Message, ServerGone, packed, result_of
 
 KEPT_VARIABLES = ("HOME", "PATH", "LANG", "USER", "TMPDIR")

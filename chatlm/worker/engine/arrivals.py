@@ -10,7 +10,7 @@ from chatlm.common.errors import error_text
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Failed
 from chatlm.worker.engine.drawn import failure_of, failure_text
-from chatlm.worker.engine.part import LatePart, EnginePart
+from chatlm.worker.engine.part import EnginePart, LatePart
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.fair_thread import FairThread

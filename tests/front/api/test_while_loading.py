@@ -10,7 +10,7 @@ import pytest
 
 import fake_tools
 from chatlm.common.config import LIMITS, ModelEntry, Settings
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue

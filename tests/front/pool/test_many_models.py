@@ -16,7 +16,7 @@ from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.worker import WorkerState, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 from fake_pool import frames, serving
 from forked import DYING
 

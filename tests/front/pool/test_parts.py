@@ -21,7 +21,7 @@ from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.model_use import ModelUse
-from chatlm.front.pool.worker import NEXT_STATES, WorkerState, Worker
+from chatlm.front.pool.worker import NEXT_STATES, Worker, WorkerState
 from answers import ending, said
 
 PATHS = {       # how a worker gets into each state

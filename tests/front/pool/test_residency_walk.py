@@ -6,7 +6,7 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool.residency import NEXT_STAYS, MemoryShare, Stay
+from chatlm.front.pool.residency import NEXT_MEMORY_STATES, MemoryShare, MemoryState
 from chatlm.front.pool.worker import CacheState, WorkerState
 from nightly import WHOLE
 from played_models import Clock, Models
@@ -176,7 +176,7 @@ class Walk(RuleBasedStateMachine):
                 self.end(job)
             self.settle(10.0)
         assert self.models.residency.used <= BUDGET
-        assert not self.jobs, f"requests that wait for ever: {[(job.id, place.stay) for job in self.jobs for place in self.models.by_name.values()]}"
+        assert not self.jobs, f"requests that wait for ever: {[(job.id, place.memory_state) for job in self.jobs for place in self.models.by_name.values()]}"
 
 
 def test_no_request_waits_for_ever():
@@ -185,5 +185,5 @@ def test_no_request_waits_for_ever():
 
 
 def test_each_stay_can_be_left_and_reached():
-    reached = {stay for following in NEXT_STAYS.values() for stay in following}
-    assert reached == {*NEXT_STAYS} == {*Stay} and all(NEXT_STAYS.values())
+    reached = {stay for following in NEXT_MEMORY_STATES.values() for stay in following}
+    assert reached == {*NEXT_MEMORY_STATES} == {*MemoryState} and all(NEXT_MEMORY_STATES.values())

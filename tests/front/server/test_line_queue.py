@@ -15,7 +15,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.annexes import BATCHES
-from chatlm.front.server import access, line_queue, connections, ledger
+from chatlm.front.server import access, connections, ledger, line_queue
 from chatlm.front.server.access import Owners
 from chatlm.front.server.line_queue import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, LineQueue, WaitingLine
 from chatlm.front.store import batches, files

@@ -15,7 +15,7 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.server.files import FileRoutes, Upload
 from chatlm.front.store import batches, files
 from chatlm.front.store import store as stores
