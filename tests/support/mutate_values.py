@@ -23,7 +23,7 @@ from chatlm.common.hub.adapters import base_of    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.folder import find_models    # noqa: E402
 from chatlm.common.hub.val_bpb import evaluation_of    # noqa: E402
-from chatlm.common.hub.written import written_beside    # noqa: E402
+from chatlm.common.hub.recorded_metrics import written_beside    # noqa: E402
 from chatlm.common.log import log    # noqa: E402
 from chatlm.common.messages.protocol import SurveyConfig    # noqa: E402
 from chatlm.common.text.load import open_tokenizer    # noqa: E402

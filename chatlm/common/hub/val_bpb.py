@@ -21,7 +21,7 @@ from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.nanochat import (
     checkpoint_at, part_of, read_meta, shard_folders, shard_folders_of, stated_dataset)
 from chatlm.common.hub.shards import last_shard, packed_rows
-from chatlm.common.hub.written import written_in
+from chatlm.common.hub.recorded_metrics import written_in
 
 MOST_TARGETS = 1 << 17    # tokens that are scored for a comparison, unless LEAST_ROWS have more
 LEAST_ROWS = 8            # of fewer rows, which are not all, the spread says nothing

@@ -28,21 +28,21 @@ from chatlm.front.pool.run_watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import RunStep
+    from chatlm.common.hub.run_checkpoints import CheckpointFiles
     from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_watch import CheckpointWork
 
-    StepWorkMaker = Callable[["ManyModels", Mapping[RunStep, ServedModel]], CheckpointWork]
+    EvaluatorMaker = Callable[["ManyModels", Mapping[CheckpointFiles, ServedModel]], CheckpointWork]
 
 
 LEAVING_S = 3.0  # a dismissed model's pool is kept this long for requests that have just found the model
 
 
 def many_models(settings: Settings, command: Seq[str] = PROCESS_COMMAND,
-                step_work: StepWorkMaker | None = None) -> Catalogue:
-    """The catalogue of a server with several models. step_work: see ManyModels."""
-    return Catalogue(settings, source=lambda catalogue: ManyModels(catalogue, command, step_work))
+                make_evaluator: EvaluatorMaker | None = None) -> Catalogue:
+    """The catalogue of a server with several models. make_evaluator: see ManyModels."""
+    return Catalogue(settings, source=lambda catalogue: ManyModels(catalogue, command, make_evaluator))
 
 
 class ManyModels:
@@ -57,9 +57,10 @@ class ManyModels:
     RETRY_S = 30.0  # a model that failed longer ago than this is tried again for the next request
 
     def __init__(self, catalogue: Catalogue, command: Seq[str] = PROCESS_COMMAND,
-                 step_work: StepWorkMaker | None = None):
-        """step_work: makes the work for the checkpoints of --watch, from the served models by step. It is
-        needed with --watch."""
+                 make_evaluator: EvaluatorMaker | None = None):
+        """make_evaluator: makes what evaluates the checkpoints of --watch, from the served models by
+        checkpoint.
+        It is needed with --watch."""
         settings = catalogue.settings
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
@@ -69,7 +70,7 @@ class ManyModels:
         self.catalogue = catalogue
         self.settings = settings
         self.registry = catalogue.registry
-        self.step_work = step_work
+        self.make_evaluator = make_evaluator
         self.residency = Residency(0)
         self.became_ready = asyncio.Event()
         self.failure = None
@@ -140,8 +141,8 @@ class ManyModels:
                 await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
-            assert self.step_work, "--watch needs step_work"
-            runs = RunWatch(self, self.step_work)
+            assert self.make_evaluator, "--watch needs make_evaluator"
+            runs = RunWatch(self, self.make_evaluator)
             self.watches.append(runs)
             await runs.begin()
             self.run("watching --watch", runs.run)

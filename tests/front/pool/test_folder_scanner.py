@@ -13,7 +13,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import adapters_below, adapters_in
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import FoundFiles
-from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.folder_scanner import FolderScanner

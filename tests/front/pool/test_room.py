@@ -12,7 +12,7 @@ from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
-from chatlm.front.evals.step_work import StepWork
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.residency import MemoryShare, Residency
 from chatlm.front.pool.run_watch import RunWatch
@@ -35,7 +35,7 @@ def start_pinned(nanochat_fixtures, started, monkeypatch):
 
     async def start(*others, **changes):
         pinned = ModelEntry(str(nanochat_fixtures / "gen1"), "pinned", pin=True, default=True)
-        return await started(many_models(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, StepWork))
+        return await started(many_models(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, CheckpointEvaluator))
 
     return start
 

@@ -17,8 +17,8 @@ import tiny_training
 from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.steps import find_steps
-from chatlm.front.evals.step_work import StepWork
+from chatlm.common.hub.run_checkpoints import find_steps
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.local_devices import check_nice
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.answers_file import AnswersFile
@@ -595,7 +595,7 @@ async def test_an_unusable_suite_ends_the_start(run_folder, tmp_path, flag, valu
     (tmp_path / "empty.txt").write_text("\n")
     value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
     with pytest.raises(ConfigError, match=words):
-        RunWatch(many_models(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})).source, StepWork)
+        RunWatch(many_models(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})).source, CheckpointEvaluator)
 
 
 async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, client, tmp_path, monkeypatch, caplog):
@@ -628,7 +628,7 @@ def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("none", "No such file"), ("empty", "the file is empty"), ("bytes", "UTF-8")):
         with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
-            RunWatch(many_models(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))).source, StepWork)
+            RunWatch(many_models(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))).source, CheckpointEvaluator)
 
 
 def test_the_small_training_is_nanochats_first(nanochat_fixtures):
