@@ -129,7 +129,7 @@ import gc
 if STARTED:
     gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if __name__ == "__main__":
-    from chatlm.common.streams import repair_streams
+    from chatlm.common.standard_streams import repair_streams
     repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
     from chatlm.commands import WITHOUT_WORKER_AHEAD
     from chatlm.common.processes.start import start_worker_ahead
@@ -152,7 +152,7 @@ from chatlm.common.log import json_handler, log, output_as_log, start_logging, t
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
 from chatlm.common.processes.start import end_worker_ahead
-from chatlm.common.streams import lack_of_space, never_fail, repair_streams
+from chatlm.common.standard_streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.pool.local_devices import check_nice, niceness
 

@@ -144,7 +144,7 @@ EMBED = Command(
 
 
 def batch(settings: Settings, program: Application) -> Running:
-    from chatlm.terminal.batch import batch
+    from chatlm.terminal.batch_command import batch
     return batch(settings)
 
 

@@ -74,7 +74,7 @@ try:
 except Exception as error:
     stop("cannot run: %s is damaged (%s); copy it again" % (path, error))
 
-from chatlm.common.streams import repair_streams
+from chatlm.common.standard_streams import repair_streams
 
 repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.conversations import ConversationRoutes, ResponseKeeper
     from chatlm.front.server.downloading import DownloadRoutes
     from chatlm.front.server.exporting import ExportRoutes
-    from chatlm.front.server.files import FileRoutes
+    from chatlm.front.server.file_routes import FileRoutes
     from chatlm.front.server.metric_families import MetricRoutes
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.rounds import Rounds

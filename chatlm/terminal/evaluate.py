@@ -28,7 +28,7 @@ from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
 from chatlm.terminal.remote import RemotePool, identified, open_pool
-from chatlm.terminal.streams import refusal, strict_object, whole_body
+from chatlm.terminal.remote_streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -30,7 +30,7 @@ from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool, identified, open_pool
-from chatlm.terminal.streams import compared_at
+from chatlm.terminal.remote_streams import compared_at
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -18,7 +18,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.errors import ConfigError, lack_of_memory    # noqa: E402
-from chatlm.common.hub.adapters import adapters_below, base_of, is_other_base    # noqa: E402
+from chatlm.common.hub.adapter_folders import adapters_below, base_of, is_other_base    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.folder import find_models    # noqa: E402
 from chatlm.common.hub.stamps import model_stamp    # noqa: E402

@@ -20,7 +20,7 @@ from chatlm.common.hub.default_model import fetch_default_embedder, fetch_defaul
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     checkpoint_flags, choose_checkpoint, find_checkpoints, named_experiment, place_among, step_of)
 from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
@@ -33,7 +33,7 @@ from chatlm.common.messages.requests import ModelSource
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
-    from chatlm.common.hub.nanochat import Checkpoint
+    from chatlm.common.hub.nanochat_checkpoints import Checkpoint
 
 
 SUPPORTED_MODELS = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import error_text, printable, require_folder
 from chatlm.common.hub.repository import SPLIT_GGUF
-from chatlm.common.hub.nanochat import checkpoints_in, step_of
+from chatlm.common.hub.nanochat_checkpoints import checkpoints_in, step_of
 from chatlm.common.hub.stamps import FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
 from chatlm.common.records import record

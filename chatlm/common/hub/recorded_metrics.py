@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     checkpoint_at, is_told_a_depth, part_of, read_meta, step_of)
 
 SMOOTHING = 0.9       # of the average that training keeps of its loss

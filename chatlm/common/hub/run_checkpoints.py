@@ -8,9 +8,9 @@ from pathlib import Path
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import require_folder
-from chatlm.common.hub.adapters import CONFIG, WEIGHTS
+from chatlm.common.hub.adapter_folders import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     AS_TRAINED, CheckpointPlace, checkpoints_in, is_wanted, meta_of, nanochat_tokenizers, step_of)
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainers import foreign, is_build_nanogpt

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.hub.nanochat import AS_TRAINED
+from chatlm.common.hub.nanochat_checkpoints import AS_TRAINED
 from chatlm.common.hub.recorded_metrics import is_number
 from chatlm.common.log import log
 from chatlm.common.new_files import open_growing, open_kept

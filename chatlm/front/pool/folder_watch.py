@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import AdapterFiles, adapters_below, base_of, is_other_base
+from chatlm.common.hub.adapter_folders import AdapterFiles, adapters_below, base_of, is_other_base
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among

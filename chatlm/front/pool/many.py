@@ -14,7 +14,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, shown
-from chatlm.common.hub.adapters import named_adapters
+from chatlm.common.hub.adapter_folders import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND

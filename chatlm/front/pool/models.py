@@ -11,14 +11,14 @@ from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
 from chatlm.front.pool.pool import known_about
-from chatlm.front.pool.versions import NO_CARD
+from chatlm.front.pool.files_version import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import Known
     from chatlm.common.hub.val_bpb import Evaluation
     from chatlm.common.messages.requests import ModelSource, Request
-    from chatlm.front.pool.adapters import Adapter
+    from chatlm.front.pool.pool_adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_names import RunName
 

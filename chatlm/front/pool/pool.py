@@ -14,14 +14,14 @@ from chatlm.common.client_words import shutting_down
 from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
-from chatlm.common.hub.nanochat import checkpoint_at
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.pool_adapters import PoolAdapters
 from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
@@ -31,7 +31,7 @@ from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.served_version import ServedVersion
 from chatlm.front.pool.supervisor import Supervisor
-from chatlm.front.pool.versions import NO_CARD
+from chatlm.front.pool.files_version import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.hub.nanochat import AS_TRAINED
+from chatlm.common.hub.nanochat_checkpoints import AS_TRAINED
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TYPE_CHECKING
 
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import CONFIG, base_of
-from chatlm.common.hub.nanochat import checkpoint_flags
+from chatlm.common.hub.adapter_folders import CONFIG, base_of
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_flags
 from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.common.hub.val_bpb import evaluation_of
 from chatlm.common.hub.recorded_metrics import Logs, written_beside

@@ -18,13 +18,13 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.versions import Version, has_other_files
+from chatlm.front.pool.files_version import FilesVersion, has_other_files
 from chatlm.front.pool.worker import Launcher, Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.front.pool.adapters import PoolAdapters
+    from chatlm.front.pool.pool_adapters import PoolAdapters
     from chatlm.front.pool.dispatcher import Dispatcher
 
 
@@ -66,7 +66,7 @@ class Supervisor:
         self.report = report
         self.expect = expect
         stamp_at_start()  # the first pool notes it
-        self.version = Version(workers, dispatcher)
+        self.version = FilesVersion(workers, dispatcher)
         self.closing = False
         self.asleep = False                  # True: unloaded, and not loaded again yet
         self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`

@@ -27,12 +27,12 @@ from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.line_queue import Lane, LineQueue, WaitingLine
-from chatlm.front.server.files import FileRoutes
+from chatlm.front.server.file_routes import FileRoutes
 from chatlm.front.server.ledger import Amount, Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
 from chatlm.front.server.usage_writer import write
-from chatlm.front.store import approvals, batches, files, quota, responses
+from chatlm.front.store import approvals, batches, file_rows, quota, responses
 from chatlm.front.store.batches import BatchRow
 from chatlm.front.store.pages import Listed, ListPage, page_of
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.files import LineRow
+    from chatlm.front.store.file_rows import LineRow
     from chatlm.front.store.store import Store
 
 
@@ -94,7 +94,7 @@ class BatchRoutes:
 
         def create(connection) -> dict:
             quota.check(connection, owner, client=client)
-            source = files.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
+            source = file_rows.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
@@ -115,7 +115,7 @@ class BatchRoutes:
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
-            rows = files.list_rows(connection, "batches", BatchRow._fields, owner, after)
+            rows = file_rows.list_rows(connection, "batches", BatchRow._fields, owner, after)
             bodies = (batches.shown_batch(connection, BatchRow(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
         return await send_page(http, self.bodies, await require_store(self.store).run(read))
@@ -216,7 +216,7 @@ class BatchWorker:
         until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.uploads_under_way()))
-        for piece in (partial(responses.forget, now=now), files.purge, responses.purge,
+        for piece in (partial(responses.forget, now=now), file_rows.purge, responses.purge,
                       partial(approvals.purge, now=now), vacuum):
             while await self._stored(piece):
                 if time.monotonic() > until_s:
@@ -280,7 +280,7 @@ class BatchWorker:
         """Give some lines without a result the result that their time is over. False if there are none."""
         if batches.batch_named(connection, batch.name).status != "in_progress":
             return False
-        lines = batches.waiting_lines(connection, batch, 0, files.PART_LINES)
+        lines = batches.waiting_lines(connection, batch, 0, file_rows.PART_LINES)
         results = []
         for number, _, _ in lines:
             row = batches.line(connection, batch, number)
@@ -291,7 +291,7 @@ class BatchWorker:
 
     async def _answer_all(self, batch: BatchRow, client: str):
         """Answer and record all lines that have no result. Only a few of them wait in memory at a time."""
-        created = (await self._stored(partial(files.file_named, name=batch.input))).created
+        created = (await self._stored(partial(file_rows.file_named, name=batch.input))).created
         mine = UnderWay(batch, client, created)
         self.under_way[batch.name] = mine
         last = 0

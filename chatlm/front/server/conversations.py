@@ -30,7 +30,7 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_list, send_parts, shown_item, take_room)
 from chatlm.front.store import quota, responses
-from chatlm.front.store.files import owns
+from chatlm.front.store.file_rows import owns
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
 

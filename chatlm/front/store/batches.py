@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
-from chatlm.front.store import files
-from chatlm.front.store.files import LineRow
+from chatlm.front.store import file_rows
+from chatlm.front.store.file_rows import LineRow
 
 if TYPE_CHECKING:
     import sqlite3
@@ -76,10 +76,10 @@ class BatchRow(NamedTuple):
 COLUMNS = ", ".join(BatchRow._fields)
 
 
-def create(connection: sqlite3.Connection, owner: str, client: str, source: files.File, endpoint: str,
+def create(connection: sqlite3.Connection, owner: str, client: str, source: file_rows.File, endpoint: str,
            window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> BatchRow:
     name = f"batch_{secrets.token_hex(16)}"
-    output, errors = (files.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
+    output, errors = (file_rows.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
                       for what in ("output", "error"))
     connection.execute(
         "INSERT INTO batches (name, owner, endpoint, window, metadata, input, output, errors, status, total, "
@@ -101,14 +101,14 @@ def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> Bat
     """The batch with this name, if this owner may see it. Raises RequestError 404 if there is none."""
     with suppress(LookupError):
         batch = batch_named(connection, name)
-        if files.owns(owner, batch.owner):
+        if file_rows.owns(owner, batch.owner):
             return batch
     raise RequestError(f"there is no batch {shown(name)}", status=404, code="not_found", param="id")
 
 
 def shown_batch(connection: sqlite3.Connection, batch: BatchRow) -> dict:
     written = connection.execute("SELECT name, requests FROM files WHERE name IN (?, ?) AND state = ?",
-                                 (batch.output, batch.errors, files.THERE))
+                                 (batch.output, batch.errors, file_rows.THERE))
     return batch.body(dict(written.fetchall()))
 
 
@@ -125,7 +125,7 @@ def unfinished_of(connection: sqlite3.Connection, owner: str, client: str) -> in
         (*UNFINISHED, owner, client)).fetchone()[0]
 
 
-def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
+def reads(connection: sqlite3.Connection, file: file_rows.File) -> str | None:
     """The name of an unfinished batch that needs a file; None if there is none."""
     row = connection.execute("SELECT name FROM batches WHERE input = ? AND status IN (?, ?, ?) LIMIT 1",
                              (file.name, *UNFINISHED)).fetchone()
@@ -143,7 +143,7 @@ def set_status(connection: sqlite3.Connection, batch: BatchRow, status: str, now
 def begin(connection: sqlite3.Connection, batch: BatchRow, now: int) -> bool:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
-    source = files.file_named(connection, batch.input)
+    source = file_rows.file_named(connection, batch.input)
     good = connection.execute("SELECT 1 FROM lines WHERE file = ? AND problem IS NULL AND url = ? LIMIT 1",
                               (source.id, batch.endpoint)).fetchone()
     if good:
@@ -175,7 +175,7 @@ class Waiting(NamedTuple):
 
 def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int, most: int) -> list[Waiting]:
     """The first `most` requests after line `after` that have no result."""
-    source, output, errors = (files.file_named(connection, name).id
+    source, output, errors = (file_rows.file_named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
     return [Waiting(*row) for row in connection.execute(
         "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text) "
@@ -187,7 +187,7 @@ def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int, m
 
 
 def line(connection: sqlite3.Connection, batch: BatchRow, number: int) -> LineRow:
-    source = files.file_named(connection, batch.input)
+    source = file_rows.file_named(connection, batch.input)
     return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
@@ -200,7 +200,7 @@ def record(connection: sqlite3.Connection, batch: BatchRow, results: Seq[tuple[i
     for name, failures in (batch.output, False), (batch.errors, True):
         rows = [LineRow(number, text) for number, text, failed in results if failed is failures]
         if rows:
-            files.add_lines(connection, files.file_named(connection, name).id, rows)
+            file_rows.add_lines(connection, file_rows.file_named(connection, name).id, rows)
             column = "failed" if failures else "completed"
             connection.execute(f"UPDATE batches SET {column} = {column} + ? WHERE id = ?",
                                (len(rows), batch.id))
@@ -227,9 +227,9 @@ def end(connection: sqlite3.Connection, batch: BatchRow, status: str, now: int):
     connection.execute("UPDATE batches SET ended = ? WHERE id = ?", (now, batch.id))
     expires = None if batch.lasts is None else now + batch.lasts
     for name in (batch.output, batch.errors):
-        file = files.file_named(connection, name)
+        file = file_rows.file_named(connection, name)
         connection.execute("UPDATE files SET state = ?, expires = ? WHERE id = ?",
-                           (files.THERE if file.requests else files.DELETED, expires, file.id))
+                           (file_rows.THERE if file.requests else file_rows.DELETED, expires, file.id))
 
 
 def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[int]):
@@ -237,9 +237,9 @@ def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[i
     are being uploaded now."""
     connection.execute("DELETE FROM batches WHERE ended < ?", (now - keep_s,))
     connection.execute(
-        f"UPDATE files SET state = {files.DELETED} WHERE state = {files.THERE} AND expires < ? AND name NOT "
-        "IN (SELECT input FROM batches WHERE status IN (?, ?, ?))", (now, *UNFINISHED))
+        f"UPDATE files SET state = {file_rows.DELETED} WHERE state = {file_rows.THERE} AND expires < ? "
+        "AND name NOT IN (SELECT input FROM batches WHERE status IN (?, ?, ?))", (now, *UNFINISHED))
     marks = ", ".join("?" * len(uploads))
     connection.execute(
-        f"UPDATE files SET state = {files.DELETED} WHERE state = {files.WRITTEN} AND purpose = 'batch' "
-        f"AND id NOT IN ({marks})", uploads)
+        f"UPDATE files SET state = {file_rows.DELETED} WHERE state = {file_rows.WRITTEN} "
+        f"AND purpose = 'batch' AND id NOT IN ({marks})", uploads)

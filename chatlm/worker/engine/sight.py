@@ -14,7 +14,7 @@ import numpy
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import row_places, rows_in
 from chatlm.worker.arrays.kinds import FLOATS
-from chatlm.worker.engine.batch import picture_rows
+from chatlm.worker.engine.batching import picture_rows
 from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.tower import Tower, chunk_work, tiles_of
 from chatlm.worker.model.transformer import first_turn

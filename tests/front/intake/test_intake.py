@@ -28,7 +28,7 @@ from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.sandboxed import OpenBodyCache
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.terminal.batch import Local
+from chatlm.terminal.batch_command import Local
 from fake_pool import FakePool, conversation, serving
 from nightly import WHOLE
 from patching import patch

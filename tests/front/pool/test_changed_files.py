@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from chatlm.common.config import ModelEntry, Settings
-from chatlm.common.hub.adapters import adapter_at
+from chatlm.common.hub.adapter_folders import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of

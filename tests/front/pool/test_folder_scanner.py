@@ -10,11 +10,11 @@ from hypothesis import given, settings, strategies
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import adapters_below, adapters_in
+from chatlm.common.hub.adapter_folders import adapters_below, adapters_in
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import FoundFiles
 from chatlm.common.hub.run_checkpoints import find_steps
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.folder_scanner import FolderScanner
 from families import make_model, save

@@ -18,7 +18,7 @@ import pytest
 import tiny_training
 from chatlm.common.config import Settings
 from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.folder_watch import FolderWatch
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.residency import Residency

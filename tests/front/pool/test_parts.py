@@ -14,7 +14,7 @@ from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
 from chatlm.front.admission.admission import Admission, SharedAdmission
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.pool_adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.ray_nodes import RayNodes

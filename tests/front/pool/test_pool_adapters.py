@@ -9,7 +9,7 @@ import pytest
 
 from chatlm.common.config import ApiKey, ModelEntry, Settings
 from chatlm.common.errors import ConfigError, shown
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from command_line import parse_command_line

@@ -10,7 +10,7 @@ import pytest
 import tiny_training
 from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import adapter_at
+from chatlm.common.hub.adapter_folders import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
 from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.many import FolderWatch, many_models

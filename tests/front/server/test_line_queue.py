@@ -18,8 +18,8 @@ from chatlm.front.annexes import BATCHES
 from chatlm.front.server import access, connections, ledger, line_queue
 from chatlm.front.server.access import Owners
 from chatlm.front.server.line_queue import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, LineQueue, WaitingLine
-from chatlm.front.store import batches, files
-from chatlm.front.store.files import LineRow
+from chatlm.front.store import batches, file_rows
+from chatlm.front.store.file_rows import LineRow
 from chatlm.front.store.store import Store
 from fake_pool import FakePool
 from nightly import by_day
@@ -230,14 +230,14 @@ class Place:
         """A batch of `count` lines, put into the store; returns its name."""
         def create(connection):
             owner = Owners(self.settings).of_texts(client)
-            source = files.create(connection, owner, "in.jsonl", "batch", 1)
+            source = file_rows.create(connection, owner, "in.jsonl", "batch", 1)
             rows = [LineRow(number, json.dumps({
                 "custom_id": str(number), "method": "POST", "url": CHAT, "body": {
                     "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens, "n": n}}).encode() + b"\n", str(number), CHAT, model)
                 for number in range(1, count + 1)]
-            files.add_lines(connection, source.id, rows)
+            file_rows.add_lines(connection, source.id, rows)
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (source.id,))
-            return batches.create(connection, owner, client, files.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
+            return batches.create(connection, owner, client, file_rows.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
         name = await self.store.run(create)
         return name
 
@@ -251,7 +251,7 @@ class Place:
 
     async def lines(self, name):
         return await self.store.run(lambda connection: [text for text, in connection.execute(
-            "SELECT text FROM lines WHERE file = ? ORDER BY number", (files.file_named(connection, name).id,))])
+            "SELECT text FROM lines WHERE file = ? ORDER BY number", (file_rows.file_named(connection, name).id,))])
 
     async def get(self, path, key, method="GET"):
         async with aiohttp.ClientSession(self.url) as session:

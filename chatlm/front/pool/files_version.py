@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
-class Version:
+class FilesVersion:
     """Which version of the model's files a pool serves. Files may change at any time, but no answer ever
     continues with other weights, and no prompt is rendered for files that the workers do not have.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, without_folders
-from chatlm.common.hub.adapters import adapter_at, adapters_in, named_adapters
+from chatlm.common.hub.adapter_folders import adapter_at, adapters_in, named_adapters
 from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
@@ -19,7 +19,7 @@ from chatlm.front.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.adapters import AdapterFiles
+    from chatlm.common.hub.adapter_folders import AdapterFiles
     from chatlm.common.hub.stamps import Stamp
     from chatlm.front.pool.worker import Worker
 

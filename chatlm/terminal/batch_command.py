@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS
@@ -28,10 +28,10 @@ from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import default_sampling
-from chatlm.terminal.batch_files import OutputFile, BatchResult, InputFile
+from chatlm.terminal.batch_files import BatchResult, InputFile, OutputFile
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
-from chatlm.terminal.streams import strict_object, whole_body
+from chatlm.terminal.remote_streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

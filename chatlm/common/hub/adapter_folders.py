@@ -10,7 +10,7 @@ from pathlib import Path
 from chatlm.common.config import ADAPTER_NAME
 from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.folder import seen_below
-from chatlm.common.hub.nanochat import object_in
+from chatlm.common.hub.nanochat_checkpoints import object_in
 from chatlm.common.hub.stamps import ADAPTER_FILES, FoundFiles, adapter_stamp
 from chatlm.common.records import record
 

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
 from pathlib import Path
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_object
