@@ -33,6 +33,7 @@ The rooms, each above those that it may import
     chatlm/export/            models in other formats; to the hub
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
     chatlm/front/*.py         serve.py: a server's start and end; front.py: its core; annexes.py: all else
+          chats/              chats of an owner for all his devices
           server/             routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
           api/                bodies in: fields and readers; answers out: encoders

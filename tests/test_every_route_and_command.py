@@ -41,13 +41,14 @@ class Asking:
         self.asked = set()
         self.wrong = []
 
-    def __call__(self, method, route, body=None, status=200, query="", content_type="application/json", **names):
+    def __call__(self, method, route, body=None, status=200, query="", content_type="application/json", space="", **names):
         """Ask a route, whose {names} are filled in; returns the JSON of the answer, or its bytes."""
         self.asked.add((method, route))
         path = re.sub(r"{(\w+)(:[^}]*)?}", lambda match: urllib.parse.quote(names[match[1]]), route)
         data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
         connection = http.client.HTTPConnection(self.address, timeout=120)
-        connection.request(method, path + query, data, {"Content-Type": content_type} if data is not None else {})
+        headers = {"X-Chat-Space": space} if space else {}
+        connection.request(method, path + query, data, headers | ({"Content-Type": content_type} if data is not None else {}))
         response = connection.getresponse()
         content = response.read()
         connection.close()
@@ -129,6 +130,15 @@ def ask_what_is_kept(ask):
     ask("GET", "/v1/responses/{id}", id=answer)
     ask("GET", "/v1/responses/{id}/input_items", id=answer)
     ask("DELETE", "/v1/responses/{id}", id=answer)
+    own = {"kind": "chat", "id": "0" * 32, "patch": {"created": 1, "title": "Yes"}}
+    assert ask("POST", "/v1/chats/changes", {"changes": [own]}, space="A" * 22)["data"][0]["state"] == "stored"
+    ask("GET", "/v1/chats/changes", space="A" * 22)
+    ask("GET", "/v1/chats", space="A" * 22)
+    ask("GET", "/v1/chats/{id}", id=own["id"], space="A" * 22)
+    ask("GET", "/v1/chats/search", query="?q=yes", space="A" * 22)
+    ask("GET", "/v1/chats/export", space="A" * 22)
+    ask("DELETE", "/v1/chats/{id}", id=own["id"], space="A" * 22)
+    ask("DELETE", "/v1/chats", query="?count=0", space="A" * 22)
     chat = ask("POST", "/v1/conversations", {})["id"]
     ask("GET", "/v1/conversations/{id}", id=chat)
     ask("POST", "/v1/conversations/{id}", {"metadata": {"topic": "yes"}}, id=chat)

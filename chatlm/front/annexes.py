@@ -19,7 +19,7 @@ from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
-    AFTER, FILES_LIMIT, LIMIT, ORDER, PURPOSE, STARTING_AFTER, STREAM)
+    AFTER, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Request
     from chatlm.front.api.encode import Encoder
+    from chatlm.front.chats.routes import ChatRoutes
     from chatlm.front.front import Front
     from chatlm.front.intake.opened_body import Caller, OpenedBody
     from chatlm.front.intake.budget import Holding
@@ -300,6 +301,39 @@ KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.cl
 CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
 
 
+# Chats that all devices of their owner have
+
+def load_chats() -> Make[ChatRoutes]:
+    from chatlm.front.chats.routes import ChatRoutes
+    return lambda front: ChatRoutes(front.store, front.bodies, bool(front.settings.keys))
+
+
+def chat_tables() -> Seq[Step]:
+    from chatlm.front.chats.tables import STEPS
+    return STEPS
+
+
+CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
+    Route("POST", "/v1/chats/changes", OPENAI, lambda chats, http: chats.handle_change(http),
+          "change records of your chats: a list of up to 500 changes"),
+    Route("GET", "/v1/chats/changes", OPENAI, lambda chats, http: chats.handle_changes(http),
+          "what has changed after a revision; waits until something does", query=(SINCE, WAIT), polled=True),
+    Route("GET", "/v1/chats/search", OPENAI, lambda chats, http: chats.handle_search(http),
+          "your chats that have all of these words, the newest first", query=(WORDS, AFTER)),
+    Route("GET", "/v1/chats/export", OPENAI, lambda chats, http: chats.handle_export(http),
+          "all your chats as a file"),
+    Route("GET", "/v1/chats", OPENAI, lambda chats, http: chats.handle_list(http),
+          "your chats, the newest first", query=(LIMIT, AFTER)),
+    Route("DELETE", "/v1/chats", OPENAI, lambda chats, http: chats.handle_delete_all(http),
+          "delete all your chats", query=(COUNT,)),
+    Route("GET", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_chat(http),
+          "a chat with its messages"),
+    Route("DELETE", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_delete(http), "delete it"),
+)
+CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_database, lambda chats: chats.start(),
+              lambda chats: chats.close(), tables=chat_tables)
+
+
 # What an operator does
 
 def load_downloads() -> Make[DownloadRoutes]:
@@ -439,5 +473,5 @@ RUNS = Annex("runs", load_runs, RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (
-    BATCHES, FILES, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS, KEPT,
-    CONVERSATIONS)
+    BATCHES, FILES, CHATS, DOWNLOADS, EXPORTS, METRICS, USAGE, CONVERSATION_LOG, COMPARE, RUNS, TOOLS, ROUNDS,
+    KEPT, CONVERSATIONS)

@@ -184,21 +184,21 @@ class Local:
     async def answer(self, number: int, text: bytes) -> Answered:
         caller = Caller(route="", client=f"line {number}", owner="")
         try:
-            arrival = await patiently(lambda: self.intake.open(caller, text, number=number))
+            opened_body = await patiently(lambda: self.intake.open(caller, text, number=number))
         except EngineFailure as error:  # a line that ends sandboxes must not stop the others
             raise RequestError(str(error), status=error.status, code=error.code) from None
-        line = arrival.envelope.line
+        line = opened_body.envelope.line
         assert line
         try:
-            async with self.pixels.taken(len(arrival.envelope.lift.files) * 3 * LIMITS.kept_pixels):
-                return line, 200, await patiently(lambda: self._answer(arrival))
+            async with self.pixels.taken(len(opened_body.envelope.lift.files) * 3 * LIMITS.kept_pixels):
+                return line, 200, await patiently(lambda: self._answer(opened_body))
         except ChatServerError as error:
             return line, *failed_answer(error)
 
-    async def _answer(self, arrival: OpenedBody) -> dict:
-        with Holding(self.intake.budget, arrival.caller.client) as holding:
+    async def _answer(self, opened_body: OpenedBody) -> dict:
+        with Holding(self.intake.budget, opened_body.caller.client) as holding:
             served = await self.intake.resolve("", (), holding)
-            parsed = await self.intake.line(arrival, served, holding)
+            parsed = await self.intake.line(opened_body, served, holding)
             encoder = answer_encoder(parsed, self.pool.model_name, loaded_tokenizer(self.pool))
             async with aclosing(self.pool.answer(parsed.request)) as events:
                 return json.loads(await encoder.collect_all(events, lambda size: None))

@@ -107,7 +107,7 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"
     ({"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}, [1, "-2.5e30"], []), ({"type": "number", "minimum": 1.0000000000000002, "maximum": 1.0000000000000002}, ["1.0000000000000002"], [1]),
     ({"type": "number", "minimum": 0.1, "exclusiveMinimum": True}, [0.2, "0.10000001"], [0.1]), ({"type": "number", "minimum": -1.5, "maximum": -0.25}, [-1.5, -0.25, -1, "-0.30"], [-1.51, -0.2, 0, 0.5]),
     ({"type": "number", "minimum": 1, "maximum": 1}, [1, "1.0"], [1.1, 0]), ({"enum": [1, 2.5, 2**53 + 1, "a"], "minimum": 2, "maximum": 2**53}, [2.5, '"a"'], [1, 2**53 + 1]), ({"enum": [10, 15], "multipleOf": 10}, [10], [15]),
-    ({"type": "integer", "multipleOf": 0.01}, [1], []), ({"type": "number", "multipleOf": 0.5, "minimum": 1}, [1.5], [0.5, 1.25]),
+    ({"type": "integer", "multipleOf": 5, "minimum": 10, "maximum": 10}, [10], [5, 11, 15]), ({"type": "integer", "multipleOf": 0.01}, [1], []), ({"type": "number", "multipleOf": 0.5, "minimum": 1}, [1.5], [0.5, 1.25]),
     # what says nothing, and what says that nothing fits
     (True, [1, {"a": 1}], []), ({"not": False}, [1, None], []), ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}, [{"a": 1}, {}], [{"a": "b"}]),
     *(({"type": "object", name: value}, [{}, {"a": 1}], [1]) for name, value in (

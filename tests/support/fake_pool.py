@@ -16,8 +16,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.front import ROUTES, create_app
-from chatlm.front.intake.body_tasks import BodyTasks
-from chatlm.front.intake.sandboxed import OpenBodyCache
+from chatlm.front.intake.sandboxed import OpenBodyCache, Tasks
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.server import access, connections
@@ -67,9 +66,9 @@ class SandboxHere:
         if self.refusal:
             raise self.refusal
         known = Known(Settings(), self.pool.tokenizer.tool_format, infill=self.pool.tokenizer.infill_tokens)
-        tasks = BodyTasks(SandboxConfig(known, None, 0, 5.0, 0), OpenBodyCache())
-        tasks.prompts = PromptMaker(self.pool.tokenizer, self.pool.context_length)
-        reply = await asyncio.to_thread(getattr(tasks, name), *arguments, *map(bytes, bodies))
+        tasks = Tasks(SandboxConfig(known, None, 0, 5.0, 0), OpenBodyCache())
+        tasks.bodies.prompts = PromptMaker(self.pool.tokenizer, self.pool.context_length)
+        reply = await asyncio.to_thread(tasks.task(name), *arguments, *map(bytes, bodies))
         came = unpacked(type(reply), SANDBOX_PIPE.packed(reply)[HEADER.size:])
         return came.data if isinstance(came, Body) else came.value
 

@@ -45,5 +45,9 @@ FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
 PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
                 "only these files")
 STREAM = Field("stream", SWITCH, "true: the events of a response that runs in the background")
+SINCE = Field("after", INTEGER, "the revision up to which you know all (0: nothing)", 0, 2**53)
+WAIT = Field("wait", INTEGER, "seconds to wait for a change, if there is none (0)", 0, 60)
+COUNT = Field("count", INTEGER, "how many chats you have", 0, math.inf)
+WORDS = Field("q", TEXT, "words, all of which a chat must have")
 STARTING_AFTER = Field("starting_after", INTEGER, "the sequence_number of an event: send those after it", 0,
                        math.inf)

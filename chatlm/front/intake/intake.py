@@ -213,6 +213,13 @@ class Intake:
         admission = self.catalogue.find("", caller.bound).pool.admission
         return await admission.extract(caller.client, name, boundary, body)
 
+    async def in_sandbox(self, caller: Caller, task: str, *bodies: bytes | bytearray) -> Any:
+        """What a task of an annex makes of bodies, in the sandbox that reads bodies. task: as in
+        `chatlm.front.intake.sandboxed.Tasks.task`."""
+        admission = self.catalogue.find("", caller.bound).pool.admission
+        with admission.prepare(caller.client):
+            return await admission.perform("bodies", caller.client, task, bodies=[*bodies])
+
     # the steps
 
     @asynccontextmanager

@@ -7,7 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import too_large_to_count
@@ -56,6 +57,10 @@ class Tasks:
         self.cache = cache
 
     def task(self, name: str) -> Callable[..., Any]:
+        """The function of a task. That of an annex has the name of its module before it, and a colon."""
+        module, colon, function = name.partition(":")
+        if colon:
+            return partial(sandboxed, getattr(import_module(module), function))
         place = getattr(self, PLACES[name]) if name in PLACES else self
         return getattr(place, name)
 
@@ -108,6 +113,10 @@ class Tasks:
     def check_grammar(self, source: str, param: str) -> SandboxResult:
         from chatlm.common.text.grammar import check_grammar
         return SandboxResult(check_grammar(source, param))
+
+
+def sandboxed(function: Callable[..., Any], *arguments) -> SandboxResult:
+    return SandboxResult(function(*arguments))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:

@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
@@ -405,6 +405,22 @@ class Store:
             return False
         self.added_bytes = added_bytes
         return True
+
+    async def clear_log(self):
+        """Leave nothing in the -wal of what was deleted: SQLite overwrites deleted texts in the pages, but
+        older ones stay there until it is used anew. They also stay while another program reads them."""
+        def checkpoint():
+            if self._place("") == self.places[""]:
+                with closing(self._writer()) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(self.library.Error):
+            await asyncio.to_thread(checkpoint)
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection for what reads long, in a thread of the caller: the store's goes on meanwhile."""
+        with closing(self._reader()) as connection:
+            yield connection
 
     async def close(self):
         """Finish all work that waits, and close the file."""

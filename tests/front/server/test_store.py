@@ -15,20 +15,21 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.front.annexes import ANNEXES
 from chatlm.front.intake.opened_body import Caller
 from chatlm.front.server.file_routes import FileRoutes, Upload
 from chatlm.front.store import batches, file_rows
 from chatlm.front.store import store as stores
 from chatlm.front.store.schema import STEPS
-from chatlm.front.store.store import Store, open_store
+from chatlm.front.store.store import NO_TABLES, Store, open_store
 from powerless import powerless
 
 ROOT = Path(__file__).resolve().parents[3]
 INSERT = "INSERT INTO files (name, owner, filename, purpose, created) VALUES (?, '', 'x', 'batch', 0)"
 
 
-def opened(path):
-    store = Store(path)
+def opened(path, tables=NO_TABLES):
+    store = Store(path, tables)
     store.open()
     return store
 
@@ -252,9 +253,9 @@ async def test_a_store_of_another_server_is_refused(tmp_path):
     await (opened(tmp_path / "a.db")).close()
 
 
-def closed_store(path):
+def closed_store(path, tables=NO_TABLES):
     async def make():
-        store = opened(path)
+        store = opened(path, tables)
         for index in range(200):
             await store.run(add("x" * 500 + str(index)))
         await store.close()
@@ -297,7 +298,7 @@ def test_an_unusable_store_is_refused_in_one_line(tmp_path, what):
 def test_a_damaged_large_store_ends_the_server(tmp_path, nanochat_fixtures):
     """A large store is checked while the server runs."""
     path = tmp_path / "a.db"
-    closed_store(path)
+    closed_store(path, {annex.name: annex.tables() for annex in ANNEXES if annex.tables})
     data = bytearray(path.read_bytes())
     data[8192:8192 * 3] = os.urandom(8192 * 2)
     path.write_bytes(data)

@@ -62,7 +62,7 @@ REFRAIN = "Fa la la la la, la la la la!\n'Tis the season to be jolly, fa la la l
 
 @pytest.mark.parametrize("text", [
     *(pytest.param(path.read_text(), id=path.name) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "chatlm/common/config.py",
-                                                                ROOT / "static/page.css", ROOT / "static/turns.js", ROOT / "bench/RESULTS.md") if path.exists()),
+ ROOT / "static/turns.js", ROOT / "bench/RESULTS.md") if path.exists()),
     "| a | b | c |\n|---|---|---|\n" + ROW * 15, "zeros = [" + "0, " * 100 + "0]", "\n".join(f"{number}. Buy milk and eggs at the shop on the corner" for number in range(1, 100)),
     "".join(f"Verse {number}: deck the halls with {word}.\n{REFRAIN}{REFRAIN}" for number, word in enumerate("holly ivy berries candles ribbons paper".split())),
     "=" * 80 + "\nTitle\n" + "=" * 80 + "\n", "    if (a) {\n" + "    }\n" * 12, "ha " * 100, "Row, row, row your boat, gently down the stream. " * 3])

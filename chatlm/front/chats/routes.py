@@ -1,0 +1,282 @@
+"""The routes of chats that are kept on the server, so that all devices of their owner have them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence as Seq
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.client_words import overloaded
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, bad_value
+from chatlm.common.jsontext import dump
+from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.api.kept_fields import AFTER, COUNT, LIMIT, SINCE, WAIT, WORDS
+from chatlm.front.chats import changes, listing, search
+from chatlm.front.chats.changes import Changing, Outcome
+from chatlm.front.chats.reading import ReadChange, read_changes
+from chatlm.front.lazy import web
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.stored_lists import (
+    now_s, query_value, require_store, send_part, send_parts, take_room)
+from chatlm.front.server.streams import read_bytes
+from chatlm.front.store import quota
+
+if TYPE_CHECKING:
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.store.store import Store
+
+
+WAITS = 4     # of an owner: a device needs one
+SEARCHES = 2  # at a time
+IN_SANDBOX = "chatlm.front.chats.reading:read_in_sandbox"
+
+
+class ChatRoutes:
+    """The handlers, and who waits for changes."""
+
+    def __init__(self, store: Store | None, bodies: Bodies, has_keys: bool):
+        self.store = store
+        self.bodies = bodies
+        self.has_keys = has_keys
+        self.waiting: dict[str, set[asyncio.Event]] = defaultdict(set)  # by owner
+        self.deleted = asyncio.Event()
+        self.searches = asyncio.Semaphore(SEARCHES)
+        self.task: asyncio.Task[None] | None = None
+
+    async def start(self):
+        if self.store:
+            self.deleted.set()  # what the last server left
+            self.task = asyncio.create_task(supervised(
+                "deleting chats", self.purge, failed=lambda error: True))
+
+    async def close(self):
+        if self.task:
+            await end_tasks([self.task])
+
+    @property
+    def owner(self) -> str:
+        """Whose chats a request is about. Raises RequestError if it does not say: an address is no person."""
+        if not self.has_keys and not REQUEST_LOG.get().space:
+            raise RequestError("chats on a server without API keys need the header X-Chat-Space: 22 to 64 "
+                               "letters and digits that nobody can guess, the same on all your devices",
+                               code="missing_space", param="X-Chat-Space")
+        return self.bodies.owner
+
+    # changes
+
+    async def handle_change(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/chats/changes"""
+        store = require_store(self.store)
+        owner = self.owner
+        client = REQUEST_LOG.get().client
+        with self.bodies.holding() as holding:
+            body = await read_bytes(http, holding, LIMITS.body_bytes)
+            read = await self.read(body)
+            size = sum(len(each.patch or "") for each in read)
+            outcomes, rev = await store.run(partial(change_all, owner=owner, client=client, read=read),
+                                            adds_bytes=size)
+        if any(outcome.state in ("stored", "sibling", "deleted") for outcome in outcomes):
+            self.tell(owner)
+        if any(change.patch is None for change in read):
+            self.deleted.set()
+        rows = separated(map(shown_outcome, outcomes))
+        return await send_parts(http, [b'{"rev": %d, "data": [' % rev, *rows, b"]}"])
+
+    async def read(self, body: bytes | bytearray) -> list[ReadChange]:
+        if len(body) <= LIMITS.inline_bytes:
+            return read_changes(body)
+        found = await self.bodies.intake.in_sandbox(self.bodies.caller(), IN_SANDBOX, body)
+        return [ReadChange(*values) for values in found]
+
+    async def handle_changes(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/chats/changes: those after a revision, as soon as there are any."""
+        store = require_store(self.store)
+        owner = self.owner
+        after = query_value(http, SINCE, 0)
+        until_s = time.monotonic() + query_value(http, WAIT, 0)
+        read = partial(changes.changed_after, owner=owner, after=after)
+        with self.listening(owner) as news:
+            page = await store.run(read)
+            while not page.rows and (left_s := until_s - time.monotonic()) > 0:
+                try:
+                    await asyncio.wait_for(news.wait(), left_s)
+                except asyncio.TimeoutError:
+                    break
+                news.clear()
+                page = await store.run(read)
+        rows = [b'{"kind": %s, "id": %s, "rev": %d, "record": %s}'
+                % (dump(row.kind), dump(row.id), row.rev, row.text.encode() or b"null") for row in page.rows]
+        with self.bodies.holding() as holding:
+            await take_room(holding, sum(map(len, rows)))
+            return await send_parts(http, [b'{"rev": %d, "data": [' % page.rev, *separated(rows),
+                                           b'], "has_more": %s}' % dump(page.more)])
+
+    @contextmanager
+    def listening(self, owner: str):
+        """An event that is set when something of an owner changes. RequestError if too many wait."""
+        if len(self.waiting[owner]) >= WAITS:
+            raise overloaded(f"{WAITS} requests wait for your changes already", 5)
+        news = asyncio.Event()
+        self.waiting[owner].add(news)
+        try:
+            yield news
+        finally:
+            self.waiting[owner].discard(news)
+            if not self.waiting[owner]:
+                del self.waiting[owner]
+
+    def tell(self, owner: str):
+        for news in self.waiting.get(owner, ()):
+            news.set()
+
+    async def purge(self):
+        """Remove what was deleted, whenever something was."""
+        store = require_store(self.store)
+        while True:
+            await self.deleted.wait()
+            self.deleted.clear()
+            while await store.run(partial(changes.purge, now_s=now_s())):
+                pass
+            await store.clear_log()
+
+    # chats
+
+    async def handle_list(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/chats"""
+        limit = query_value(http, LIMIT, 20)
+        after = query_value(http, AFTER, "")
+        rows, more = await require_store(self.store).run(
+            partial(listing.chats_after, owner=self.owner, after=after, limit=limit))
+        return json_response({"object": "list", "data": rows, "has_more": more})
+
+    async def handle_chat(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/chats/{id}: the chat with its nodes; 304 if it has the revision of If-None-Match."""
+        store = require_store(self.store)
+        owner = self.owner
+        name = http.match_info["id"]
+        tag, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
+        headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
+        if headers["ETag"] in http.headers.get("If-None-Match", ""):
+            return web.Response(status=304, headers=headers)
+        parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name))
+        return await self.send(http, headers, enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"))
+
+    async def handle_delete(self, http: web.Request) -> web.Response:
+        name = http.match_info["id"]
+        await self.delete([name])
+        return json_response({"id": name, "object": "chat", "deleted": True})
+
+    async def handle_delete_all(self, http: web.Request) -> web.Response:
+        """DELETE /v1/chats?count=N: all chats, if they are as many as the client thinks."""
+        count = query_value(http, COUNT, None)
+        if count is None:
+            raise RequestError("count is missing: how many chats you mean to delete",
+                               code="missing_required_parameter", param="count")
+        await self.delete(None, count)
+        return json_response({"object": "list", "deleted": count})
+
+    async def delete(self, names: Seq[str] | None, count: int = 0):
+        owner = self.owner
+        await require_store(self.store).run(
+            partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()))
+        self.tell(owner)
+        self.deleted.set()
+
+    async def handle_search(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/chats/search: chats with all of the words, the newest first."""
+        store = require_store(self.store)
+        owner = self.owner
+        question = query_value(http, WORDS, "")
+        if not search.words_of(question):
+            raise bad_value("q", question, "the words to find")
+        after = query_value(http, AFTER, "")
+
+        def look() -> search.FoundPage:
+            with store.reading() as connection:
+                return search.search(connection, owner, question, after)
+        async with self.searches:
+            page = await asyncio.to_thread(look)
+        return json_response({
+            "object": "list", "after": page.after, "has_more": page.after is not None, "data": [
+                {"id": found.id, "title": found.chat.get("title", ""), "updated": found.chat.get("updated"),
+                 "node": found.node, "snippet": found.snippet} for found in page.found]})
+
+    async def handle_export(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/chats/export: all chats as a file that the page and the terminal import."""
+        store = require_store(self.store)
+        owner = self.owner
+        begin = await store.run(partial(listing.export_begin, owner=owner, now_s=now_s()))
+        headers = {"Content-Disposition": 'attachment; filename="chats.json"'}
+        return await self.send(http, headers, enclosed(begin, self.exported(store, owner), b"]}"))
+
+    async def exported(self, store: Store, owner: str) -> AsyncIterator[bytes]:
+        names = await store.run(partial(listing.chat_names, owner=owner))
+        first = True
+        for name in names:
+            try:
+                _, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
+            except RequestError:  # deleted meanwhile
+                continue
+            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name))
+            yield b"" if first else b", "
+            first = False
+            async for part in enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"):
+                yield part
+
+    async def parts(self, store: Store, read: Callable[..., listing.Part]) -> AsyncIterator[bytes]:
+        """The nodes of a chat, a few at a time."""
+        part = listing.Part(b"", 0, True)
+        while part.more:
+            part = await store.run(partial(read, after=part.last))
+            yield part.text
+
+    async def send(self, http: web.Request, headers: dict, parts: AsyncIterator[bytes]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={**headers, "Content-Type": "application/json",
+                                               "X-Request-Id": REQUEST_LOG.get().id})
+        if http.version < (1, 1):
+            response.force_close()
+        await response.prepare(http)
+        if http.method == "GET":
+            async for part in parts:
+                await send_part(http, response, part)
+        return response
+
+
+async def enclosed(begin: bytes, parts: AsyncIterator[bytes], end: bytes) -> AsyncIterator[bytes]:
+    yield begin
+    async for part in parts:
+        yield part
+    yield end
+
+
+def separated(parts: Iterable[bytes]) -> Iterable[bytes]:
+    for index, part in enumerate(parts):
+        yield (b", " if index else b"") + part
+
+
+def change_all(connection, owner: str, client: str, read: Seq[ReadChange]) -> tuple[list[Outcome], int]:
+    """Do all changes; (what became of them, the last revision)."""
+    changing = Changing(connection, owner, now_s())
+    outcomes = []
+    for change in read:
+        if change.patch is not None:
+            try:
+                quota.check(connection, owner, len(change.patch), client=client)
+            except RequestError as error:
+                outcomes.append(Outcome(change.id, "refused", error=str(error), param=error.param or ""))
+                continue
+        outcomes.append(changing.make(change))
+    return outcomes, changes.revisions(connection)[0]
+
+
+def shown_outcome(outcome: Outcome) -> bytes:
+    more = {"sibling": outcome.sibling} if outcome.sibling else {}
+    if outcome.error:
+        more = {"error": {"message": outcome.error, "param": outcome.param or None}}
+    head = dump({"id": outcome.id, "state": outcome.state, "rev": outcome.rev, **more})
+    return head if not outcome.record else b'%s, "record": %s}' % (head[:-1], outcome.record.encode())
