@@ -86,23 +86,46 @@ Life of a request
 docs/architecture.md has it with modules and in reading order; docs/changes.md says where to change what. A
 large body is opened and read in a sandbox, by the same functions.
 
-Glossary
+Glossary: what a word means, its class, and the module where that lives
 
-    page        16 KV slots; a slot holds keys and values of one token, in all layers or in a group of them
-                (`LayerGroups`). A worker's cache is a pool of pages.
-    owner       who may share KV pages: one API key, or everybody where there are no keys
-    client      who takes turns: one API key, or one address where there are no keys
-    request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
-    job         one answer of a request, in the front: `Job`. It survives the death of its worker.
+    page        16 KV slots; a slot holds keys and values of one token, in all layers or in a group of them.
+                A worker's cache is a pool of pages. `PagePool`, chatlm/worker/engine/kvcache.py
+    owner       who may share KV pages: one API key, or everybody where there are no keys. A `Caller` has it,
+                chatlm/front/intake/opened_body.py
+    client      who takes turns: one API key, or one address where there are no keys. A `Caller` has it too,
+                chatlm/front/intake/opened_body.py
+    request     what a client asked, checked: `Request`, chatlm/common/messages/requests.py. It may have
+                several prompts and `n` answers to each.
+    choice      the number of one of these answers, as in OpenAI's `choices`: `Choice`,
+                chatlm/front/api/encode.py
+    job         one answer of a request, in the front: `Job`, chatlm/front/pool/worker.py. It survives the
+                death of its worker.
     assignment  one answer of a request, in a worker: `Assignment`; with tokens and pages a `Sequence`,
-                with text an `Answer`
-    event       what the reader of an answer gets: `Accepted`, a `Piece` per step of its worker, `Finished`
-    delta       what is new in an answer, in order: more of its reasoning, its text or a call: `Delta`
-    chunk       the tokens of one sequence computed in one step; a step computes a batch of chunks
-    draft       tokens that may come next, looked up in earlier text or forced, and checked in one step
-    steps       how a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
-    rank, stage one of the processes that compute a replica together; the ranks that have the same layers
-    kernels     the ops a worker uses, each either compiled or the reference: `load_kernels`
+                chatlm/worker/engine/sequence.py
+    event       what the reader of an answer gets: `Accepted`, a `Piece` per step of its worker, `Finished`,
+                chatlm/common/messages/requests.py
+    delta       what is new in an answer, in order: more of its reasoning, its text or a call: `Delta`,
+                chatlm/common/messages/requests.py
+    step        what a worker computes at once, a batch of chunks: `EngineStep`, chatlm/worker/engine/step.py
+    chunk       the tokens of one sequence computed in one step: `Chunk`, chatlm/worker/engine/sequence.py
+    batch       what the model reads in a step: `Batch`, chatlm/worker/model/batch.py
+    draft       tokens that may come next, looked up in earlier text or forced, and checked in one step:
+                `Draft`, chatlm/worker/engine/drafts.py
+    part        of an engine, imported when a flag or a request asks for it: `EnginePart`,
+                chatlm/worker/engine/part.py
+    rank, stage  one of the processes that compute a replica together; the ranks that have the same layers:
+                `RankZero`, chatlm/worker/ranks/ranks.py; `Stage`, chatlm/worker/ranks/steps.py
+    kernels     the ops a worker uses, each either compiled or the reference, and how a step runs on them:
+                `Kernels` and `Steps`, chatlm/worker/kernels/kernels.py
+    model       what a Transformer computes: `Model`, chatlm/worker/model/blocks/model.py
+    served model  a model of a server, with its names and its workers: `ServedModel`,
+                chatlm/front/pool/models.py
+    version     of a model's files: no answer goes on with others. `FilesVersion`,
+                chatlm/front/pool/files_version.py
+    checkpoint  of a training run, by the number of its training step: `CheckpointFiles`,
+                chatlm/common/hub/run_checkpoints.py
+    layout      how a picture is cut into tiles and stands in a prompt: `PictureLayout`,
+                chatlm/common/vision/layout.py
 
 A worker that dies is restarted, and its answers continue elsewhere from the tokens they have: the client sees
 a pause, not an error. Without decode_core (csrc/) torch computes by the references, several times slower.
@@ -141,7 +164,7 @@ import gc
 if STARTED:
     gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if __name__ == "__main__":
-    from chatlm.common.streams import repair_streams
+    from chatlm.common.standard_streams import repair_streams
     repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
     from chatlm.commands import WITHOUT_WORKER_AHEAD
     from chatlm.common.processes.start import start_worker_ahead
@@ -156,7 +179,7 @@ from contextlib import nullcontext, suppress
 
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, with_kept_words
 from chatlm.commands import program_of
-from chatlm.common.commands import Command, Program, chosen_command
+from chatlm.common.commands import Application, Command, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.interrupts import raised_interrupts
@@ -164,12 +187,12 @@ from chatlm.common.log import json_handler, log, output_as_log, start_logging, t
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
 from chatlm.common.processes.start import end_worker_ahead
-from chatlm.common.streams import lack_of_space, never_fail, repair_streams
+from chatlm.common.standard_streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.pool.local_devices import check_nice, niceness
 
 
-def run_command(command: Command, settings: Settings, program: Program) -> int:
+def run_command(command: Command, settings: Settings, program: Application) -> int:
     """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
     instead. Returns the exit status."""
     assert command.run, f"{command.name} has no Settings"

@@ -18,7 +18,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.common.commands import Command, chosen_command, command_named
 from chatlm.common.config import (
-    EMBEDDER, FLAGS, ModelChoice, Settings, file_name, read_api_keys)
+    EMBEDDER, FLAGS, ModelEntry, Settings, file_name, read_api_keys)
 from chatlm.common.contents import own_contents
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
@@ -169,7 +169,7 @@ TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 
 
-def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
+def read_table(parser: CommandLine, table: dict, key: str) -> ModelEntry:
     """Parse a [[models]] table. ConfigError for missing or unknown keys and invalid values."""
     spelled = {name.replace("-", "_"): name for name in table}
     for field, name in spelled.items():
@@ -201,23 +201,23 @@ def read_table(parser: CommandLine, table: dict, key: str) -> ModelChoice:
     check_path(texts["path"][0], f"{key}: path")
     changes = {field: parsed_words(parser, TABLE_FLAGS[field], f"{key}: {spelled[field]}", words[field])
                for field in words}
-    return ModelChoice(
+    return ModelEntry(
         texts["path"][0], table.get("name", ""), tuple(texts.get("aliases", ())), table.get("pin", False),
         table.get("default", False), replicas=replicas, changes=changes)
 
 
 def chosen_models(parser: CommandLine, names: Seq[str], tables: Seq[dict], in_folder: bool,
-                  config: str | None) -> tuple[ModelChoice, ...]:
+                  config: str | None) -> tuple[ModelEntry, ...]:
     """The models of `serve`, if there are or may be several; () for a single one. `in_folder`: --models or
     --watch finds more."""
     if len(names) < 2 and not tables and not in_folder:
         return ()
-    choices = [*map(ModelChoice, names), *(
+    entries = [*map(ModelEntry, names), *(
         read_table(parser, table, f"--config {config}: [[models]] {index}")
         for index, table in enumerate(tables, 1))]
-    if sum(choice.default for choice in choices) > 1:
+    if sum(entry.default for entry in entries) > 1:
         raise ConfigError(f"--config {config}: only one of [[models]] may have default = true")
-    return tuple(choices)
+    return tuple(entries)
 
 
 # Flags about MODEL, which do not hold for the model of --embedder: `Settings` has these instead
@@ -225,16 +225,16 @@ OF_NO_MODEL = {"source": None, "model_tag": None, "step": None, "softcap": None,
                "quantize": None, "lora": (), "mmproj": None, "draft_model": None}
 
 
-def model_alone(model: str | None, names: Seq[str]) -> ModelChoice:
+def model_alone(model: str | None, names: Seq[str]) -> ModelEntry:
     """The model of `serve` beside which only that of --embedder is served: loaded at the start, it stays.
     names: those of --served-model-name."""
-    return ModelChoice(model or "", "".join(names[:1]), tuple(names[1:]), pin=True, default=True)
+    return ModelEntry(model or "", "".join(names[:1]), tuple(names[1:]), pin=True, default=True)
 
 
-def embedder_choice(model: str) -> ModelChoice:
+def embedder_entry(model: str) -> ModelEntry:
     """The model of --embedder."""
     aliases = (EMBEDDER,) if model == EMBEDDER else ()
-    return ModelChoice(model, aliases=aliases, spare=True, replicas=1, changes=dict(OF_NO_MODEL))
+    return ModelEntry(model, aliases=aliases, spare=True, replicas=1, changes=dict(OF_NO_MODEL))
 
 
 def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, str],
@@ -415,13 +415,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str],
             if not values["several"] and not in_folder:
                 values["several"] = (model_alone(values["model"], values["served_model_name"]),)
                 values["served_model_name"] = ()
-            values["several"] += (embedder_choice(values["embedder"]),)
+            values["several"] += (embedder_entry(values["embedder"]),)
         if values["several"] or in_folder:
             values["model"] = None
         check_watch(values, models)
     elif command.several and models:
         values["model"] = None
-        values["several"] = tuple(ModelChoice(name, name) for name in models)
+        values["several"] = tuple(ModelEntry(name, name) for name in models)
     return Settings(command=command.name, commands=names, **values)
 
 

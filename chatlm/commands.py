@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Iterable, Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.commands import Command, Program
+from chatlm.common.commands import Application, Command
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Running = Coroutine[Any, Any, int]
 
 
-def serve(settings: Settings, program: Program) -> Running:
+def serve(settings: Settings, program: Application) -> Running:
     from chatlm.front.serve import serve_forever
     return serve_forever(settings, annexes=program.annexes)
 
@@ -32,7 +32,7 @@ SERVE = Command(
   python chat_server.py model.gguf -p 8080 --api-key-file keys.txt""")
 
 
-def chat(settings: Settings, program: Program) -> Running:
+def chat(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.chat import chat
     return chat(settings)
 
@@ -55,7 +55,7 @@ CHAT = Command(
   python chat_server.py chat --url http://127.0.0.1:8000    use a server that is already running""")
 
 
-def generate(settings: Settings, program: Program) -> Running:
+def generate(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.chat import generate
     return generate(settings)
 
@@ -71,7 +71,7 @@ GENERATE = Command(
   python chat_server.py generate model.gguf -p "Name a color." --json --seed 1""")
 
 
-def compare(settings: Settings, program: Program) -> Running:
+def compare(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.side_by_side import compare
     return compare(settings)
 
@@ -88,7 +88,7 @@ COMPARE = Command(
   python chat_server.py compare d20@12000 d20@14000 -p "Hello" --url http://127.0.0.1:8000""")
 
 
-def score(settings: Settings, program: Program) -> Running:
+def score(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.side_by_side import score
     return score(settings)
 
@@ -104,7 +104,7 @@ SCORE = Command(
   python chat_server.py score ~/.cache/nanochat -g d20 -s 12000 --text book.txt --json""")
 
 
-def evaluate(settings: Settings, program: Program) -> Running:
+def evaluate(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.evaluate import evaluate
     return evaluate(settings)
 
@@ -122,7 +122,7 @@ EVAL = Command(
   python chat_server.py eval model.gguf --suite questions.jsonl --json""")
 
 
-def embed(settings: Settings, program: Program) -> Running:
+def embed(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.embed import embed
     return embed(settings)
 
@@ -143,8 +143,8 @@ EMBED = Command(
   python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query""")
 
 
-def batch(settings: Settings, program: Program) -> Running:
-    from chatlm.terminal.batch import batch
+def batch(settings: Settings, program: Application) -> Running:
+    from chatlm.terminal.batch_command import batch
     return batch(settings)
 
 
@@ -159,7 +159,7 @@ BATCH = Command(
   python chat_server.py batch requests.jsonl -o answers.jsonl --url http://127.0.0.1:8000""")
 
 
-def check(settings: Settings, program: Program) -> Running:
+def check(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.check import check
     return check(settings)
 
@@ -180,7 +180,7 @@ CHECK = Command(
   python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json""")
 
 
-def quantize(settings: Settings, program: Program) -> Running:
+def quantize(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.quantize import quantize
     return quantize(settings)
 
@@ -199,7 +199,7 @@ QUANTIZE = Command(
   python chat_server.py quantize ~/.cache/nanochat -g d20 -o d20-Q8_0.gguf --type q8_0""")
 
 
-def imatrix(settings: Settings, program: Program) -> Running:
+def imatrix(settings: Settings, program: Application) -> Running:
     from chatlm.terminal.imatrix import imatrix
     return imatrix(settings)
 
@@ -218,12 +218,12 @@ IMATRIX = Command(
 
 # Commands without Settings
 
-def bundle(words: Seq[str], program: Program) -> Iterable[str]:
+def bundle(words: Seq[str], program: Application) -> Iterable[str]:
     from chatlm.bundling import bundle_lines
     return bundle_lines(words, program.commands)
 
 
-def export(words: Seq[str], program: Program) -> Iterable[str]:
+def export(words: Seq[str], program: Application) -> Iterable[str]:
     from chatlm.export.command import export_lines
     return export_lines(words)
 
@@ -234,12 +234,12 @@ def as_quantize(words: Seq[str]) -> Seq[str] | None:
     return as_quantize(words)
 
 
-def push(words: Seq[str], program: Program) -> Iterable[str]:
+def push(words: Seq[str], program: Application) -> Iterable[str]:
     from chatlm.export.push import push_lines
     return push_lines(words)
 
 
-def store(words: Seq[str], program: Program) -> Iterable[str]:
+def store(words: Seq[str], program: Application) -> Iterable[str]:
     from chatlm.terminal.store import store_lines
     return store_lines(words)
 
@@ -256,7 +256,7 @@ WITHOUT_WORKER_AHEAD = tuple(
     name for command in COMMANDS if not command.worker_ahead for name in command.names)
 
 
-def program_of(annexes: Seq[Annex[Any]]) -> Program:
+def program_of(annexes: Seq[Annex[Any]]) -> Application:
     """The program with these annexes, whose commands come last. ValueError for rows that cannot be."""
     commands = *COMMANDS, *(annex.command for annex in annexes if annex.command)
     names = [name for command in commands for name in command.names]
@@ -265,4 +265,4 @@ def program_of(annexes: Seq[Annex[Any]]) -> Program:
     for command in commands:
         if (command.run is None) is (command.lines is None):
             raise ValueError(f"the command {command.name} must have either `run` or `lines`")
-    return Program(commands, annexes)
+    return Application(commands, annexes)

@@ -24,10 +24,10 @@ ABSENT = """
     chatlm.front.api.dialects.tokenization chatlm.front.api.response_items
     chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
     chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
-    chatlm.front.server.approvals chatlm.front.server.batch_turns chatlm.front.server.batches
+    chatlm.front.server.approvals chatlm.front.server.line_queue chatlm.front.server.batches
     chatlm.front.server.budgets chatlm.front.server.compare chatlm.front.server.conversation_log
     chatlm.front.server.conversations chatlm.front.server.downloading
-    chatlm.front.server.exporting chatlm.front.server.files chatlm.front.server.metric_families
+    chatlm.front.server.exporting chatlm.front.server.file_routes chatlm.front.server.metric_families
     chatlm.front.server.rounds chatlm.front.server.runs chatlm.front.server.tooling
     chatlm.front.server.usage chatlm.front.server.usage_writer
     chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from chatlm.common import contents, libraries
-from chatlm.common.contents import Contents, Model, contents_of
+from chatlm.common.contents import BundledModel, Contents, contents_of
 from chatlm.common.core import core_package, find_core, interface_of, lacks, versions
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
@@ -74,7 +74,7 @@ try:
 except Exception as error:
     stop("cannot run: %s is damaged (%s); copy it again" % (path, error))
 
-from chatlm.common.streams import repair_streams
+from chatlm.common.standard_streams import repair_streams
 
 repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
 
@@ -266,7 +266,7 @@ def needed_glibc(packed: Seq[Libraries]) -> str:
     return f" (glibc {needed[-1]} or newer)" if needed else ""
 
 
-def copy_model(path: Path, file: BinaryIO) -> Model:
+def copy_model(path: Path, file: BinaryIO) -> BundledModel:
     """Copy a GGUF file. If the path is a bundle that begins with one, copy that."""
     name = path.stem
     left = path.stat().st_size
@@ -284,7 +284,7 @@ def copy_model(path: Path, file: BinaryIO) -> Model:
             left -= len(data)
     if left:
         raise ConfigError(f"{path} became shorter while it was copied")
-    return Model(name, size, digest.hexdigest())
+    return BundledModel(name, size, digest.hexdigest())
 
 
 def check_target(path: Path):

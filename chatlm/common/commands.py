@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from chatlm.front.annexes import Annex
 
 
-class Program(NamedTuple):
+class Application(NamedTuple):
     """What the program was started with; each command gets it."""
 
     commands: Seq[Command]  # the first is the default one
@@ -26,8 +26,8 @@ class Command(NamedTuple):
     name: str
     brief: str  # in the list of commands: "generate, which answers one prompt"
     takes: str = "[MODEL] [flags]"  # and there after its name
-    run: Callable[[Settings, Program], Coroutine[Any, Any, int]] | None = None  # returns the exit status
-    lines: Callable[[Seq[str], Program], Iterable[str]] | None = None           # to print
+    run: Callable[[Settings, Application], Coroutine[Any, Any, int]] | None = None  # returns the exit status
+    lines: Callable[[Seq[str], Application], Iterable[str]] | None = None           # to print
     # The --help of a command with `run`
     usage: str = ""  # after its name, if that is not `takes`
     opening: str = ""

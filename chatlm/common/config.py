@@ -277,7 +277,7 @@ def flag(default: V, parse: Callable[[str], object] | None, help: str,
 
 
 @record
-class ModelChoice:
+class ModelEntry:
     """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
     that --models found."""
 
@@ -299,7 +299,7 @@ class Settings:
     command: str = "serve"
     commands: tuple[str, ...] = field(default=(), compare=False)  # a mistyped MODEL may have been one
     model: str | None = None
-    several: tuple[ModelChoice, ...] = ()  # then `model` is None
+    several: tuple[ModelEntry, ...] = ()  # then `model` is None
     keys: tuple[ApiKey, ...] = ()
     own_sampling: dict[str, float] = field(default_factory=dict)
     own_origin: str = ""

@@ -16,7 +16,7 @@ from chatlm.common.program import program_root
 ABOUT = "about.json"
 
 
-class Model(NamedTuple):
+class BundledModel(NamedTuple):
     """The model in a bundle."""
 
     name: str               # of its file, without .gguf
@@ -25,7 +25,7 @@ class Model(NamedTuple):
 
 
 class Contents(NamedTuple):
-    model: Model | None = None
+    model: BundledModel | None = None
     words: tuple[str, ...] = ()     # of `bundle --args`
 
     def packed(self) -> bytes:
@@ -36,7 +36,7 @@ def contents_of(bundle: zipfile.ZipFile) -> Contents:
     if ABOUT not in bundle.namelist():
         return Contents()
     model, words = json.loads(bundle.read(ABOUT))
-    return Contents(Model(*model) if model else None, tuple(words))
+    return Contents(BundledModel(*model) if model else None, tuple(words))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from chatlm.common.errors import UNSEEN, printable, visible
 from chatlm.common.jsontext import dump
-from chatlm.common.streams import Unfailing
+from chatlm.common.standard_streams import Unfailing
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

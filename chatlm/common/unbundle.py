@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatlm.common.bundle import current_umask
-from chatlm.common.contents import Model, contents_of
+from chatlm.common.contents import BundledModel, contents_of
 from chatlm.common.errors import ConfigError
 from chatlm.common.invocation import python_command
 from chatlm.common.libraries import (
@@ -71,7 +71,7 @@ def sha256_of(path: Path, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def check_model(path: Path, model: Model):
+def check_model(path: Path, model: BundledModel):
     if sha256_of(path, model.size) != model.sha256:
         raise DamagedBundle(path, f"the model {model.name} is not what was packed")
 
@@ -118,7 +118,7 @@ def unpacked_files(bundle: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
                 yield name.removeprefix(f"{FOLDER}/"), bundle.read(name)
 
 
-def copy_part(path: Path, target: Path, model: Model):
+def copy_part(path: Path, target: Path, model: BundledModel):
     with open(path, "rb") as source, open(target, "xb") as file:
         left = model.size
         while left and (data := source.read(min(left, 1 << 20))):

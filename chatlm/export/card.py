@@ -13,8 +13,8 @@ from typing import Any
 from chatlm import __version__
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_small
-from chatlm.common.hub.nanochat import checkpoint_at, part_of, read_meta
-from chatlm.common.hub.written import written_beside
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, part_of, read_meta
+from chatlm.common.hub.recorded_metrics import written_beside
 from chatlm.common.records import record
 
 METRICS = {  # what nanochat has written -> its row in the card

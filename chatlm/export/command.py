@@ -22,7 +22,7 @@ from chatlm.common.processes.child import die_with_parent
 from chatlm.export.card import LICENSE, Card, license_of, tags_of, training_facts
 from chatlm.export.families import family_model
 from chatlm.export.hub_folder import write_folder
-from chatlm.export.nanochat import as_transformers_own, with_own_code
+from chatlm.export.nanochat_folders import as_transformers_own, with_own_code
 from chatlm.export.rounding import difference
 from chatlm.export.unfinished import unfinished
 from chatlm.worker.weights.formats.checkpoint import CheckpointModel

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
     from chatlm.front.chats.routes import ChatRoutes
     from chatlm.front.front import Front
-    from chatlm.front.intake.arrival import Arrival, Caller
+    from chatlm.front.intake.opened_body import Caller, OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import KeptBefore
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.conversations import ConversationRoutes, ResponseKeeper
     from chatlm.front.server.downloading import DownloadRoutes
     from chatlm.front.server.exporting import ExportRoutes
-    from chatlm.front.server.files import FileRoutes
+    from chatlm.front.server.file_routes import FileRoutes
     from chatlm.front.server.metric_families import MetricRoutes
     from chatlm.front.server.recordings import Recording
     from chatlm.front.server.rounds import Rounds
@@ -96,7 +96,7 @@ class Annex(Generic[T]):
     # the tools that may be run for a body that names tool servers, each as JSON
     offers: Callable[[T, web.Request, Envelope], Awaitable[list[bytes]]] | None = None
     # the items that a body continues or refers to
-    earlier: Callable[[T, Arrival, Holding], Awaitable[KeptBefore]] | None = None
+    earlier: Callable[[T, OpenedBody, Holding], Awaitable[KeptBefore]] | None = None
     # the response to a body whose answer goes on in the background, where it is recorded
     in_background: Callable[[T, Encoder, Recording], bytes] | None = None
     # Of all: its tables in the database, as steps from none to the current ones (see store/schema.py); a
@@ -298,7 +298,7 @@ FILES = Annex("files", load_files, FILE_ROUTES)
 KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.close(),
              joins=lambda parsed: parsed.is_kept,
              around=lambda kept, begin, ask: kept.answering(begin(ask), ask.encoder),
-             earlier=lambda kept, arrival, reading: kept.earlier(arrival, reading),
+             earlier=lambda kept, opened_body, reading: kept.earlier(opened_body, reading),
              in_background=lambda kept, encoder, recording: kept.show_running(encoder, recording))
 CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
 

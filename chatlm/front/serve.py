@@ -68,9 +68,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
-            from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
+            from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator  # few need it
             from chatlm.front.pool.many import many_models
-            catalogue = many_models(settings, step_work=StepWork)
+            catalogue = many_models(settings, make_evaluator=CheckpointEvaluator)
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress

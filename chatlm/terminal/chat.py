@@ -26,7 +26,7 @@ from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
-from chatlm.common.streams import lack_of_space
+from chatlm.common.standard_streams import lack_of_space
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.common.text.calculations import calculations_of, shift_calls, without_unfinished
 from chatlm.front.aio import interruptible

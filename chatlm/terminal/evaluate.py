@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from chatlm.common.config import LIMITS, ModelChoice
+from chatlm.common.config import LIMITS, ModelEntry
 from chatlm.common.errors import ConfigError, EngineFailure, error_text, shown, visible
 from chatlm.common.jsontext import is_number, is_text
 from chatlm.common.log import ProgressDisplay
@@ -28,7 +28,7 @@ from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
 from chatlm.terminal.remote import RemotePool, identified, open_pool
-from chatlm.terminal.streams import refusal, strict_object, whole_body
+from chatlm.terminal.remote_streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -261,10 +261,10 @@ async def evaluate(settings: Settings) -> int:
     elif settings.suite != "sample":
         what = read_suite(settings.suite)
     folder = results_folder(settings.results) if what else None
-    for choice in settings.several or (ModelChoice(""),):
-        one_model = replace(settings, model=choice.path or None, several=())
+    for entry in settings.several or (ModelEntry(""),):
+        one_model = replace(settings, model=entry.path or None, several=())
         async with open_scorer(one_model) as (scorer, pool):
-            name = choice.path or pool.model_name
+            name = entry.path or pool.model_name
             if what is None or folder is None:
                 await show_samples(scorer, name, pool.checkpoint, settings.json)
                 continue

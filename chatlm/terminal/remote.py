@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from chatlm.common.config import PING_S
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, did_you_mean
-from chatlm.common.hub.nanochat import explicit_choice
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_flags
 from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
@@ -18,7 +18,7 @@ from chatlm.common.text.calculations import calculations_of
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.pool import WorkerPool, make_pool
-from chatlm.terminal.streams import (
+from chatlm.terminal.remote_streams import (
     RemoteAnswerReader, RemoteStream, broken, connection_errors, object_in, reason_of)
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class RemotePool:
     ready = True
 
     def __init__(self, settings: Settings):
-        if choice := explicit_choice(settings) or " ".join(f"--lora {folder}" for folder in settings.lora):
-            raise ConfigError(f"{choice}: only for a model that is loaded here, but --url names a server")
+        if flags := checkpoint_flags(settings) or " ".join(f"--lora {folder}" for folder in settings.lora):
+            raise ConfigError(f"{flags}: only for a model that is loaded here, but --url names a server")
         self.own_sampling: tuple[dict, str] = {}, ""
         url = (settings.url or "").rstrip("/").removesuffix("/v1")
         self.wanted = settings.model  # one of the server's

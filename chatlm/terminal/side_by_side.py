@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
-from chatlm.common.config import LIMITS, ModelChoice
+from chatlm.common.config import LIMITS, ModelEntry
 from chatlm.common.errors import ConfigError, visible
 from chatlm.common.files import read_text_of
 from chatlm.common.jsontext import as_json, dump
@@ -20,17 +20,17 @@ from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.pool.many import many_models
-from chatlm.front.server.compare import Comparison, contestants_of, with_ids
+from chatlm.front.server.compare import Comparison, compared_models_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool, identified, open_pool
-from chatlm.terminal.streams import compared_at
+from chatlm.terminal.remote_streams import compared_at
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -80,7 +80,7 @@ class Column:
 
 async def compare(settings: Settings) -> int:
     """The `compare` command: prints the answers one below the other; returns 1 if one failed."""
-    names = [choice.path for choice in settings.several]
+    names = [entry.path for entry in settings.several]
     if not 2 <= len(names) <= LIMITS.compared:
         raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, not {len(names)}; the "
                           "question comes after -p")
@@ -169,10 +169,10 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
 
         with Holding(intake.budget, "") as holding:
             caller = Caller("/v1/compare", client="", owner="")
-            async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
-                contestants, _ = await contestants_of(intake, arrival, holding)
-            contestants = with_ids(contestants, lambda works: [request for _, request in works])
-            async with Comparison(contestants) as comparison:
+            async with intake.opened(caller, dump(body), times=LIMITS.compared) as opened_body:
+                compared, _ = await compared_models_of(intake, opened_body, holding)
+            compared = with_ids(compared, lambda works: [request for _, request in works])
+            async with Comparison(compared) as comparison:
                 async for event in comparison.events():
                     yield event
     finally:
@@ -185,11 +185,11 @@ async def score(settings: Settings) -> int:
     if settings.text is None:
         raise ConfigError("score needs --text FILE, the text to score")
     text = read_text_of(settings.text, "--text")
-    for choice in settings.several or (ModelChoice(""),):
-        one_model = replace(settings, model=choice.path or None, several=())
+    for entry in settings.several or (ModelEntry(""),):
+        one_model = replace(settings, model=entry.path or None, several=())
         async with open_pool(one_model) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
-            name = choice.path or pool.model_name
+            name = entry.path or pool.model_name
             began_s = time.monotonic()
             scored = await score_text(PoolScorer(pool), text)
         if settings.json:

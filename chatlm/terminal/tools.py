@@ -21,7 +21,7 @@ from chatlm.front.tools.results import ToolPicture, ToolResult
 from chatlm.front.tools.rules import CANCELLED, CHANGED, why_not_run
 from chatlm.front.tools.toolbox import Toolbox
 from chatlm.terminal.remote import RemotePool
-from chatlm.terminal.streams import refusal, strict_object, whole_body
+from chatlm.terminal.remote_streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

@@ -10,7 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import bytes_of_adapters
+from chatlm.common.hub.adapter_folders import bytes_of_adapters
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.device import gpu_memory

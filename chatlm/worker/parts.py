@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.records import record
-from chatlm.worker.engine.part import EngineParts, LatePart, Refusal
+from chatlm.worker.engine.part import EngineParts, LatePart, MissingPart
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -149,11 +149,11 @@ def make_parts(making: Making, rows: Seq[PartRow[Any]] | None = None) -> EngineP
     lasting = making.lasting()
     given: dict[str, Any] = {}
     others: list[LatePart[Any]] = []
-    refusals: list[Refusal] = []
+    refusals: list[MissingPart] = []
     for row in PARTS if rows is None else rows:
         made = row.load()(making) if row.wanted(making) else None
         if row.refusal and made is None:
-            refusals.append(Refusal(row.asked, row.refusal))
+            refusals.append(MissingPart(row.asked, row.refusal))
         elif row.name in LATE:
             given[row.name] = late_part(row, lasting, made)
         elif row.name not in FIELDS:

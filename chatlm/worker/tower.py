@@ -29,7 +29,7 @@ from chatlm.worker.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture, Vision
-    from chatlm.common.vision.layout import Layout
+    from chatlm.common.vision.layout import PictureLayout
     from chatlm.worker.model.blocks.model import Model
 
 
@@ -286,7 +286,7 @@ def chunk_work(model: Model, tokens: int, quantized: bool) -> float:
     return tokens * numbers * (1 if quantized else FLOATS_COST)
 
 
-def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:
+def tiles_of(picture: Picture, layout: PictureLayout, name: str) -> list[numpy.ndarray]:
     """What a tower reads of a picture: tiles, uint8 (S, S, 3) each. name: of a filter."""
     whole = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
     image = whole

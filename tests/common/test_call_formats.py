@@ -9,7 +9,7 @@ import llguidance
 import pytest
 
 from chatlm.common.text import formats
-from chatlm.common.text.calls import JsonCalls, Opening, TaggedCalls
+from chatlm.common.text.calls import CallStart, JsonCalls, TaggedCalls
 from chatlm.common.text.formats import CALL_FORMATS, HARMONY, NO_CALLS, tool_format_of, with_markers
 from chatlm.common.text.grammar import byte_vocabulary, check_grammar
 from chatlm.common.text.reader import AnswerReader, Harmony, Prose
@@ -150,7 +150,7 @@ def test_an_opening_waits_until_a_call_is_certain(parts):
     def head(text):
         return re.match(r"(f)\(", text) or "f(".startswith(text)
     for text, name, left in (("f(1", "f", "f(1"), ("g", None, "")):
-        reading, scanner.held = Opening(scanner, deltas, ["f"]).read(head, "", ""), ""
+        reading, scanner.held = CallStart(scanner, deltas, ["f"]).read(head, "", ""), ""
         next(reading)
         scanner.held += text
         with pytest.raises(StopIteration) as returned:

@@ -13,7 +13,7 @@ import pytest
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import MOST_OBJECT, copy_file, opened, read_object, read_small
 from chatlm.common.hub import archives, trainers
-from chatlm.common.hub.adapters import base_of, is_other_base, short_name
+from chatlm.common.hub.adapter_folders import base_of, is_other_base, short_name
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.trainers import names_in
 from chatlm.common.messages.requests import TextSpec

@@ -16,8 +16,8 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub import default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.folder import find_models, named_models
-from chatlm.common.hub.nanochat import checkpoint_at, nanochat_tokenizers
-from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, nanochat_tokenizers
+from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.front.evals.bpb import validation_shard
 from chatlm.worker.weights.load import open_model
 from real_server import get, post, server

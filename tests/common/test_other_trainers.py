@@ -19,7 +19,7 @@ from chatlm.common.hub.find import find_model, resolve_model
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.repository import hub_files
 from chatlm.common.hub.stamps import files_of, refuse_changed
-from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.common.hub.trainers import llama2c_bytes, names_in
 from real_server import get, post, server
 from tiny_nanogpt import ARGS, random_state, save_build, write, write_meta

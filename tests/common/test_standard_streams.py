@@ -10,7 +10,7 @@ import chat_server
 
 SCRIPT = Path(chat_server.__file__).resolve()
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-TRY = """import os, sys; from chatlm.common.streams import repair_streams; repair_streams()
+TRY = """import os, sys; from chatlm.common.standard_streams import repair_streams; repair_streams()
 file = open(os.devnull); assert file.fileno() > 2, file.fileno()
 import subprocess; assert subprocess.run([sys.executable, "-c", "import os; [os.fstat(number) for number in (0, 1, 2)]"]).returncode == 0
 for _ in range(10000): print("é" * 10, file=sys.stderr, flush=True)

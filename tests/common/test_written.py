@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from chatlm.common.hub import written
-from chatlm.common.hub.written import Logs, is_stale, written_beside
+from chatlm.common.hub import recorded_metrics
+from chatlm.common.hub.recorded_metrics import Logs, is_stale, written_beside
 
 BASE = {"val_bpb": 1.25, "user_config": {"depth": 4, "eval_every": 250, "save_every": 100, "num_iterations": -1}}
 
@@ -128,17 +128,17 @@ def test_of_a_huge_log_only_the_end_is_read(model, monkeypatch):
         file.truncate(1 << 40)      # sparse
         file.seek(0, os.SEEK_END)
         file.write(b"\nStep 90/467 | Average reward: 0.75 | Average sequence length: 1.00\n")
-    found = written.re.compile(written.REWARD.pattern, written.re.MULTILINE)
+    found = recorded_metrics.re.compile(recorded_metrics.REWARD.pattern, recorded_metrics.re.MULTILINE)
 
     class Seen:
         def findall(self, data):
             reads.append(len(data))
             return found.findall(data)
 
-    monkeypatch.setattr(written, "REWARD", Seen())
+    monkeypatch.setattr(recorded_metrics, "REWARD", Seen())
     for _ in range(3):
         assert logs.metrics_of(folder / "model_000090.pt") == {90: {"reward": 0.75}}
-    assert reads == [written.TAIL_BYTES]
+    assert reads == [recorded_metrics.TAIL_BYTES]
     with log.open("ab") as file:
         file.write(b"Step 91/467 | Average reward: 1 | Average sequence length: 1.00\n")
     assert logs.metrics_of(folder / "model_000090.pt")[91] == {"reward": 1.0} and len(reads) == 2

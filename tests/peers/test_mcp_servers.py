@@ -11,7 +11,7 @@ import pytest
 
 from chatlm.front.api.call_grammars import call_grammar
 from chatlm.front.tools.config import configs_in
-from chatlm.front.tools.server import State
+from chatlm.front.tools.server import ServerState
 from chatlm.front.tools.toolbox import Toolbox
 from peer_packages import NPM, made
 
@@ -36,7 +36,7 @@ async def result_of(fields, tool, **arguments):
     try:
         await box.refresh()
         [server] = box.servers
-        assert server.state is State.READY, server.reason
+        assert server.state is ServerState.READY, server.reason
         offered = box.offered()
         for one in offered.values():  # all can be enforced
             for tool_format in ("tagged", "json", "harmony", "gemma"):

@@ -16,7 +16,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.front import ROUTES, create_app
-from chatlm.front.intake.sandboxed import Shelf, Tasks
+from chatlm.front.intake.sandboxed import OpenBodyCache, Tasks
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.server import access, connections
@@ -66,7 +66,7 @@ class SandboxHere:
         if self.refusal:
             raise self.refusal
         known = Known(Settings(), self.pool.tokenizer.tool_format, infill=self.pool.tokenizer.infill_tokens)
-        tasks = Tasks(SandboxConfig(known, None, 0, 5.0, 0), Shelf())
+        tasks = Tasks(SandboxConfig(known, None, 0, 5.0, 0), OpenBodyCache())
         tasks.bodies.prompts = PromptMaker(self.pool.tokenizer, self.pool.context_length)
         reply = await asyncio.to_thread(tasks.task(name), *arguments, *map(bytes, bodies))
         came = unpacked(type(reply), SANDBOX_PIPE.packed(reply)[HEADER.size:])

@@ -19,11 +19,11 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.errors import ConfigError, lack_of_memory    # noqa: E402
-from chatlm.common.hub.adapters import base_of    # noqa: E402
+from chatlm.common.hub.adapter_folders import base_of    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.folder import find_models    # noqa: E402
 from chatlm.common.hub.val_bpb import evaluation_of    # noqa: E402
-from chatlm.common.hub.written import written_beside    # noqa: E402
+from chatlm.common.hub.recorded_metrics import written_beside    # noqa: E402
 from chatlm.common.log import log    # noqa: E402
 from chatlm.common.messages.protocol import SurveyConfig    # noqa: E402
 from chatlm.common.text.load import open_tokenizer    # noqa: E402

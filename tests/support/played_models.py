@@ -6,7 +6,7 @@ from functools import partial
 from chatlm.common.messages.protocol import CacheEmptied, EmptyCache
 from chatlm.common.messages.requests import Ended, Usage
 from chatlm.front.pool.residency import MemoryShare, Residency
-from chatlm.front.pool.worker import Job, State
+from chatlm.front.pool.worker import Job, WorkerState
 from answers import asked
 from pools import played_pool
 
@@ -54,9 +54,9 @@ class Models:
     def load(self, name, seconds=1.0):
         """Its worker has loaded."""
         [worker] = self.by_name[name].pool.workers
-        worker.become(State.LOADING)
+        worker.become(WorkerState.LOADING)
         self.clock.now += seconds
-        worker.become(State.READY)
+        worker.become(WorkerState.READY)
         supervisor = self.by_name[name].pool.supervisor
         supervisor.load_s = seconds
         self.by_name[name].pool.dispatcher.use.last_s = self.clock.now

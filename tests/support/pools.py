@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from chatlm.common.config import ModelChoice, Settings
+from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 from answers import asked
 from fake_pool import Letters
 from forked import DYING
@@ -51,7 +51,7 @@ async def started():
 @pytest.fixture
 async def one_and_two(nanochat_fixtures, started):
     """A catalogue of two tiny models, "one" and "two"."""
-    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
+    choices = tuple(ModelEntry(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
     return await started(many_models(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 
@@ -73,17 +73,17 @@ class PlayedWorker(Worker):
     def __init__(self, pool):
         super().__init__(pool.settings, pool.placement, 0)
         self.pool, self.sent = pool, []
-        self.become(State.READY)
+        self.become(WorkerState.READY)
 
     def send(self, message):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, memory=OwnMemory, commons=None, **settings):
-    """A WorkerPool with one played worker and a context of 64 letters. memory, commons: see WorkerPool."""
+def played_pool(worker_class=PlayedWorker, memory=OwnMemory, shared=None, **settings):
+    """A WorkerPool with one played worker and a context of 64 letters. memory, shared: see WorkerPool."""
     settings = Settings(**settings)
-    commons = commons or Commons(Prefixes(settings))
-    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=commons.prefixes), commons, memory)
+    shared = shared or SharedResources(Prefixes(settings))
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=shared.prefixes), shared, memory)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)

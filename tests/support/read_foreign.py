@@ -18,14 +18,14 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.errors import ConfigError, lack_of_memory    # noqa: E402
-from chatlm.common.hub.adapters import adapters_below, base_of, is_other_base    # noqa: E402
+from chatlm.common.hub.adapter_folders import adapters_below, base_of, is_other_base    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.folder import find_models    # noqa: E402
 from chatlm.common.hub.stamps import model_stamp    # noqa: E402
-from chatlm.common.hub.steps import find_steps    # noqa: E402
+from chatlm.common.hub.run_checkpoints import find_steps    # noqa: E402
 from chatlm.common.hub.trainers import foreign_in# noqa: E402
 from chatlm.common.hub.val_bpb import evaluation_of    # noqa: E402
-from chatlm.common.hub.written import Logs, written_beside    # noqa: E402
+from chatlm.common.hub.recorded_metrics import Logs, written_beside    # noqa: E402
 from chatlm.common.messages.protocol import SurveyConfig    # noqa: E402
 from chatlm.worker.engine.adapter_slots import adapter_digest    # noqa: E402
 from chatlm.worker.survey import surveyed    # noqa: E402

@@ -10,7 +10,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine
-from chatlm.worker.engine.batch import pad_ids
+from chatlm.worker.engine.batching import pad_ids
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.batch import Batch

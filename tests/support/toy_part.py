@@ -3,11 +3,11 @@
 import threading
 
 from chatlm.common.messages.requests import PartSays
-from chatlm.worker.engine.part import Part
+from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.parts import PartRow
 
 
-class Lens(Part):
+class Lens(EnginePart):
     """Says how large the hidden states were that led to an answer's tokens, if its request names a token of
     interest."""
 
@@ -58,7 +58,7 @@ def load_lens():
 LENS = PartRow("lens", load_lens, asked=lambda work: bool(work.params.logprob_ids))
 
 
-class Counter(Part):
+class Counter(EnginePart):
     """The toy annex's part: it says how many tokens an answer has by now."""
 
     def __init__(self):
@@ -84,7 +84,7 @@ class Counter(Part):
 COUNTER = PartRow("counter", lambda: lambda making: Counter())
 
 
-class Steering(Part):
+class Steering(EnginePart):
     """Where the answers with stop tokens begin a step, it notes what was under way."""
 
     def __init__(self):

@@ -11,7 +11,7 @@ import pytest
 import tiny_training
 from bundles import TASKS, write_bundle
 from chatlm.common.config import Settings
-from chatlm.front.evals.step_work import StepWork
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.run_watch import RunWatch
 from forked import DYING
@@ -31,7 +31,7 @@ def run_folder(nanochat_fixtures, tmp_path, monkeypatch):
 def watching(started):
     """A function that starts a server of what is below --watch."""
     async def start(folder, **changes):
-        return await started(many_models(Settings(**TINY | {"watch": str(folder)} | changes), DYING, StepWork))
+        return await started(many_models(Settings(**TINY | {"watch": str(folder)} | changes), DYING, CheckpointEvaluator))
 
     return start
 

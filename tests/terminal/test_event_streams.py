@@ -11,7 +11,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.requests import Finished, Message, Piece, Request
 from chatlm.terminal.remote import RemotePool
-from chatlm.terminal.streams import RemoteStream, compared_at
+from chatlm.terminal.remote_streams import RemoteStream, compared_at
 
 REQUEST = Request(id="r1", messages=(Message("user", "hello"),))
 

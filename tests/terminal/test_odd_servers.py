@@ -14,9 +14,9 @@ from bundles import write_bundle
 from chat_tasks import write_chat_data
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, EngineFailure
-from chatlm.terminal.batch import ByteBudget, batch
+from chatlm.terminal.batch_command import ByteBudget, batch
 from chatlm.terminal.evaluate import evaluate
-from chatlm.terminal.streams import strict_object
+from chatlm.terminal.remote_streams import strict_object
 from real_server import server
 
 

@@ -20,8 +20,8 @@ from chatlm.common.hub.default_model import fetch_default_embedder, fetch_defaul
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
-from chatlm.common.hub.nanochat import (
-    choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
+from chatlm.common.hub.nanochat_checkpoints import (
+    checkpoint_flags, choose_checkpoint, find_checkpoints, named_experiment, place_among, step_of)
 from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.hub.trainer_files import LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
@@ -33,7 +33,7 @@ from chatlm.common.messages.requests import ModelSource
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
-    from chatlm.common.hub.nanochat import Checkpoint
+    from chatlm.common.hub.nanochat_checkpoints import Checkpoint
 
 
 SUPPORTED_MODELS = (
@@ -93,11 +93,11 @@ def nanochat_base() -> Path:
 
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
-    if (found := own_model()) and not explicit_choice(settings):
+    if (found := own_model()) and not checkpoint_flags(settings):
         path, name = found
         return ModelSource("gguf", path, name, f"the model {name} in {program_place()}")
     place, checkpoints = own_checkpoints()
-    if explicit_choice(settings) or named_experiment() or checkpoints:
+    if checkpoint_flags(settings) or named_experiment() or checkpoints:
         return choose_checkpoint(place, checkpoints, settings)
     if named_by := next(filter(os.environ.get, PLACES), ""):
         lack = f"{named_by} is set, and there is no nanochat checkpoint in {place}"
@@ -129,7 +129,7 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     named_path = Path(model).expanduser().absolute()
     path = named_path.resolve()
     if not path.exists() and (repository_and_file := hub_model(model)):
-        refuse_choice(settings, f"{model} is a Hugging Face id")
+        refuse_checkpoint_flags(settings, f"{model} is a Hugging Face id")
         return find_on_hub(*repository_and_file, settings, progress)
     where = path if path.is_dir() else named_path
     if named_path.name != NANOGPT_FILE and (source := of_other_trainer(where, settings)):
@@ -144,7 +144,7 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if checkpoints:
             return choose_checkpoint(place, checkpoints, settings)
         if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
-            refuse_choice(settings, f"{path} is a Hugging Face folder")
+            refuse_checkpoint_flags(settings, f"{path} is a Hugging Face folder")
             return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")
         named_path = path / NANOGPT_FILE
         if not named_path.exists():
@@ -153,10 +153,10 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         from chatlm.common.hub.trainers import foreign
         if error := foreign(named_path):
             raise ConfigError(error)
-        refuse_choice(settings, f"{named_path} is nanoGPT's")
+        refuse_checkpoint_flags(settings, f"{named_path} is nanoGPT's")
         return ModelSource("nanogpt", named_path, named_path.parent.name, f"nanoGPT checkpoint {named_path}")
     if named_path.suffix.lower() == ".gguf" or path.exists():
-        refuse_choice(settings, f"{path} is a GGUF file")
+        refuse_checkpoint_flags(settings, f"{path} is a GGUF file")
         if not os.path.lexists(named_path) and (near := near_path(model)):
             raise ConfigError(f"cannot read {path}: No such file or directory{near}")
         return resolve_gguf(named_path)
@@ -175,7 +175,7 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
         build_nanogpt_steps, foreign, is_build_nanogpt, unknown_torch_file)
     folder = path.parent if path.name == LITGPT_FILE else path
     if is_litgpt_folder(folder):
-        refuse_choice(settings, f"{folder} is a litgpt folder")
+        refuse_checkpoint_flags(settings, f"{folder} is a litgpt folder")
         return ModelSource("litgpt", folder, folder.name, f"litgpt folder {folder}")
     if path.is_dir():
         steps = build_nanogpt_steps(path)
@@ -196,7 +196,7 @@ def begins_as_gguf(path: Path) -> bool:
 
 def build_nanogpt_source(steps: dict[int, Path], where: Path, settings: Settings) -> ModelSource:
     """The checkpoint of -s, or the last one."""
-    refuse_choice(replace(settings, step=None), f"{where} is build-nanogpt's")
+    refuse_checkpoint_flags(replace(settings, step=None), f"{where} is build-nanogpt's")
     step = max(steps) if settings.step is None else settings.step
     if step not in steps:
         raise ConfigError(f"no build-nanogpt checkpoint for -s {step} in {where}; available: "
@@ -233,9 +233,9 @@ def no_model_in(path: Path) -> str:
     return other_trainers or f"no nanochat checkpoints in {path}. MODEL may be: {SUPPORTED_MODELS}"
 
 
-def refuse_choice(settings: Settings, what_it_is: str):
-    if choice := explicit_choice(settings):
-        raise ConfigError(f"{choice}: only for nanochat checkpoints, and {what_it_is}")
+def refuse_checkpoint_flags(settings: Settings, what_it_is: str):
+    if flags := checkpoint_flags(settings):
+        raise ConfigError(f"{flags}: only for nanochat checkpoints, and {what_it_is}")
 
 
 def resolve_gguf(path: Path) -> ModelSource:

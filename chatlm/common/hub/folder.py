@@ -12,22 +12,22 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, TypeVar
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import error_text, printable, require_folder
 from chatlm.common.hub.repository import SPLIT_GGUF
-from chatlm.common.hub.nanochat import checkpoints_in, step_of
-from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
+from chatlm.common.hub.nanochat_checkpoints import checkpoints_in, step_of
+from chatlm.common.hub.stamps import FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
 from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-T = TypeVar("T", bound=Sighting)
+T = TypeVar("T", bound=FoundFiles)
 
 
 @record
-class Files(Sighting):
+class ModelFiles(FoundFiles):
     """A model below a folder."""
 
     name: str = ""
@@ -35,8 +35,8 @@ class Files(Sighting):
     tag: str = ""            # the name of that run
 
     @property
-    def choice(self) -> ModelChoice:
-        return ModelChoice(str(self.path), self.name)
+    def entry(self) -> ModelEntry:
+        return ModelEntry(str(self.path), self.name)
 
     @property
     def run(self) -> Path | None:
@@ -49,59 +49,59 @@ class Files(Sighting):
 MOST_LINKS = 2
 
 
-def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
+def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[ModelFiles]:
     """All models below a folder, sorted by name and step: GGUF files, folders of Hugging Face and litgpt,
     checkpoints of nanochat, nanoGPT and build-nanogpt. Files of other trainers are listed with advice.
 
     going_on: called for each folder; it may raise an exception to end the search.
     Raises ConfigError if `folder` is not a folder."""
-    def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
+    def models_here(place: Path, names: Seq[str]) -> Iterator[ModelFiles]:
         going_on()
         return models_in(place, names)
 
     require_folder(f"--models {folder}", folder)
-    return sorted(seen_below(folder, Files, models_here), key=lambda files: (
+    return sorted(seen_below(folder, ModelFiles, models_here), key=lambda files: (
         files.name.lower(), str(files.run or ""), files.step or 0, str(files.path)))
 
 
-def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
-                 taken: Container[str] = ()) -> list[ModelChoice]:
+def named_models(folder: Path, found: Seq[ModelFiles], unable: Container[str] = (),
+                 taken: Container[str] = ()) -> list[ModelEntry]:
     """The names of a folder's models, in the order of `found`.
 
     If a run has several steps, each step's name has its number; the last step that can be served also
     answers to the run's name. Models with the same name are named by their paths.
     unable: paths of models that cannot be served. taken: names of other models."""
-    last: dict[Path, Files] = {}
+    last: dict[Path, ModelFiles] = {}
     for files in found:
-        if files.run and (files.run not in last or files.choice.path not in unable):
+        if files.run and (files.run not in last or files.entry.path not in unable):
             last[files.run] = files
     steps = Counter(files.run for files in found)
-    choices = []
+    entries = []
     for files in found:
         if files.run:
-            choices.append(step_choice(files, last[files.run] is files, steps[files.run] > 1))
+            entries.append(checkpoint_entry(files, last[files.run] is files, steps[files.run] > 1))
         else:
-            choices.append(files.choice)
-    names = Counter(choice.name for choice in choices)
+            entries.append(files.entry)
+    names = Counter(entry.name for entry in entries)
     aliases = Counter()
-    for choice in choices:
-        aliases.update(choice.aliases)
+    for entry in entries:
+        aliases.update(entry.aliases)
     ambiguous = {*names, *(alias for alias, count in aliases.items() if count > 1)}
     named = []
-    for choice in choices:
-        name = choice.name
+    for entry in entries:
+        name = entry.name
         number = 2
         if names[name] > 1 or name in taken:
-            name = path_name(folder, Path(choice.path))
+            name = path_name(folder, Path(entry.path))
         while name in taken or any(name == other.name for other in named):  # odd characters were replaced
-            name = f"{choice.name}-{number}"
+            name = f"{entry.name}-{number}"
             number += 1
-        own = [alias for alias in choice.aliases if alias not in ambiguous and alias not in taken]
-        named.append(replace(choice, name=name, aliases=tuple(own)))
+        own = [alias for alias in entry.aliases if alias not in ambiguous and alias not in taken]
+        named.append(replace(entry, name=name, aliases=tuple(own)))
     return named
 
 
-def step_choice(files: Files, last: bool, several: bool) -> ModelChoice:
+def checkpoint_entry(files: ModelFiles, last: bool, several: bool) -> ModelEntry:
     """The names of one step of a run. last: it is the newest that can be served. several: its run
     has several."""
     name = files.name
@@ -113,7 +113,7 @@ def step_choice(files: Files, last: bool, several: bool) -> ModelChoice:
         aliases.append(name)
     if several:
         name = f"{name}@{files.step}"
-    return replace(files.choice, name=name, aliases=tuple(aliases))
+    return replace(files.entry, name=name, aliases=tuple(aliases))
 
 
 def shown_name(name: str) -> str:
@@ -190,13 +190,13 @@ def folder_status(entry: os.DirEntry) -> os.stat_result | None:
         return None
 
 
-def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
+def models_in(folder: Path, names: Seq[str]) -> Iterator[ModelFiles]:
     """The models that lie directly in a folder, whose files are `names`."""
-    def model(path: Path, name: str, files: Seq[Path], step: int | None = None, tag: str = "") -> Files:
+    def model(path: Path, name: str, files: Seq[Path], step: int | None = None, tag: str = "") -> ModelFiles:
         stamp = stamp_of(files)
         name = shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
-        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
+        return ModelFiles(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
 
     from chatlm.common.hub.trainers import foreign, is_build_nanogpt
     if is_hugging_face(names):
@@ -224,7 +224,7 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
     if not is_hugging_face(names) and not is_litgpt(names):
         for path in (folder, *(folder / name for name in names)):
             if error := foreign(path):
-                yield Files(path, trouble=f"not served: {error}")
+                yield ModelFiles(path, trouble=f"not served: {error}")
 
 
 def trouble_with(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.nanochat import published
+from chatlm.common.hub.nanochat_checkpoints import published
 from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.trainer_files import is_litgpt
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.repository import TOKENIZERS, mmproj_for
-from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
+from chatlm.common.hub.nanochat_checkpoints import meta_of, nanochat_tokenizers, step_of
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
 from chatlm.common.records import record
 
@@ -38,7 +38,7 @@ HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
 @record
-class Sighting:
+class FoundFiles:
     """A model, a checkpoint or an adapter below a folder, as a scan finds it."""
 
     path: Path

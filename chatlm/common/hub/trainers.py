@@ -20,7 +20,7 @@ from typing import NamedTuple
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import opened
 from chatlm.common.hub.archives import archive_in, first_bytes
-from chatlm.common.hub.nanochat import meta_of, step_of
+from chatlm.common.hub.nanochat_checkpoints import meta_of, step_of
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
 
 BUILD_NANOGPT = "build-nanogpt"

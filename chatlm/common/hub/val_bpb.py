@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import nanochat_base
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     checkpoint_at, part_of, read_meta, shard_folders, shard_folders_of, stated_dataset)
 from chatlm.common.hub.shards import last_shard, packed_rows
-from chatlm.common.hub.written import written_in
+from chatlm.common.hub.recorded_metrics import written_in
 
 MOST_TARGETS = 1 << 17    # tokens that are scored for a comparison, unless LEAST_ROWS have more
 LEAST_ROWS = 8            # of fewer rows, which are not all, the spread says nothing

@@ -59,9 +59,9 @@ def admit_front(where: str) -> socket.socket:
     calm = CalmLog()
     log.addHandler(calm)  # while anybody can connect: the front's settings have not arrived yet
     try:
-        with listen(host) as listener, Door(listener, secret, context) as door:
-            print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
-            if came := door.admit(60):
+        with listen(host) as server, Listener(server, secret, context) as listener:
+            print(json.dumps([server.getsockname()[1], secret.hex()]), flush=True)
+            if came := listener.accept(60):
                 came[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TRANSIT_BYTES)
                 return came[0]
     finally:
@@ -75,16 +75,16 @@ def listen(host: str) -> socket.socket:
     return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
-class Newcomer(NamedTuple):
+class Handshake(NamedTuple):
     """A peer that has connected but not yet proven that it knows the secret."""
 
-    proof: Generator[None, None, Any]  # continues when bytes arrive; returns the first message
+    steps_left: Generator[None, None, Any]  # continues when bytes arrive; returns the first message
     host: str
     deadline_s: float
 
 
-class Door:
-    """Admits processes that know a secret: a listening socket, and the peers still proving it.
+class Listener:
+    """Accepts processes that know a secret: a listening socket, and the peers still proving it.
 
     They prove it concurrently, each with one deadline for the whole proof, so that no peer delays others by
     sending nothing, or a byte now and then. If there are too many, the address with the most loses its
@@ -93,47 +93,48 @@ class Door:
     PROOF_S = 5.0
     MOST = 256
 
-    def __init__(self, listener: socket.socket, secret: bytes, context: ssl.SSLContext | None = None,
+    def __init__(self, server: socket.socket, secret: bytes, context: ssl.SSLContext | None = None,
                  first: Pipe | None = None):
-        self.listener = listener
+        self.socket = server
         self.secret = secret
         self.context = context
         self.first = first  # a message of this pipe must follow the proof, within the same time
-        self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
+        self.handshakes: dict[socket.socket, Handshake] = {}  # the oldest first
         self.selector = selectors.DefaultSelector()
-        listener.setblocking(False)
-        self.selector.register(listener, selectors.EVENT_READ)
+        server.setblocking(False)
+        self.selector.register(server, selectors.EVENT_READ)
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, *error):
-        for connection in self.newcomers:
+        for connection in self.handshakes:
             connection.close()
         self.selector.close()
 
-    def admit(self, wait_s: float) -> tuple[socket.socket, Any] | None:
+    def accept(self, wait_s: float) -> tuple[socket.socket, Any] | None:
         """The next peer to prove it, with its first message; None if none does within `wait_s`."""
         end_s = time.monotonic() + wait_s
         while (now_s := time.monotonic()) < end_s:
-            until_s = min([end_s, *(newcomer.deadline_s for newcomer in self.newcomers.values())])
+            until_s = min([end_s, *(handshake.deadline_s for handshake in self.handshakes.values())])
             for key, _ in self.selector.select(max(until_s - now_s, 0)):
-                connection = key.data or self._welcome()
-                if connection in self.newcomers and (came := self._hear(connection)):
+                connection = key.data or self._accept_socket()
+                if connection in self.handshakes and (came := self._continue(connection)):
                     return came
             now_s = time.monotonic()
-            for late in [peer for peer, newcomer in self.newcomers.items() if newcomer.deadline_s <= now_s]:
-                self._refuse(late, f"no proof within {self.PROOF_S:g} s")
+            late = [peer for peer, handshake in self.handshakes.items() if handshake.deadline_s <= now_s]
+            for peer in late:
+                self._refuse(peer, f"no proof within {self.PROOF_S:g} s")
         return None
 
-    def _welcome(self) -> socket.socket | None:
+    def _accept_socket(self) -> socket.socket | None:
         try:
-            connection, (host, *_) = self.listener.accept()
+            connection, (host, *_) = self.socket.accept()
         except OSError:  # it has already left
             return None
-        if len(self.newcomers) >= self.MOST:
-            [(crowd, _)] = Counter(newcomer.host for newcomer in self.newcomers.values()).most_common(1)
-            oldest = next(peer for peer, newcomer in self.newcomers.items() if newcomer.host == crowd)
+        if len(self.handshakes) >= self.MOST:
+            [(crowd, _)] = Counter(handshake.host for handshake in self.handshakes.values()).most_common(1)
+            oldest = next(peer for peer, handshake in self.handshakes.items() if handshake.host == crowd)
             self._refuse(oldest, "too many connections")
         try:
             watch_peer(connection)
@@ -145,14 +146,14 @@ class Door:
             connection.close()
             return None
         deadline_s = time.monotonic() + self.PROOF_S
-        self.newcomers[connection] = Newcomer(self._proof(connection), host, deadline_s)
+        self.handshakes[connection] = Handshake(self._handshake(connection), host, deadline_s)
         self.selector.register(connection, selectors.EVENT_READ, connection)
         return connection
 
-    def _hear(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
-        """Continue a peer's proof; returns the result of `admit` once it is complete."""
+    def _continue(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
+        """Continue a peer's proof; returns the result of `accept` once it is complete."""
         try:
-            next(self.newcomers[connection].proof)
+            next(self.handshakes[connection].steps_left)
         except StopIteration as end:
             self._forget(connection)
             connection.setblocking(True)
@@ -161,7 +162,7 @@ class Door:
             self._refuse(connection, error)
         return None
 
-    def _proof(self, connection: socket.socket) -> Generator[None, None, Any]:
+    def _handshake(self, connection: socket.socket) -> Generator[None, None, Any]:
         if isinstance(connection, ssl.SSLSocket):
             yield from patiently(connection.do_handshake)
         nonce = secrets.token_bytes(32)
@@ -183,7 +184,7 @@ class Door:
 
     def _forget(self, connection: socket.socket):
         self.selector.unregister(connection)
-        del self.newcomers[connection]
+        del self.handshakes[connection]
 
 
 def patiently(read: Callable[[], Any]) -> Generator[None, None, Any]:
@@ -205,7 +206,7 @@ def receive_patiently(connection: socket.socket, size: int) -> Generator[None, N
 
 
 def dial(host: str, port: int, secret: bytes) -> socket.socket:
-    """A connection to the Door of a process that also knows the secret."""
+    """A connection to the Listener of a process that also knows the secret."""
     deadline_s = time.monotonic() + 20
     connection = socket.create_connection((host, port), timeout=20)
     try:

@@ -121,7 +121,7 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect to rank 0 and the stages before and after, and compute in another process until it ends."""
-    from chatlm.common.processes.connect import Door, address_towards, dial, listen  # imports ssl
+    from chatlm.common.processes.connect import Listener, address_towards, dial, listen  # imports ssl
     rank = start.rank
     host, port, secret, theirs = store.look(f"{life}/0")
     own = same_on_all_nodes(settings)
@@ -133,9 +133,9 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
     after = None
     with contextlib.ExitStack() as stack:
         if rank >= settings.tensor_parallel_size:
-            with listen(address_towards(host, port)) as listener, Door(listener, secret) as door:
-                store.put(f"{life}/{rank}", listener.getsockname()[:2])
-                before, _ = store.wait(life, lambda: door.admit(0.2))
+            with listen(address_towards(host, port)) as server, Listener(server, secret) as listener:
+                store.put(f"{life}/{rank}", server.getsockname()[:2])
+                before, _ = store.wait(life, lambda: listener.accept(0.2))
                 stack.enter_context(before)
         if next_rank < start.world_size:
             address = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))

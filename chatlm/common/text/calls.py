@@ -59,7 +59,7 @@ def whole_calls(text: str, names: Seq[str]) -> list[tuple[str, str]]:
     return calls
 
 
-class Opening:
+class CallStart:
     """Reads the beginning of a call up to its arguments. Text that only looks like a call stays text."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str]):
@@ -124,7 +124,7 @@ class JsonCalls:
         self.scanner = scanner
         self.deltas = deltas
         self.names = names
-        self.opening = Opening(scanner, deltas, names)
+        self.opening = CallStart(scanner, deltas, names)
         self.untagged = call_format.untagged
         self.lead = call_format.lead
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
@@ -220,7 +220,7 @@ class TaggedCalls:
         self.names = names
         self.types = dict(zip(names, types))  # by function: its parameters' types
         self.lead = call_format.lead
-        self.opening = Opening(scanner, deltas, names)
+        self.opening = CallStart(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         function, last = (scanner.signs(text).strip() for text in call_format.around_arguments)
         self.bare = function.partition("{")[0]  # begins a call as well: Qwen3-Coder may leave out <tool_call>

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chatlm.common.jsontext import as_json, whole_unicode
-from chatlm.common.text.calls import Opening
+from chatlm.common.text.calls import CallStart
 from chatlm.common.text.formats import MARKERS, MARKS, CallFormat
 from chatlm.common.text.scanner import Deltas, Scanner, begun_length
 
@@ -76,7 +76,7 @@ class ValueCalls:
         self.deltas = deltas
         self.names = names
         self.types = dict(zip(names, types))  # by function: its parameters' types, in their order
-        self.opening = Opening(scanner, deltas, names)
+        self.opening = CallStart(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         self.starts = (self.begin,)
         self.lead = call_format.lead

@@ -12,7 +12,7 @@ from chatlm.common.messages.requests import Vision
 Size = tuple[int, int]  # width, height
 
 
-class Layout(NamedTuple):
+class PictureLayout(NamedTuple):
     """The sizes that a picture is resized to, one after the other, the tiles that the tower then reads, and
     what stands for it in the prompt."""
 
@@ -66,19 +66,19 @@ AROUND = "<fake_token_around_image>"
 WHOLE = "<global-img>"
 
 
-def idefics3(vision: Vision, size: Size) -> Layout:
+def idefics3(vision: Vision, size: Size) -> PictureLayout:
     """SmolVLM, Idefics3: tiles in raster order, then the whole as one tile (Idefics3Processor)."""
     tile = vision.tile
     tokens = vision.tokens
     size = in_proportion(size, min(vision.longest, LARGEST))
     alone = (f"{AROUND}{WHOLE}", tokens, AROUND)
     if not vision.splits:
-        return Layout((size, (tile, tile)), 0, 0, None, alone)
+        return PictureLayout((size, (tile, tile)), 0, 0, None, alone)
     cut = in_tiles(size, tile)
     columns = cut[0] // tile
     rows = cut[1] // tile
     if columns * rows == 1:
-        return Layout((size, cut), 0, 0, None, alone)
+        return PictureLayout((size, cut), 0, 0, None, alone)
     parts = list[str | int]()
     before = ""
     for row in range(1, rows + 1):
@@ -86,8 +86,8 @@ def idefics3(vision: Vision, size: Size) -> Layout:
             parts += [f"{before}{AROUND}<row_{row}_col_{column}>", tokens]
             before = ""
         before = "\n"
-    return Layout((size, cut), columns, rows, (tile, tile),
-                  (*parts, f"\n\n{AROUND}{WHOLE}", tokens, AROUND))
+    return PictureLayout((size, cut), columns, rows, (tile, tile),
+                         (*parts, f"\n\n{AROUND}{WHOLE}", tokens, AROUND))
 
 
 def in_units(size: Size, unit: int, fewest: int, most: int) -> Size:
@@ -121,7 +121,7 @@ def closest_grid(size: Size, fewest: int, most: int, tile: int) -> tuple[int, in
     return best
 
 
-def lfm2(vision: Vision, size: Size) -> Layout:
+def lfm2(vision: Vision, size: Size) -> PictureLayout:
     """LFM2-VL: whole, with sides that are multiples of `unit`; a large one is cut into tiles, and this is one
     more (Lfm2VlProcessor)."""
     unit = vision.unit
@@ -132,31 +132,31 @@ def lfm2(vision: Vision, size: Size) -> Layout:
     rows_of_whole = whole[0] * whole[1] // unit**2
     area = math.prod(max(unit // 2, round(side / unit) * unit) for side in size)
     if not vision.splits or most == 1 or area <= vision.tokens * unit**2 * vision.whole_from:
-        return Layout((whole,), 0, 0, None, (begin, rows_of_whole, end))
+        return PictureLayout((whole,), 0, 0, None, (begin, rows_of_whole, end))
     columns, rows = closest_grid(size, fewest, most, vision.tile)
     sizes = ((columns * vision.tile, rows * vision.tile),)
     parts = list[str | int]()
     if columns * rows == 1:
-        return Layout(sizes, 0, 0, None, (begin, (vision.tile // unit)**2, end))
+        return PictureLayout(sizes, 0, 0, None, (begin, (vision.tile // unit)**2, end))
     for row in range(1, rows + 1):
         for column in range(1, columns + 1):
             parts += [f"<|img_row_{row}_col_{column}|>", (vision.tile // unit)**2]
     if not vision.shows_whole:
-        return Layout(sizes, columns, rows, None, (begin + str(parts[0]), *parts[1:], end))
-    return Layout(sizes, columns, rows, whole, (
+        return PictureLayout(sizes, columns, rows, None, (begin + str(parts[0]), *parts[1:], end))
+    return PictureLayout(sizes, columns, rows, whole, (
         begin + str(parts[0]), *parts[1:], "<|img_thumbnail|>", rows_of_whole, end), afresh=True)
 
 
-def qwen3vl(vision: Vision, size: Size) -> Layout:
+def qwen3vl(vision: Vision, size: Size) -> PictureLayout:
     """Qwen3-VL, Qwen3.5: whole, with sides that are multiples of `unit` (Qwen2VLImageProcessor)."""
     width, height = in_units(size, vision.unit, vision.fewest, vision.tokens)
     columns = width // vision.unit
     rows = height // vision.unit
-    return Layout(((width, height),), 0, 0, None, ("<|vision_start|>", columns * rows, "<|vision_end|>"),
-                  grid=(columns, rows))
+    parts = "<|vision_start|>", columns * rows, "<|vision_end|>"
+    return PictureLayout(((width, height),), 0, 0, None, parts, grid=(columns, rows))
 
 
-def pixtral(vision: Vision, size: Size) -> Layout:
+def pixtral(vision: Vision, size: Size) -> PictureLayout:
     """Mistral's models: whole, no larger than the longest side allows, and with sides that are multiples of
     `unit` (PixtralProcessor). Then, if it has too many units, shrunk in proportion."""
     ratio = max(1.0, max(size) / vision.longest)
@@ -169,16 +169,16 @@ def pixtral(vision: Vision, size: Size) -> Layout:
         columns = min(columns, vision.tokens)
         rows = min(rows, vision.tokens)
     parts: tuple[str | int, ...] = (columns, "[IMG_BREAK]") * (rows - 1) + (columns, "[IMG_END]")
-    return Layout(((columns * vision.unit, rows * vision.unit),), 0, 0, None, parts)
+    return PictureLayout(((columns * vision.unit, rows * vision.unit),), 0, 0, None, parts)
 
 
-def gemma3(vision: Vision, size: Size) -> Layout:
+def gemma3(vision: Vision, size: Size) -> PictureLayout:
     """Gemma 3: one square, whatever the picture's proportion (Gemma3Processor; its pan and scan is off)."""
-    return Layout(((vision.tile, vision.tile),), 0, 0, None,
-                  ("\n\n<start_of_image>", vision.tokens, "<end_of_image>\n\n"))
+    return PictureLayout(((vision.tile, vision.tile),), 0, 0, None,
+                         ("\n\n<start_of_image>", vision.tokens, "<end_of_image>\n\n"))
 
 
-def gemma4(vision: Vision, size: Size) -> Layout:
+def gemma4(vision: Vision, size: Size) -> PictureLayout:
     """Gemma 4: whole, with sides that are multiples of `unit`, and as many units as `tokens` allow
     (Gemma4ImageProcessor)."""
     width, height = size
@@ -190,14 +190,14 @@ def gemma4(vision: Vision, size: Size) -> Layout:
     elif not columns:
         columns = 1
         rows = min(height // width, vision.tokens)
-    return Layout(((columns * vision.unit, rows * vision.unit),), 0, 0, None,
-                  ("<|image>", columns * rows, "<image|>"))
+    return PictureLayout(((columns * vision.unit, rows * vision.unit),), 0, 0, None,
+                         ("<|image>", columns * rows, "<image|>"))
 
 
-LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {
+LAYOUTS: dict[str, Callable[[Vision, Size], PictureLayout]] = {
     "idefics3": idefics3, "lfm2": lfm2, "gemma3": gemma3, "gemma4": gemma4, "qwen3vl": qwen3vl,
     "pixtral": pixtral}
 
 
-def layout_of(vision: Vision, width: int, height: int) -> Layout:
+def layout_of(vision: Vision, width: int, height: int) -> PictureLayout:
     return LAYOUTS[vision.kind](vision, (width, height))

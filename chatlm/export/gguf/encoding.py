@@ -72,7 +72,7 @@ class TensorPlace(NamedTuple):
 
 
 @record
-class Layout:
+class GgufLayout:
     """A file's header, and the places of its tensors."""
 
     header: bytes
@@ -95,7 +95,8 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def layout_of(metadata: Mapping[str, Value], tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> Layout:
+def layout_of(metadata: Mapping[str, Value],
+              tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> GgufLayout:
     """tensors: each one's name, sizes (columns first) and type, in their order in the file."""
     places = []
     offset = 0
@@ -112,4 +113,4 @@ def layout_of(metadata: Mapping[str, Value], tensors: Iterable[tuple[str, tuple[
                   struct.pack("<IQ", int(TYPES[place.kind]), place.offset))
     header = b"".join(parts)
     header += bytes(padded(len(header)) - len(header))
-    return Layout(header, tuple(places), len(header) + offset)
+    return GgufLayout(header, tuple(places), len(header) + offset)

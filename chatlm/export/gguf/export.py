@@ -175,8 +175,8 @@ class Packing:
         return pack(kind, numpy.ascontiguousarray(values), of_matrix)
 
 
-def write_tensors(file: UnfinishedFile, layout: encoding.Layout, packing: Packing, pool: ThreadPoolExecutor,
-                  threads: int, progress: Progress):
+def write_tensors(file: UnfinishedFile, layout: encoding.GgufLayout, packing: Packing,
+                  pool: ThreadPoolExecutor, threads: int, progress: Progress):
     """Write the header and every tensor that is not in the file yet. Few rows are in memory at once."""
     if not file.pieces:
         file.write(layout.header)

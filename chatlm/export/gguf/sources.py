@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.export.gguf.folder import written_folder
 from chatlm.export.gguf.gguf_source import written_gguf
-from chatlm.export.gguf.nanochat import written_nanochat
+from chatlm.export.gguf.nanochat_files import written_nanochat
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource

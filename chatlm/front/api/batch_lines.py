@@ -31,7 +31,7 @@ PASSING = (("timings",), ("usage", "prompt_tokens_details"),
            ("output", EACH, "content", EACH, "logprobs", EACH, "drafted"))
 
 
-class Line(NamedTuple):
+class BatchLine(NamedTuple):
     """One request of a batch."""
 
     number: int     # from 1
@@ -82,7 +82,7 @@ class Line(NamedTuple):
                         "error": None})
 
 
-def read_line(number: int, text: bytes) -> Line:
+def read_line(number: int, text: bytes) -> BatchLine:
     """Read a line. Raises RequestError that says what is wrong with it, and what is allowed."""
     def refuse(what: str) -> RequestError:
         return RequestError(f"line {number:,}: {what}", code="invalid_line")
@@ -108,7 +108,7 @@ def read_line(number: int, text: bytes) -> Line:
         raise refuse("body must be an object")
     if body.get("stream"):
         raise refuse(str(bad_value("stream", True, "false in a batch")))
-    return Line(number, custom_id, url, body, line_id(number, text))
+    return BatchLine(number, custom_id, url, body, line_id(number, text))
 
 
 def storable(text: str) -> str:

@@ -154,7 +154,7 @@ def choice_among(mcp: McpTools, functions: Seq[Mapping], choice: ToolChoice) -> 
 
 # earlier calls
 
-class Part(NamedTuple):
+class RoleBlocks(NamedTuple):
     """Blocks of a message that belong to one role."""
 
     role: str
@@ -162,11 +162,11 @@ class Part(NamedTuple):
     first: int  # the index of the first one in the message
 
 
-def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
+def parts_of(role: str, blocks: Seq[Any], param: str) -> list[RoleBlocks]:
     """The blocks of a message, as the model has seen them. The calls of tools that the server ran, and their
     results, become those of functions: the results are the user's. param: the message, for errors."""
     if not any(kind_of(block) in MCP_BLOCKS for block in blocks):
-        return [Part(role, [*blocks], 0)]
+        return [RoleBlocks(role, [*blocks], 0)]
     if role != "assistant":
         raise invalid(param, f"{param}: mcp_tool_use and mcp_tool_result are blocks of the assistant")
     parts = []
@@ -174,7 +174,7 @@ def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
     called = set[str]()  # that have no result yet
     for are_results, group in groupby(enumerate(blocks), lambda each: kind_of(each[1]) == "mcp_tool_result"):
         pairs = [*group]
-        part = Part("user" if are_results else role, [], pairs[0][0])
+        part = RoleBlocks("user" if are_results else role, [], pairs[0][0])
         parts.append(part)
         lost = []
         for index, block in pairs:
@@ -192,8 +192,8 @@ def parts_of(role: str, blocks: Seq[Any], param: str) -> list[Part]:
                     lost.append(block["id"])
             part.blocks.append(block)
         if lost:
-            parts.append(Part("user", [{"type": "tool_result", "tool_use_id": name,
-                                        "content": UNKNOWN_OUTCOME} for name in lost], part.first))
+            parts.append(RoleBlocks("user", [{"type": "tool_result", "tool_use_id": name,
+                                              "content": UNKNOWN_OUTCOME} for name in lost], part.first))
     return parts
 
 

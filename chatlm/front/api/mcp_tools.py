@@ -72,7 +72,7 @@ class McpTools:
         self.labels.append(label)
         own = [one for one in offered if one["label"] == label]
         allowed = ToolFilter(tool.get("allowed_tools"), f"{name}.allowed_tools", own)
-        approvals = Approvals(tool.get("require_approval"), f"{name}.require_approval", own)
+        approvals = ApprovalRules(tool.get("require_approval"), f"{name}.require_approval", own)
         for one in own:
             if allowed.is_empty or allowed.matches(one):
                 self._offer(one, approvals.asks(one))
@@ -145,7 +145,7 @@ class ToolFilter:
         return is_named and self.read_only in (None, one["read_only"])
 
 
-class Approvals:
+class ApprovalRules:
     """Of which calls the client must approve: of all, unless the operator and the client both want it
     otherwise."""
 

@@ -33,7 +33,7 @@ class InBatches(NamedTuple):
     seed_is_ours: bool = False  # which other servers of this API refuse
 
 
-class Place(NamedTuple):
+class DialectPath(NamedTuple):
     """A path of a dialect."""
 
     api: Api
@@ -46,12 +46,12 @@ class DialectRow(NamedTuple):
     """A dialect, without what it takes to speak it."""
 
     dialect: Late[Dialect]
-    places: Mapping[str, Place]  # by path
+    places: Mapping[str, DialectPath]  # by path
 
 
-def of_api(api: Api, docs: Mapping[str, str]) -> dict[str, Place]:
+def of_api(api: Api, docs: Mapping[str, str]) -> dict[str, DialectPath]:
     """Places of one API. docs: what one gets at each path."""
-    return {path: Place(api, doc) for path, doc in docs.items()}
+    return {path: DialectPath(api, doc) for path, doc in docs.items()}
 
 
 def load_native() -> Dialect:
@@ -100,7 +100,7 @@ SCORES = "scores of pairs of texts"
 # The API of the first row with a path below /api answers for all that is not there below /api, and so on
 DIALECTS: tuple[DialectRow, ...] = (
     DialectRow(Late(load_native), {
-        "/chat/completions": Place(
+        "/chat/completions": DialectPath(
             NANOCHAT, "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
             with_model="/v1/chat/completions")}),
     DialectRow(Late(load_ollama), of_api(OLLAMA, {
@@ -108,23 +108,23 @@ DIALECTS: tuple[DialectRow, ...] = (
         "/api/generate": "an answer in Ollama's format",
         "/api/show": ""})),
     DialectRow(Late(load_openai), {
-        "/v1/chat/completions": Place(
+        "/v1/chat/completions": DialectPath(
             OPENAI, "an answer in OpenAI's format, streamed or whole", in_batches=InBatches()),
-        "/v1/completions": Place(
+        "/v1/completions": DialectPath(
             OPENAI, "the continuation of a text, streamed or whole", in_batches=InBatches()),
         **of_api(OPENAI, {
             "/infill": "the text between two others, in llama-server's format, streamed or whole",
             "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
             "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})}),
     DialectRow(Late(load_responses), {
-        "/v1/responses": Place(
+        "/v1/responses": DialectPath(
             OPENAI, "an answer in the format of OpenAI's Responses, streamed or whole",
             in_batches=InBatches(seed_is_ours=True))}),
     DialectRow(Late(load_messages), of_api(ANTHROPIC, {
         "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
         "/v1/messages/count_tokens": "how many tokens such a request has"})),
     DialectRow(Late(load_retrieval), {
-        "/v1/embeddings": Place(OPENAI, VECTORS, in_batches=InBatches(has_seed=False)),
+        "/v1/embeddings": DialectPath(OPENAI, VECTORS, in_batches=InBatches(has_seed=False)),
     } | of_api(OPENAI, {
         "/api/v0/embeddings": VECTORS,
         "/embed": "the same in the format of Text Embeddings Inference",
@@ -148,7 +148,7 @@ def rows_by_path() -> dict[str, DialectRow]:
     return {path: row for row in DIALECTS for path in row.places}
 
 
-def all_places() -> Iterator[tuple[str, Place]]:
+def all_places() -> Iterator[tuple[str, DialectPath]]:
     """Each path of each dialect, with what is there."""
     return (item for row in DIALECTS for item in row.places.items())
 
@@ -167,7 +167,7 @@ def has_body(path: str) -> bool:
     return path in rows_by_path()
 
 
-def place_of(path: str) -> Place:
+def place_of(path: str) -> DialectPath:
     return rows_by_path()[path].places[path]
 
 

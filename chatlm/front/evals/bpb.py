@@ -19,7 +19,7 @@ from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import sha256_of
-from chatlm.common.hub.nanochat import shard_folders
+from chatlm.common.hub.nanochat_checkpoints import shard_folders
 from chatlm.common.hub.shards import BUFFERED, Packer, documents_of, last_shard
 from chatlm.front.aio import all_of
 

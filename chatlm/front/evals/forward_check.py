@@ -14,13 +14,13 @@ from chatlm.common.hub.val_bpb import (
     Evaluation, LossComparison, RowScore, chosen_rows, compare, former_size, is_of_known_texts,
     validation_shards)
 from chatlm.common.log import log
-from chatlm.front.evals.run_results import FORWARD, StepResult, forward_result
+from chatlm.front.evals.run_results import FORWARD, CheckpointResult, forward_result
 from chatlm.front.evals.scores import PoolScorer
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.evals.step_work import DutyWork
-    from chatlm.front.pool.models import Model
+    from chatlm.front.evals.checkpoint_evaluator import EvaluationInput
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -39,11 +39,11 @@ class ForwardCheck:
         self.said: set[tuple[str, str]] = set()  # (run, warning) that the log has already
         self.rows: tuple[tuple, list[list[int]]] = ((), [])  # of the last shard, for the next checkpoint
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.evaluation is None or model.is_compared or (
             model.saved_s <= self.agreed_s.get(run_of(model), -1.0))
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: CheckpointResult):
         """What did not agree is compared again by the next server: the right texts may be here now."""
         if result.fields and result.fields["forward"]["agrees"]:
             model.is_compared = True
@@ -51,7 +51,7 @@ class ForwardCheck:
             run = run_of(model)
             self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
 
-    async def find(self, work: DutyWork) -> StepResult:
+    async def find(self, work: EvaluationInput) -> CheckpointResult:
         """Compare a checkpoint, if its shard is here and can be read."""
         model = work.model
         evaluation = work.model.evaluation
@@ -72,9 +72,9 @@ class ForwardCheck:
             return self._result(model, min(found, key=lambda one: abs(one.ours - one.theirs)), path)
         if lack:
             self._say(run_of(model), f"the val_bpb of {model.name} is not compared with our own: {lack}")
-        return StepResult(FORWARD)
+        return CheckpointResult(FORWARD)
 
-    def _result(self, model: Model, found: LossComparison, path: Path) -> StepResult:
+    def _result(self, model: ServedModel, found: LossComparison, path: Path) -> CheckpointResult:
         own = round(found.ours, 6) if math.isfinite(found.ours) else None
         model.own_val_bpb = own
         if found.agrees:
@@ -92,7 +92,7 @@ class ForwardCheck:
             self.said.add((run, about))
             log.warning("%s", text)
 
-    async def _compare(self, work: DutyWork, evaluation: Evaluation, shard: Path) -> LossComparison:
+    async def _compare(self, work: EvaluationInput, evaluation: Evaluation, shard: Path) -> LossComparison:
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
         scores = list[RowScore]()
@@ -117,11 +117,11 @@ class ForwardCheck:
         return self.rows[1]
 
 
-def run_of(model: Model) -> str:
+def run_of(model: ServedModel) -> str:
     return model.run.run if model.run else ""
 
 
-def why_not(model: Model, pool: WorkerPool, evaluation: Evaluation) -> str:
+def why_not(model: ServedModel, pool: WorkerPool, evaluation: Evaluation) -> str:
     """Why a model as it is served cannot be compared; "" if it can."""
     settings = model.settings
     scorer = PoolScorer(pool)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.hub.nanochat import AS_TRAINED
-from chatlm.common.hub.written import is_number
+from chatlm.common.hub.nanochat_checkpoints import AS_TRAINED
+from chatlm.common.hub.recorded_metrics import is_number
 from chatlm.common.log import log
 from chatlm.common.new_files import open_growing, open_kept
 from chatlm.front.evals.bits import Score
@@ -44,7 +44,7 @@ NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s"
 MOST_BYTES = 16 << 20  # of a line; longer ones are skipped
 
 
-class StepOfRun(NamedTuple):
+class EvaluatedCheckpoint(NamedTuple):
     """A step, as its results name it."""
 
     run: str
@@ -56,7 +56,7 @@ class StepOfRun(NamedTuple):
     digest: str     # of its weights
 
 
-class StepResult(NamedTuple):
+class CheckpointResult(NamedTuple):
     """Something that was found out about some weights."""
 
     kind: str      # one of KINDS
@@ -91,11 +91,11 @@ def judged_metrics(body: Mapping[str, Any]) -> dict[str, float]:
 
 
 @dataclass
-class StepResults:
+class CheckpointResults:
     """All results of a step, by kind, key and `made_by`."""
 
-    step: StepOfRun
-    results: dict[tuple[str, str, str], StepResult] = field(default_factory=dict)
+    checkpoint: EvaluatedCheckpoint
+    results: dict[tuple[str, str, str], CheckpointResult] = field(default_factory=dict)
 
 
 class RunResults:
@@ -113,8 +113,9 @@ class RunResults:
         self.folder = folder
         self.run_log = run_log
         self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
-        self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
-        self.of_weights: dict[str, dict[tuple[str, str, str], StepResult]] = {}  # by digest
+        # by folder; by step and digest
+        self.folders: dict[str, dict[tuple[int, str], CheckpointResults]] = {}
+        self.of_weights: dict[str, dict[tuple[str, str, str], CheckpointResult]] = {}  # by digest
         self.read_to: dict[Path, int] = {}    # bytes of each file that have been read
         self.unwritten: list[tuple[Path, bytes]] = []
         self.tried_s = 0.0
@@ -136,10 +137,10 @@ class RunResults:
                 for path in sorted(self.folder.glob("run-*.jsonl")):
                     self._read(path)
 
-    async def refresh(self, step: StepOfRun):
+    async def refresh(self, checkpoint: EvaluatedCheckpoint):
         """Read what other servers have added to the file of a step's run."""
         if self.folder:
-            await asyncio.to_thread(self._refresh, self._file_of(step))
+            await asyncio.to_thread(self._refresh, self._file_of(checkpoint))
 
     def _refresh(self, path: Path):
         with self.turn:
@@ -164,44 +165,45 @@ class RunResults:
             self.warn(path, error)
         self.read_to[path] = begin
 
-    def _remember(self, step: StepOfRun, result: StepResult) -> bool:
+    def _remember(self, checkpoint: EvaluatedCheckpoint, result: CheckpointResult) -> bool:
         """Note a result. Returns whether it is new."""
-        of_run = self.folders.setdefault(step.folder, {})
-        known = of_run.setdefault((step.step, step.digest), StepResults(step))
-        if not known.step.saved_s or 0 < step.saved_s < known.step.saved_s:
-            known.step = step
+        of_run = self.folders.setdefault(checkpoint.folder, {})
+        known = of_run.setdefault((checkpoint.step, checkpoint.digest), CheckpointResults(checkpoint))
+        if not known.checkpoint.saved_s or 0 < checkpoint.saved_s < known.checkpoint.saved_s:
+            known.checkpoint = checkpoint
         key = result.kind, result.key, result.made_by
         old = known.results.get(key)
         is_new = old is None or old.metrics != result.metrics
         known.results[key] = result
         self.changes += 1
-        self.of_weights.setdefault(step.digest, {})[key] = result
+        self.of_weights.setdefault(checkpoint.digest, {})[key] = result
         return is_new
 
-    def find(self, digest: str, kind: str, key: str, made_by: str) -> StepResult | None:
+    def find(self, digest: str, kind: str, key: str, made_by: str) -> CheckpointResult | None:
         """The result of these weights, whichever step of whichever run they belong to."""
         of_weights = self.of_weights.get(digest, {})
         return of_weights.get((kind, key, made_by)) or of_weights.get((kind, key, ""))
 
     # writing
 
-    async def add(self, step: StepOfRun, result: StepResult):
+    async def add(self, checkpoint: EvaluatedCheckpoint, result: CheckpointResult):
         """Keep a result of a step."""
-        await asyncio.to_thread(self._add, step, result)
+        await asyncio.to_thread(self._add, checkpoint, result)
 
-    def _add(self, step: StepOfRun, result: StepResult):
+    def _add(self, checkpoint: EvaluatedCheckpoint, result: CheckpointResult):
         with self.turn:
-            path = self._file_of(step) if self.folder else None
+            path = self._file_of(checkpoint) if self.folder else None
             if path:
                 self._read(path)
-            if self._remember(step, result) and path and result.fields:
-                line = {"tag": step.run, "lineage": step.lineage, "stage": step.stage, "step": step.step,
-                        "weights_digest": step.digest, "folder": step.folder, "saved_s": step.saved_s,
+            if self._remember(checkpoint, result) and path and result.fields:
+                line = {"tag": checkpoint.run, "lineage": checkpoint.lineage, "stage": checkpoint.stage,
+                        "step": checkpoint.step, "weights_digest": checkpoint.digest,
+                        "folder": checkpoint.folder, "saved_s": checkpoint.saved_s,
                         "computed_with": result.made_by, **result.fields}
                 self.unwritten.append((path, json.dumps(line).encode() + b"\n"))
                 self._write()
             if self.run_log:
-                self._log(step)
+                self._log(checkpoint)
 
     async def write_again(self):
         """Try again to write what could not be written, if the last try is long enough ago."""
@@ -228,20 +230,20 @@ class RunResults:
             self.warned_s = time.monotonic()
             log.warning("%s: %s; results stay in memory until that works again", path, error.strerror)
 
-    def _file_of(self, step: StepOfRun) -> Path:
+    def _file_of(self, checkpoint: EvaluatedCheckpoint) -> Path:
         assert self.folder
-        return self.folder / f"run-{file_word(step.run)}.jsonl"
+        return self.folder / f"run-{file_word(checkpoint.run)}.jsonl"
 
     # showing
 
-    def metrics_of(self, known: StepResults) -> dict[str, float]:
+    def metrics_of(self, known: CheckpointResults) -> dict[str, float]:
         """The metrics of a step: those that its training wrote, and those that this server finds."""
         metrics = {}
         for result in self._shown(known):
             metrics |= result.metrics
         return metrics
 
-    def _shown(self, known: StepResults) -> list[StepResult]:
+    def _shown(self, known: CheckpointResults) -> list[CheckpointResult]:
         """The last result of each kind that answers what this server is asked."""
         last = {result.kind: result for result in [*known.results.values()]
                 if self.asked.get(result.kind) == result.key}
@@ -273,42 +275,43 @@ class RunResults:
                 continue
             for known in self._curve(folder):
                 name = runs.get(folder)
-                is_other = name is None and known.step.run in taken  # another folder has its name now
-                moved = folder not in folders and known.step.digest in served
-                is_there = (folder, known.step.step) in there
+                is_other = name is None and known.checkpoint.run in taken  # another folder has its name now
+                moved = folder not in folders and known.checkpoint.digest in served
+                is_there = (folder, known.checkpoint.step) in there
                 if not (is_other or moved or is_there) and self.metrics_of(known):
                     found.append(self._removed(known, name))
         return found
 
-    def _removed(self, known: StepResults, name: RunName | None) -> dict[str, Any]:
-        step = known.step
-        name = name or RunName(step.run, step.lineage, step.stage, ())
+    def _removed(self, known: CheckpointResults, name: RunName | None) -> dict[str, Any]:
+        checkpoint = known.checkpoint
+        name = name or RunName(checkpoint.run, checkpoint.lineage, checkpoint.stage, ())
         samples = []
         for result in self._shown(known):
             samples += result.samples
-        return {"model": name.step(step.step), "run": name.run, "lineage": name.lineage, "stage": name.stage,
-                "step": step.step, "state": "removed", "weights_digest": step.digest,
+        return {"model": name.checkpoint_name(checkpoint.step), "run": name.run, "lineage": name.lineage,
+                "stage": name.stage, "step": checkpoint.step, "state": "removed",
+                "weights_digest": checkpoint.digest,
                 "metrics": self.metrics_of(known), "judged": False, "samples": samples}
 
-    def _curve(self, folder: str) -> Iterator[StepResults]:
+    def _curve(self, folder: str) -> Iterator[CheckpointResults]:
         """The steps of a run's last training, the newest first. If a training began again at an earlier step,
         the steps of the previous training from there on do not count any more."""
         least = None
         for known in sorted([*self.folders[folder].values()],
-                            key=lambda one: (one.step.saved_s, one.step.step), reverse=True):
-            if least is None or known.step.step < least:
-                least = known.step.step
+                            key=lambda one: (one.checkpoint.saved_s, one.checkpoint.step), reverse=True):
+            if least is None or known.checkpoint.step < least:
+                least = known.checkpoint.step
                 yield known
 
-    def _log(self, step: StepOfRun):
+    def _log(self, checkpoint: EvaluatedCheckpoint):
         """Write the metrics of a step to --run-log. If the log has nothing of its run yet, write the whole
         run."""
         assert self.run_log
-        steps = [known for known in self._curve(step.folder)
-                 if self.run_log.is_new(step.run) or known.step.step == step.step]
-        rows = [(known.step.step, known.step.saved_s, self.metrics_of(known))
-                for known in sorted(steps, key=lambda known: known.step.step)]
-        self.run_log.write(step.run, rows)
+        steps = [known for known in self._curve(checkpoint.folder)
+                 if self.run_log.is_new(checkpoint.run) or known.checkpoint.step == checkpoint.step]
+        rows = [(known.checkpoint.step, known.checkpoint.saved_s, self.metrics_of(known))
+                for known in sorted(steps, key=lambda known: known.checkpoint.step)]
+        self.run_log.write(checkpoint.run, rows)
 
 
 def append_line(path: Path, line: bytes):
@@ -325,7 +328,7 @@ def append_line(path: Path, line: bytes):
             raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written")
 
 
-def result_in(line: bytes) -> tuple[StepOfRun, StepResult] | None:
+def result_in(line: bytes) -> tuple[EvaluatedCheckpoint, CheckpointResult] | None:
     """The result in a line; None if it has none, or is broken."""
     with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = json.loads(line)
@@ -337,14 +340,14 @@ def result_in(line: bytes) -> tuple[StepOfRun, StepResult] | None:
         run, lineage, stage, folder, made_by = (name if isinstance(name, str) else "" for name in names)
         stage = stage if stage in AS_TRAINED else ""
         saved_s = found.get("saved_s")
-        step = StepOfRun(run, lineage or run, stage, number, folder, saved_s if is_number(saved_s) else 0.0,
-                         digest)
+        saved_s = saved_s if is_number(saved_s) else 0.0
+        checkpoint = EvaluatedCheckpoint(run, lineage or run, stage, number, folder, saved_s, digest)
         result = result_of(found)
-        return (step, result._replace(made_by=made_by)) if result else None
+        return (checkpoint, result._replace(made_by=made_by)) if result else None
     return None
 
 
-def result_of(found: Mapping[str, Any]) -> StepResult | None:
+def result_of(found: Mapping[str, Any]) -> CheckpointResult | None:
     """The result in a line's object. Raises ValueError, KeyError, TypeError or AttributeError if a member is
     missing or wrong."""
     fields = {name: value for name, value in found.items() if name not in NAMES}
@@ -359,24 +362,24 @@ def result_of(found: Mapping[str, Any]) -> StepResult | None:
         # KeyError for lines of earlier versions; a server makes new lines from the answers to the items
         verdicts = {str(label): str(right) for label, right in found["verdicts"].items()}
         key = suite_key(str(found["suite_digest"]), found["max_per_task"])
-        return StepResult(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
+        return CheckpointResult(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
     if "samples" in found:
         samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
         key = prompts_key([one["prompt"] for one in samples])
-        return StepResult(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
+        return CheckpointResult(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
     if "forward" in found:
         return forward_result(found["forward"])
     metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
-    return StepResult(WRITTEN, "", fields, metrics)
+    return CheckpointResult(WRITTEN, "", fields, metrics)
 
 
-def forward_result(found: Mapping[str, Any]) -> StepResult:
+def forward_result(found: Mapping[str, Any]) -> CheckpointResult:
     """found: `own_val_bpb`, and whether it `agrees` with what training wrote."""
     own = found["own_val_bpb"]
     metrics = {"own_val_bpb": own} if is_number(own) else {}
-    return StepResult(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
+    return CheckpointResult(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
 
 
-def text_result(key: str, score: Score) -> StepResult:
+def text_result(key: str, score: Score) -> CheckpointResult:
     fields = {"text_digest": key, **score.as_json(), "bits": score.bits}
-    return StepResult(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)
+    return CheckpointResult(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)

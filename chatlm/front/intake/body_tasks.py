@@ -21,15 +21,15 @@ from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_line
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.intake.envelope import Envelope
-    from chatlm.front.intake.sandboxed import Shelf
+    from chatlm.front.intake.sandboxed import OpenBodyCache
 
 
 class BodyTasks:
-    """One method for each task, for one model. The open body is on the shelf."""
+    """One method for each task, for one model. The open body is in the cache."""
 
-    def __init__(self, config: SandboxConfig, shelf: Shelf):
+    def __init__(self, config: SandboxConfig, cache: OpenBodyCache):
         self.config = config
-        self.shelf = shelf
+        self.cache = cache
 
     def prepare(self, name: str, arguments: Seq):
         """Do once what no task should pay for."""
@@ -55,19 +55,20 @@ class BodyTasks:
         data = envelope.packed(rest)
         envelope.lift.files = []  # the front decodes them
         if rest:
-            self.shelf.body = None  # the front reads it
+            self.cache.body = None  # the front reads it
         return Body(data)
 
     def _opened(self, route: str, number: int | None, names: Seq, bodies: Seq[bytes]) -> Envelope:
         """The open body of a task. A body that was sent is always opened anew. If none was sent, it is the
-        one on the shelf, which then has this task's ticket (`Shelf.turn_to`). names: as in AddedNames."""
+        one in the cache, which then has this task's ticket (`OpenBodyCache.keep_only`). names: as in
+        AddedNames."""
         if bodies:
-            self.shelf.body = open_body(route, number, *bodies, names=AddedNames(*names))
-        assert self.shelf.body, "the front thinks that this process has the body"
-        return self.shelf.body
+            self.cache.body = open_body(route, number, *bodies, names=AddedNames(*names))
+        assert self.cache.body, "the front thinks that this process has the body"
+        return self.cache.body
 
     def forget(self) -> SandboxResult:
-        """Do nothing: a task without a ticket has already cleared the shelf."""
+        """Do nothing: a task without a ticket has already cleared the cache."""
         return SandboxResult(None)
 
     def read(self, route: str, number: int | None, names: Seq, sizes: Seq, client: str, task: str,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.additions import NO_NAMES, NOTHING_ASKED, AddedNames, Asked, take_out
-from chatlm.front.api.batch_lines import Line, read_line
+from chatlm.front.api.batch_lines import BatchLine, read_line
 from chatlm.front.api.dialect import LONGEST_NAME, Chained, NamedServer, Reference, model_names
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
@@ -37,7 +37,7 @@ class Envelope:
     names_model: bool        # does it have a `model` at all, of whatever type?
     chained: Chained
     lift: Lift
-    line: Line | None = None    # the line of a batch that has these fields as its body
+    line: BatchLine | None = None    # the line of a batch that has these fields as its body
     before: list | None = None  # the items that the body continues; None: it continues nothing
     servers: tuple[NamedServer, ...] = ()  # the tool servers that it names
     offered: list | None = None  # their tools that its client may have; None: nothing is run for it
@@ -100,7 +100,7 @@ def unpacked_envelope(data: bytes) -> Envelope:
     line = None
     if head["line"]:
         number, custom_id, url, line_id = head["line"]
-        line = Line(number, custom_id, url, fields or {}, line_id)
+        line = BatchLine(number, custom_id, url, fields or {}, line_id)
     lift = Lift([*map(Lifted, head["names"], files)], head["first"], problem)
     response, conversation, items = head["chained"]
     chained = Chained(response, conversation, tuple(Reference(*item) for item in items))
@@ -126,7 +126,7 @@ def open_body(route: str, number: int | None, raw: bytes | bytearray, before: by
     return make_envelope(fields, route, line, json.loads(before), json.loads(offered), names)
 
 
-def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None,
+def make_envelope(fields: dict, route: str, line: BatchLine | None = None, before: list | None = None,
                   offered: list | None = None, names: AddedNames = NO_NAMES) -> Envelope:
     """The envelope of fields that are parsed already. Takes the pictures out of them, and what annexes
     add."""

@@ -18,7 +18,7 @@ from chatlm.front.api.grammars import GRAMMARS, may_need_grammars
 from chatlm.front.api.kept_fields import ENDPOINTS
 from chatlm.front.api.picture_parts import with_files, with_pixels
 from chatlm.front.api.spoken import fields_of, load_for, path_of_form
-from chatlm.front.intake.arrival import Arrival, Caller
+from chatlm.front.intake.opened_body import Caller, OpenedBody
 from chatlm.front.intake.budget import Budget, Holding
 from chatlm.front.intake.crossing import packed_sizes, unpacked_body
 from chatlm.front.intake.envelope import open_body, unpacked_envelope
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.additions import Added
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.models import ModelOrAdapter, ServedModel
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -44,7 +44,7 @@ class KeptBefore(NamedTuple):
 
 
 # (a body that continues something, what holds its bytes) -> the items that it needs
-EarlierItems = Callable[[Arrival, Holding], Awaitable[KeptBefore]]
+EarlierItems = Callable[[OpenedBody, Holding], Awaitable[KeptBefore]]
 
 
 def loaded_tokenizer(pool: WorkerPool) -> Tokenizer:
@@ -75,69 +75,71 @@ class Intake:
 
     # what a caller wants of a body
 
-    async def answer(self, arrival: Arrival, reading: Holding, holding: Holding,
-                     offered: bytes = b"null") -> tuple[Served, ParsedBody]:
+    async def answer(self, opened_body: OpenedBody, reading: Holding, holding: Holding,
+                     offered: bytes = b"null") -> tuple[ModelOrAdapter, ParsedBody]:
         """Read the body of a route that answers. `reading` holds its bytes, and gives them back once it is
         read. `holding` then accounts for what is kept of a large body.
 
         offered: the tools that the server may run for it, as JSON; null: it runs none."""
         before = KeptBefore()
-        if self.earlier_items and any(arrival.envelope.chained):
-            before = await self.earlier_items(arrival, reading)
+        if self.earlier_items and any(opened_body.envelope.chained):
+            before = await self.earlier_items(opened_body, reading)
         if (*before, offered) == (b"null", b"null", b"null"):
-            return await self._answer(arrival, reading, holding)
+            return await self._answer(opened_body, reading, holding)
         async with self.opened(
-                arrival.caller, *arrival.parts, before.earlier, offered, before.referenced) as whole:
+                opened_body.caller, *opened_body.parts, before.earlier, offered, before.referenced) as whole:
             return await self._answer(whole, reading, holding)
 
-    async def _answer(self, arrival: Arrival, reading: Holding,
-                      holding: Holding) -> tuple[Served, ParsedBody]:
-        served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
-        await self.decode_pictures(arrival, served, holding)
-        added = arrival.added
-        [parsed] = await self._read(arrival, served, "answer", arrival.caller.route, added.changed_by)
+    async def _answer(self, opened_body: OpenedBody, reading: Holding,
+                      holding: Holding) -> tuple[ModelOrAdapter, ParsedBody]:
+        served = await self.resolve(opened_body.envelope.model, opened_body.caller.bound, holding)
+        await self.decode_pictures(opened_body, served, holding)
+        added = opened_body.added
+        [parsed] = await self._read(opened_body, served, "answer", opened_body.caller.route, added.changed_by)
         reading.give_back_beyond(0)  # first, or a large body would be refused for its own size
-        parsed = replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures),
+        request = with_pixels(served.with_versions(parsed.request), opened_body.pictures)
+        parsed = replace(parsed, request=request,
                          added=added.fields,
                          plan=parsed.plan and replace(parsed.plan, options=added.tools))
-        if parsed.kept and arrival.files:
-            parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, arrival.files))
+        if parsed.kept and opened_body.files:
+            parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, opened_body.files))
             holding.keep(sum(len(item.body) for item in parsed.kept))
-        if not arrival.is_here:
+        if not opened_body.is_here:
             holding.keep(parsed.size)
         return served, parsed
 
-    async def text(self, arrival: Arrival, holding: Holding, sees: bool = True,
-                   offered: bytes = b"null") -> tuple[Served, str, bytes]:
+    async def text(self, opened_body: OpenedBody, holding: Holding, sees: bool = True,
+                   offered: bytes = b"null") -> tuple[ModelOrAdapter, str, bytes]:
         """Read the body of any other route. Returns the model, the fields without effect, and the text to
         answer with. sees: must the model see its pictures? offered: as for `answer`."""
         if offered != b"null":
-            async with self.opened(arrival.caller, *arrival.parts, b"null", offered) as whole:
+            async with self.opened(opened_body.caller, *opened_body.parts, b"null", offered) as whole:
                 return await self.text(whole, holding, sees)
-        served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
+        served = await self.resolve(opened_body.envelope.model, opened_body.caller.bound, holding)
         if sees:
-            await self.decode_pictures(arrival, served, holding)
-        text = await self._read(arrival, served, "text", arrival.caller.route)
+            await self.decode_pictures(opened_body, served, holding)
+        text = await self._read(opened_body, served, "text", opened_body.caller.route)
         ignored, _, text = text.partition(b"\n")
         return served, ignored.decode(), text
 
-    async def variants(self, arrival: Arrival, holding: Holding, served: Served, indices: Seq[int],
-                       seed: int) -> list[ParsedBody]:
+    async def variants(self, opened_body: OpenedBody, holding: Holding, served: ModelOrAdapter,
+                       indices: Seq[int], seed: int) -> list[ParsedBody]:
         """Read what a body of /v1/compare asks of one model, with or without adapters. indices: the numbers
         of its answers. `holding` then accounts for what is kept of a large body."""
-        await self.decode_pictures(arrival, served, holding)
-        read = await self._read(arrival, served, "variants", list(indices), seed)
-        if not arrival.is_here:
+        await self.decode_pictures(opened_body, served, holding)
+        read = await self._read(opened_body, served, "variants", list(indices), seed)
+        if not opened_body.is_here:
             holding.keep(sum(parsed.size for parsed in read))
-        return [replace(parsed, request=with_pixels(parsed.request, arrival.pictures)) for parsed in read]
+        return [replace(parsed, request=with_pixels(parsed.request, opened_body.pictures)) for parsed in read]
 
-    async def line(self, arrival: Arrival, served: Served, holding: Holding) -> ParsedBody:
+    async def line(self, opened_body: OpenedBody, served: ModelOrAdapter, holding: Holding) -> ParsedBody:
         """Read a line of a batch. Raises RequestError as its route would."""
-        await self.decode_pictures(arrival, served, holding)
-        [parsed] = await self._read(arrival, served, "line")
-        if not arrival.is_here:
+        await self.decode_pictures(opened_body, served, holding)
+        [parsed] = await self._read(opened_body, served, "line")
+        if not opened_body.is_here:
             holding.keep(parsed.size)
-        return replace(parsed, request=with_pixels(served.with_versions(parsed.request), arrival.pictures))
+        request = with_pixels(served.with_versions(parsed.request), opened_body.pictures)
+        return replace(parsed, request=request)
 
     async def check_lines(self, caller: Caller, lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """Check each line of a batch for the model that it names. Lines have no line break."""
@@ -157,7 +159,7 @@ class Intake:
                 checked[index] = line
         return checked
 
-    async def _check_again(self, caller: Caller, name: str, usual: Served, lines: Seq[NumberedLine],
+    async def _check_again(self, caller: Caller, name: str, usual: ModelOrAdapter, lines: Seq[NumberedLine],
                            checked: Seq[CheckedLine]) -> Seq[CheckedLine]:
         """Check lines for the model that they name. checked: what the usual model says about them."""
         try:
@@ -171,7 +173,8 @@ class Intake:
         except ChatServerError:  # such as while the model loads: what is wrong shows when a line is run
             return [line._replace(problem="") for line in checked]
 
-    async def _check(self, caller: Caller, served: Served, lines: Seq[NumberedLine]) -> list[CheckedLine]:
+    async def _check(self, caller: Caller, served: ModelOrAdapter,
+                     lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """Check lines for one model. Many lines are read in a sandbox: 200 MB take many seconds. While the
         model loads, only their form is checked: what is wrong with a body shows when its line is run."""
         refusal = self.why_blind(served.pool)
@@ -195,7 +198,7 @@ class Intake:
                 await asyncio.sleep(0)  # let other tasks run
         return checked
 
-    async def _check_in_sandbox(self, caller: Caller, served: Served, lines: Seq[NumberedLine],
+    async def _check_in_sandbox(self, caller: Caller, served: ModelOrAdapter, lines: Seq[NumberedLine],
                                 refusal: str) -> list[CheckedLine]:
         admission = served.pool.admission
         with admission.prepare(caller.client):
@@ -221,16 +224,16 @@ class Intake:
 
     @asynccontextmanager
     async def opened(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
-                     opener: Admission | None = None, times: int = 1) -> AsyncIterator[Arrival]:
+                     opener: Admission | None = None, times: int = 1) -> AsyncIterator[OpenedBody]:
         """Open a body (see `open`) for a `with` block. Afterwards no sandbox keeps it."""
-        arrival = await self.open(caller, *parts, number=number, opener=opener, times=times)
+        opened_body = await self.open(caller, *parts, number=number, opener=opener, times=times)
         try:
-            yield arrival
+            yield opened_body
         finally:
-            self._forget(arrival)
+            self._forget(opened_body)
 
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
-                   opener: Admission | None = None, times: int = 1) -> Arrival:
+                   opener: Admission | None = None, times: int = 1) -> OpenedBody:
         """Parse a body. The other parts: as in open_body. number: the body is this line of
         a batch. times: how often it may be read. opener: has the sandbox that opens a large body; by default
         that is the usual model's."""
@@ -239,7 +242,7 @@ class Intake:
         names = self.additions.names(caller.route)
         if sum(map(len, parts)) <= most:
             envelope = open_body(caller.route, number, *parts, names=names)
-            return Arrival(caller, parts, envelope, self._added(caller, envelope, number), number)
+            return OpenedBody(caller, parts, envelope, self._added(caller, envelope, number), number)
         admission = opener or self.catalogue.find("", caller.bound).pool.admission
         ticket = next(self.tickets)
         with admission.prepare(caller.client):
@@ -247,30 +250,30 @@ class Intake:
                 "bodies", caller.client, "open", caller.route, number, most, names, bodies=parts,
                 ticket=ticket)
         envelope = unpacked_envelope(data)
-        arrival = Arrival(caller, parts, envelope, number=number)
+        opened_body = OpenedBody(caller, parts, envelope, number=number)
         if envelope.fields is None:  # not small, even without its pictures
-            arrival.ticket = ticket
-            arrival.sandbox = admission.sandboxes["bodies"]
+            opened_body.ticket = ticket
+            opened_body.sandbox = admission.sandboxes["bodies"]
         try:
-            arrival.added = self._added(caller, envelope, number)
+            opened_body.added = self._added(caller, envelope, number)
         except RequestError:
-            self._forget(arrival)
+            self._forget(opened_body)
             raise
-        return arrival
+        return opened_body
 
     def _added(self, caller: Caller, envelope: Envelope, number: int | None) -> Added:
         """What a body asks of annexes, checked."""
         return self.additions.read(caller.route, envelope.asked, envelope.names_model, number is not None)
 
-    def _forget(self, arrival: Arrival):
+    def _forget(self, opened_body: OpenedBody):
         """Let no sandbox keep a body any more."""
-        if arrival.sandbox:
+        if opened_body.sandbox:
             forgetting = asyncio.create_task(supervised(
-                "forgetting a body", partial(arrival.sandbox.forget, arrival.ticket)))
+                "forgetting a body", partial(opened_body.sandbox.forget, opened_body.ticket)))
             self.forgetting.add(forgetting)
             forgetting.add_done_callback(self.forgetting.discard)
 
-    async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
+    async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> ModelOrAdapter:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
         version of the adapter. Raises RequestError if there is none, or if it has failed."""
         served = self.catalogue.find(name, bound)
@@ -280,7 +283,7 @@ class Intake:
         await pool.version.current()
         return served._replace(version=pool.version.number)
 
-    def _models_that_see(self) -> list[Model]:
+    def _models_that_see(self) -> list[ServedModel]:
         return [model for model in self.catalogue.registry.models
                 if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
 
@@ -302,15 +305,15 @@ class Intake:
         return "this model cannot see images" + (
             f"; of the models here, these can: {others}" if others else "")
 
-    async def decode_pictures(self, arrival: Arrival, served: Served, holding: Holding):
+    async def decode_pictures(self, opened_body: OpenedBody, served: ModelOrAdapter, holding: Holding):
         """Decode a body's pictures, once, however many models see them. Their pixels are held as long as
         `holding`. Raises RequestError if the model cannot see, or if a picture cannot be read."""
-        envelope = arrival.envelope
+        envelope = opened_body.envelope
         if envelope.lift.is_empty:
             return
-        client = arrival.caller.client
+        client = opened_body.caller.client
         envelope.lift.check(self.why_blind(served.pool))
-        if not envelope.lift.files or arrival.pictures:
+        if not envelope.lift.files or opened_body.pictures:
             return
         loaded_tokenizer(served.pool)  # while it loads, nobody knows whether it sees
         pixels = holding.resources.enter_context(Holding(self.pixels, client))
@@ -322,30 +325,31 @@ class Intake:
                 raise RequestError(f"{name}: {error}", status=error.status, code=error.code,
                                    param=name) from None
             pixels.keep(len(pictures[-1].pixels), "requests with images")
-        arrival.pictures = tuple(pictures)
-        arrival.files = {picture.digest: data for picture, (_, data) in zip(pictures, envelope.lift.files)}
+        opened_body.pictures = tuple(pictures)
+        files = zip(pictures, envelope.lift.files)
+        opened_body.files = {picture.digest: data for picture, (_, data) in files}
         envelope.show(pictures)
 
-    async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
+    async def _read(self, opened_body: OpenedBody, served: ModelOrAdapter, task: str, *arguments) -> Any:
         """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where. Raises Overloaded
         while the model loads: what it can do is not known yet, so nothing that a body asks of it can be
         refused."""
-        envelope = arrival.envelope
+        envelope = opened_body.envelope
         line = envelope.line
-        read_as = path_of_form(line.url if line else arrival.caller.route, envelope.names_model)
+        read_as = path_of_form(line.url if line else opened_body.caller.route, envelope.names_model)
         if envelope.fields and may_need_grammars(envelope.fields, fields_of(read_as)):
             await GRAMMARS.get()
         loaded_tokenizer(served.pool)
         admission = served.pool.admission
-        caller = arrival.caller
-        if arrival.is_here:
-            reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
+        caller = opened_body.caller
+        if opened_body.is_here:
+            reading = Reading(opened_body.envelope, served.known, admission.prompts, caller.client)
             return await TASKS[task](reading, *arguments)
         with admission.prepare(caller.client):
             result: Any = await admission.perform(
-                "bodies", caller.client, "read", caller.route, arrival.number,
-                self.additions.names(caller.route), packed_sizes(arrival.pictures), caller.client, task,
-                arguments, bodies=arrival.parts, ticket=arrival.ticket)
+                "bodies", caller.client, "read", caller.route, opened_body.number,
+                self.additions.names(caller.route), packed_sizes(opened_body.pictures), caller.client, task,
+                arguments, bodies=opened_body.parts, ticket=opened_body.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result
             vocab_size = loaded_tokenizer(served.pool).vocab_size

@@ -34,14 +34,14 @@ PLACES = {**dict.fromkeys(("open", "read", "forget", "check_lines"), "bodies"), 
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
-class Shelf:
+class OpenBodyCache:
     """Keeps the open body of one ticket, whichever model its tasks are for."""
 
     def __init__(self):
         self.ticket = 0
         self.body: Envelope | None = None
 
-    def turn_to(self, ticket: int):
+    def keep_only(self, ticket: int):
         """A task with this ticket has come: drop the open body if it has another ticket."""
         if not ticket or ticket != self.ticket:
             self.body = None
@@ -52,9 +52,9 @@ class Tasks:
     """The tasks of a sandbox, for one model. Each imports what it needs: most sandboxes only fill in
     templates, and should start fast and stay small."""
 
-    def __init__(self, config: SandboxConfig, shelf: Shelf):
+    def __init__(self, config: SandboxConfig, cache: OpenBodyCache):
         self.config = config
-        self.shelf = shelf
+        self.cache = cache
 
     def task(self, name: str) -> Callable[..., Any]:
         """The function of a task. That of an annex has the name of its module before it, and a colon."""
@@ -71,7 +71,7 @@ class Tasks:
     @cached_property
     def bodies(self):
         from chatlm.front.intake.body_tasks import BodyTasks
-        return BodyTasks(self.config, self.shelf)
+        return BodyTasks(self.config, self.cache)
 
     @cached_property
     def documents(self):
@@ -127,21 +127,21 @@ def sandbox_main(arguments: Seq[str]) -> int:
         [config] = channel.receive(wait=True, most=1)
         limit_memory(config.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process whatever code is running
-        shelf = Shelf()
-        models = {config.number: Tasks(config, shelf)}  # the most recently used last
+        cache = OpenBodyCache()
+        models = {config.number: Tasks(config, cache)}  # the most recently used last
         give_memory_back()
         niceness = config.nice
         while True:
             [message] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  receiving refuses no message
             if isinstance(message, SandboxConfig):
                 models.pop(message.number, None)
-                models[message.number] = Tasks(message, shelf)
+                models[message.number] = Tasks(message, cache)
                 for number in [*models][:-SANDBOX_MODELS]:
                     del models[number]
                 continue
             tasks = models.pop(message.model)
             models[message.model] = tasks
-            shelf.turn_to(message.ticket)
+            cache.keep_only(message.ticket)
             reply = perform(message, tasks, channel, config.cpu_s, niceness)
             niceness = 0
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -17,7 +17,7 @@ from chatlm.front.server.ledger import Charge
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Embedder
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.ledger import Ledger
@@ -29,7 +29,7 @@ NO_EMBEDDER = "this server has no model that embeds texts: start it with --embed
 class Chosen(NamedTuple):
     """A served model that embeds texts."""
 
-    served: Served
+    served: ModelOrAdapter
     embedder: Embedder
 
     @property
@@ -94,7 +94,7 @@ class Embedders:
             embedder = tokenizer.spec.embedder
             if embedder and embedder.pooling != "rank":
                 found.append(Chosen(served, embedder))
-        found.sort(key=lambda chosen: chosen.served.model.choice.path != usual)
+        found.sort(key=lambda chosen: chosen.served.model.entry.path != usual)
         if found:
             return found[0]
         if loading:

@@ -23,7 +23,7 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.documents import HTML_BEGINS
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.embedding import Chosen, Embedders, packed
@@ -33,7 +33,7 @@ from chatlm.front.knowledge.stores import Pending, StoreFile
 from chatlm.front.server.ledger import Amount, Charge
 from chatlm.front.server.stored_lists import now_s
 from chatlm.front.server.usage_writer import write
-from chatlm.front.store import files, quota
+from chatlm.front.store import file_rows, quota
 
 if TYPE_CHECKING:
     from chatlm.front.intake.intake import Intake
@@ -264,7 +264,7 @@ class Ingest:
     async def _text(self, turn: Pending, file: StoreFile, client: str, holding: Holding) -> Text:
         """The text of a file. `holding` holds its bytes while it is read."""
         try:
-            source = await self._stored(partial(files.file_named, name=file.file))
+            source = await self._stored(partial(file_rows.file_named, name=file.file))
         except LookupError:
             raise Failed("invalid_file", "the file was deleted") from None
         if source.bytes > LIMITS.inline_bytes:
@@ -273,7 +273,7 @@ class Ingest:
         data = bytearray()
         last = 0
         while len(data) < source.bytes:
-            part, last = await self._stored(partial(files.content, file=source.id, after=last))
+            part, last = await self._stored(partial(file_rows.content, file=source.id, after=last))
             if not part:
                 raise Failed("invalid_file", "the file was deleted")
             data += part

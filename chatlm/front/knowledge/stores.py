@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.front.knowledge.tables import make_words, words_table
-from chatlm.front.store import files
-from chatlm.front.store.files import owns
+from chatlm.front.store import file_rows
+from chatlm.front.store.file_rows import owns
 
 if TYPE_CHECKING:
     import sqlite3
@@ -267,7 +267,7 @@ def expire(connection: sqlite3.Connection, now: int):
 
 def add_file(connection: sqlite3.Connection, store: VectorStore, wanted: Wanted, now: int) -> StoreFile:
     """Have a store get a file, again if it has it. Raises RequestError if it may not."""
-    file = files.file_of_owner(connection, wanted.file, store.owner, wanted.param)
+    file = file_rows.file_of_owner(connection, wanted.file, store.owner, wanted.param)
     if file.purpose in ("batch", "batch_output"):
         raise RequestError(f"the purpose of {file.name} is {file.purpose}, not assistants or user_data",
                            code="invalid_value", param=wanted.param)

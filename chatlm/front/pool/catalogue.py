@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import RequestError
 from chatlm.common.invocation import program_command
-from chatlm.front.pool.models import Model, Registry
+from chatlm.front.pool.models import Registry, ServedModel
 from chatlm.front.pool.names import default_among
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SUMMED = "total_workers", "available_workers", "busy_workers", "queue_depth", "delayed_answers"
 
 
-class Opening(NamedTuple):
+class OpeningProgress(NamedTuple):
     """Why a catalogue serves nothing yet: the word for it in /health, and what is done now."""
 
     status: str
@@ -49,7 +49,7 @@ class Source(Protocol):
         """Bring no further models. The catalogue closes the pools afterwards."""
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         """Why nothing is served yet; None once requests are served, or could be."""
         ...
 
@@ -62,7 +62,7 @@ class Source(Protocol):
         """There is no model of this name for a key limited to `bound`. Raises Overloaded if there may be one
         later."""
 
-    def note_wanted(self, model: Model):
+    def note_wanted(self, model: ServedModel):
         """A request asks for this model, which may have failed."""
 
     async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
@@ -78,7 +78,7 @@ class Source(Protocol):
         """Checkpoints whose files are gone, as GET /v1/runs/ID lists them, with a key limited to `bound`."""
         ...
 
-    def stats(self, by_model: Mapping[Model, dict]) -> dict:
+    def stats(self, by_model: Mapping[ServedModel, dict]) -> dict:
         """What /stats has beside the counts of the models, which are by_model."""
         ...
 
@@ -105,11 +105,11 @@ class GivenModels:
         """It brings none."""
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         for pool in self.catalogue.pools:
             loading = pool.health()[1].get("loading")
             if loading:
-                return Opening("loading", loading["stage"], loading["fraction"])
+                return OpeningProgress("loading", loading["stage"], loading["fraction"])
         return None
 
     @property
@@ -119,7 +119,7 @@ class GivenModels:
     def explain_missing(self, name: str, bound: Seq[str]):
         """There will be no other models."""
 
-    def note_wanted(self, model: Model):
+    def note_wanted(self, model: ServedModel):
         """Its pool loads it for its jobs."""
 
     async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
@@ -135,7 +135,7 @@ class GivenModels:
     async def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
         return []
 
-    def stats(self, by_model: Mapping[Model, dict]) -> dict:
+    def stats(self, by_model: Mapping[ServedModel, dict]) -> dict:
         return {}
 
     def describe(self) -> list[str]:
@@ -153,8 +153,8 @@ class Catalogue:
         self.draining = False
         self.started_s = time.monotonic()
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
-        self.registry = Registry(*(
-            Model(settings, pool, ModelChoice("", aliases=settings.served_model_name)) for pool in pools))
+        entry = ModelEntry("", aliases=settings.served_model_name)
+        self.registry = Registry(*(ServedModel(settings, pool, entry) for pool in pools))
         self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
         for pool in pools:
             pool.on_progress = lambda stage, fraction: self.on_progress(stage, fraction)
@@ -189,7 +189,7 @@ class Catalogue:
 
     # requests
 
-    def find(self, name: str, bound: Seq[str] = ()) -> Served:
+    def find(self, name: str, bound: Seq[str] = ()) -> ModelOrAdapter:
         """The model or adapter that a request asks for, with a key limited to the models in `bound`. Raises
         RequestError 404 if there is none."""
         try:
@@ -215,7 +215,7 @@ class Catalogue:
             raise RequestError(f"the server was started with {models[0].name}: it can be deleted once it is "
                                "served no longer", status=409, code="model_in_use", param="model")
 
-    def check_unread(self, repository: str, file: str, leaving: Seq[Model] = ()):
+    def check_unread(self, repository: str, file: str, leaving: Seq[ServedModel] = ()):
         """Raise RequestError 409 if a model also reads these files: to draft, to see, or as an adapter.
         Models that are `leaving` do not count."""
         from chatlm.common.hub.offers import is_of_hub  # here, because few servers need it
@@ -230,7 +230,7 @@ class Catalogue:
         none."""
         return next((model.name for model in self.models_of_hub(repository, file) if model.pool), "")
 
-    def models_of_hub(self, repository: str, file: str) -> list[Model]:
+    def models_of_hub(self, repository: str, file: str) -> list[ServedModel]:
         """The models whose files are of a repository in the hub's cache."""
         from chatlm.common.hub.offers import is_of_hub
         models = []
@@ -264,7 +264,7 @@ class Catalogue:
             body["status"] = "degraded" if ready else status
         return 200 if ready else 503, body
 
-    def stats(self, seen: Seq[Served]) -> dict:
+    def stats(self, seen: Seq[ModelOrAdapter]) -> dict:
         """The counts of /stats, for the models that a client may see: sums where there can be any, else those
         of the default model."""
         models = dict.fromkeys(one.model for one in seen)

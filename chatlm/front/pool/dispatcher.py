@@ -30,7 +30,7 @@ from chatlm.front.pool.worker import RECENT_S, Job, Worker
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import AnswerEvent, WorkerEvent
-    from chatlm.front.pool.adapters import PoolAdapters
+    from chatlm.front.pool.pool_adapters import PoolAdapters
 
 
 class WaitingQueue:

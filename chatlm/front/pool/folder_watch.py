@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import AdapterFiles, adapters_below, base_of, is_other_base
+from chatlm.common.hub.adapter_folders import AdapterFiles, adapters_below, base_of, is_other_base
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import shown_bytes
-from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.folder_scanner import FolderScanner
 
 if TYPE_CHECKING:
-    from chatlm.common.config import ModelChoice
-    from chatlm.common.hub.folder import Files
+    from chatlm.common.config import ModelEntry
+    from chatlm.common.hub.folder import ModelFiles
     from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
 
 
@@ -35,8 +35,8 @@ class FolderWatch:
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.models or "").expanduser()
-        self.sightings = Sightings(lambda: find_models(self.folder, self._stop_if_closing),
-                                   lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
+        self.scanner = FolderScanner(lambda: find_models(self.folder, self._stop_if_closing),
+                                     lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
 
     def _stop_if_closing(self):
         if self.many.closing:
@@ -44,24 +44,24 @@ class FolderWatch:
 
     async def begin(self):
         """Find the models at the start. The caller opens them."""
-        await self.sightings.look()
-        there = [*self.sightings.there.values()]
-        for files, choice in zip(there, named_models(self.folder, there, taken=self._other_names())):
-            model = await self._resolve(choice, files)
+        await self.scanner.look()
+        there = [*self.scanner.there.values()]
+        for files, entry in zip(there, named_models(self.folder, there, taken=self._other_names())):
+            model = await self._resolve(entry, files)
             if model:
                 self.registry.add(model)
 
     async def run(self):
-        await self.sightings.run(self.update)
+        await self.scanner.run(self.update)
 
     @property
-    def _mine(self) -> dict[Path, Model]:
+    def _mine(self) -> dict[Path, ServedModel]:
         """Path -> model, for the models that were found below the folder."""
-        return {Path(model.choice.path): model for model in self.registry.models if model.stamp}
+        return {Path(model.entry.path): model for model in self.registry.models if model.stamp}
 
-    async def update(self, settled: Seq[Files]):
+    async def update(self, settled: Seq[ModelFiles]):
         """Drop models whose files have changed or are gone, and serve what has become complete."""
-        there = self.sightings.there
+        there = self.scanner.there
         leaving = []
         for path, model in self._mine.items():
             is_changed = path not in there or there[path].stamp != model.stamp
@@ -72,10 +72,10 @@ class FolderWatch:
             if pool:
                 await self.many.remove(pool)
         known = self._mine
-        for files, choice in self._named(settled):
+        for files, entry in self._named(settled):
             old = known.get(files.path)
             if files in settled and not (old and self._in_memory(old)):
-                await self._open(choice, files, old)
+                await self._open(entry, files, old)
         self.name_models()
         await self.many.opener.survey.close()
         await self.share_adapters()
@@ -83,19 +83,19 @@ class FolderWatch:
     def is_coming(self, name: str) -> bool:
         """Is it a name of a model that is not served yet, because its files are still changing?"""
         mine = self._mine
-        new = [files for files in self.sightings.there.values() if files.path not in mine]
+        new = [files for files in self.scanner.there.values() if files.path not in mine]
         if not new:
             return False
-        choices = [choice for files, choice in self._named(new) if files.path not in mine]
-        return any(is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
-                   for choice in choices)
+        entries = [entry for files, entry in self._named(new) if files.path not in mine]
+        return any(is_among(name, accepted_names((entry.name, *entry.aliases), entry.path))
+                   for entry in entries)
 
-    def _in_memory(self, model: Model) -> bool:
+    def _in_memory(self, model: ServedModel) -> bool:
         """Is it in memory, or does a request wait for it?"""
         share = self.many.residency.share_of(model.pool)
         return share is not None and (share.taken or share.pool.dispatcher.is_needed)
 
-    def _let_go(self, model: Model, there: bool) -> WorkerPool | None:
+    def _let_go(self, model: ServedModel, there: bool) -> WorkerPool | None:
         """Forget what was read of a model, whose files have changed or, if not `there`, were removed. Returns
         the pool that it had."""
         if not there:
@@ -109,9 +109,9 @@ class FolderWatch:
         model.reason = ""
         return pool
 
-    async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
+    async def _open(self, entry: ModelEntry, files: ModelFiles, old: ServedModel | None):
         """Serve a new model, or the new version of an old one."""
-        model = await self._resolve(choice, files)
+        model = await self._resolve(entry, files)
         if model is None:
             return
         await self.many.opener.open(model)
@@ -124,10 +124,10 @@ class FolderWatch:
             models.append(model)
         self.many.serve(model)
 
-    async def _resolve(self, choice: ModelChoice, files: Files) -> Model | None:
+    async def _resolve(self, entry: ModelEntry, files: ModelFiles) -> ServedModel | None:
         """Find a model's files; None if they were removed meanwhile."""
         try:
-            model = await self.many.opener.resolve(choice)
+            model = await self.many.opener.resolve(entry)
         except ConfigError:
             return None
         model.stamp = files.stamp
@@ -136,21 +136,21 @@ class FolderWatch:
     def _other_names(self, there: Container[Path] = ()) -> set[str]:
         """The names of models that are not below the folder, or no longer."""
         others = [model for model in self.registry.models
-                  if not model.stamp or Path(model.choice.path) not in there]
-        return {name for model in others for name in (model.name, *model.choice.aliases)}
+                  if not model.stamp or Path(model.entry.path) not in there]
+        return {name for model in others for name in (model.name, *model.entry.aliases)}
 
     def name_models(self):
         """Name the models after their current files. `latest` goes to the newest step that can be served."""
-        there = self.sightings.there
+        there = self.scanner.there
         mine = self._mine
         for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
             mine[path].rename(mine[path].name, ())
-        for files, choice in self._named():
-            mine[files.path].rename(choice.name, choice.aliases)
+        for files, entry in self._named():
+            mine[files.path].rename(entry.name, entry.aliases)
 
-    def _named(self, new: Seq[Files] = ()) -> Iterator[tuple[Files, ModelChoice]]:
+    def _named(self, new: Seq[ModelFiles] = ()) -> Iterator[tuple[ModelFiles, ModelEntry]]:
         """The files that are served, and these new ones, with the names that they should have."""
-        there = self.sightings.there
+        there = self.scanner.there
         mine = self._mine
         shown = [files for files in there.values() if files.path in mine or files in new]
         unable = {str(files.path) for files in shown if files.path not in mine or not mine[files.path].pool}
@@ -163,7 +163,7 @@ class FolderWatch:
         adapters = await asyncio.to_thread(lambda: [
             (files, matching_bases(files.path, models)) for files in adapters_below(self.folder)])
         unclear = [(files, bases) for files, bases in adapters if len(bases) != 1]
-        self.sightings.note("adapters", {
+        self.scanner.note("adapters", {
             files.path: f"the adapter {files.name} is not served: its base_model_name_or_path matches "
                         f"{'several' if bases else 'none'} of the models"
             for files, bases in unclear if files.stamp})
@@ -173,10 +173,10 @@ class FolderWatch:
             own = [files for files, bases in adapters if bases == [model]]
             own += [AdapterFiles(files.path) for files, _ in unclear]  # these stay as they are
             watch = model.pool.adapters.watch
-            await watch.update(watch.sightings.compare(own))
+            await watch.update(watch.scanner.compare(own))
 
 
-def matching_bases(folder: Path, models: Seq[Model]) -> list[Model]:
+def matching_bases(folder: Path, models: Seq[ServedModel]) -> list[ServedModel]:
     """The models that match the base in an adapter's config."""
     base = base_of(folder)
     return [model for model in models if base and model.source and not is_other_base(

@@ -21,7 +21,7 @@ from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import DraftTerms, WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
 from chatlm.common.processes.launch import ranks_here
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -63,7 +63,7 @@ class LocalDevices:
             supervisor.run(f"running worker {worker.gpu}", partial(supervisor.keep_alive, worker))
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
-        worker.become(State.LOADING)
+        worker.become(WorkerState.LOADING)
         threads = threads_per_worker(len(self.workers) * ranks_here(self.settings))
         if self.settings.watch is not None:  # leave half to the training
             threads = max(1, threads // 2)

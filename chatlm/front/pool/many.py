@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, shown
-from chatlm.common.hub.adapters import named_adapters
+from chatlm.common.hub.adapter_folders import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.catalogue import Catalogue, Opening
+from chatlm.front.pool.catalogue import Catalogue, OpeningProgress
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
 from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
@@ -28,21 +28,21 @@ from chatlm.front.pool.run_watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import RunStep
-    from chatlm.front.pool.models import Model
+    from chatlm.common.hub.run_checkpoints import CheckpointFiles
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_watch import CheckpointWork
 
-    StepWorkMaker = Callable[["ManyModels", Mapping[RunStep, Model]], CheckpointWork]
+    EvaluatorMaker = Callable[["ManyModels", Mapping[CheckpointFiles, ServedModel]], CheckpointWork]
 
 
 LEAVING_S = 3.0  # a dismissed model's pool is kept this long for requests that have just found the model
 
 
 def many_models(settings: Settings, command: Seq[str] = PROCESS_COMMAND,
-                step_work: StepWorkMaker | None = None) -> Catalogue:
-    """The catalogue of a server with several models. step_work: see ManyModels."""
-    return Catalogue(settings, source=lambda catalogue: ManyModels(catalogue, command, step_work))
+                make_evaluator: EvaluatorMaker | None = None) -> Catalogue:
+    """The catalogue of a server with several models. make_evaluator: see ManyModels."""
+    return Catalogue(settings, source=lambda catalogue: ManyModels(catalogue, command, make_evaluator))
 
 
 class ManyModels:
@@ -57,9 +57,10 @@ class ManyModels:
     RETRY_S = 30.0  # a model that failed longer ago than this is tried again for the next request
 
     def __init__(self, catalogue: Catalogue, command: Seq[str] = PROCESS_COMMAND,
-                 step_work: StepWorkMaker | None = None):
-        """step_work: makes the work for the checkpoints of --watch, from the served models by step. It is
-        needed with --watch."""
+                 make_evaluator: EvaluatorMaker | None = None):
+        """make_evaluator: makes what evaluates the checkpoints of --watch, from the served models by
+        checkpoint.
+        It is needed with --watch."""
         settings = catalogue.settings
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
@@ -69,14 +70,14 @@ class ManyModels:
         self.catalogue = catalogue
         self.settings = settings
         self.registry = catalogue.registry
-        self.step_work = step_work
+        self.make_evaluator = make_evaluator
         self.residency = Residency(0)
         self.became_ready = asyncio.Event()
         self.failure = None
         self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
         self.stage = ("finding the models", 0.0)
         self.closing = False
-        self.taken_in: set[Model] = set()    # models that were downloaded for a client
+        self.taken_in: set[ServedModel] = set()    # models that were downloaded for a client
         self.taking = asyncio.Lock()
         self.watches: list[FolderWatch | RunWatch] = []  # of --models and --watch
         self.tasks: set[asyncio.Task] = set()
@@ -96,7 +97,7 @@ class ManyModels:
         task.add_done_callback(self.tasks.discard)
 
     async def start(self):
-        self.opener.commons.start()
+        self.opener.shared.start()
         self.run("finding the models", self._open_all)
 
     async def wait_ready(self):
@@ -111,9 +112,9 @@ class ManyModels:
             self.stage = (stage, fraction)
             loop.call_soon_threadsafe(self.catalogue.on_progress, stage, fraction)
 
-        await self.opener.commons.admission.sandboxes["templates"].start()
-        for choice in self.settings.several:
-            self.registry.add(await self.opener.resolve(choice, report))
+        await self.opener.shared.admission.sandboxes["templates"].start()
+        for entry in self.settings.several:
+            self.registry.add(await self.opener.resolve(entry, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
         if watch:
             self.watches.append(watch)
@@ -122,11 +123,11 @@ class ManyModels:
             raise ConfigError(f"--models {self.settings.models} contains no GGUF file, Hugging Face folder "
                               "or nanochat checkpoint")
         give_adapters(self.settings.adapter, self.registry.models)
-        pinned_first = sorted(self.registry.models, key=lambda model: not model.choice.pin)
+        pinned_first = sorted(self.registry.models, key=lambda model: not model.entry.pin)
         for index, model in enumerate(pinned_first):
             report(f"reading the headers of {model.name}", index / len(pinned_first))
             error = await self.opener.open(model)
-            if model.choice.pin and isinstance(error, NoRoom):
+            if model.entry.pin and isinstance(error, NoRoom):
                 raise error
         await self.opener.survey.close()
         check_served(self.registry.models)
@@ -140,15 +141,15 @@ class ManyModels:
                 await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
-            assert self.step_work, "--watch needs step_work"
-            runs = RunWatch(self, self.step_work)
+            assert self.make_evaluator, "--watch needs make_evaluator"
+            runs = RunWatch(self, self.make_evaluator)
             self.watches.append(runs)
             await runs.begin()
             self.run("watching --watch", runs.run)
             self.run("scoring checkpoints", runs.work.run)
         self.became_ready.set()
 
-    def serve(self, model: Model):
+    def serve(self, model: ServedModel):
         """Accept requests for a model that has been opened."""
         if model.pool:
             pool = model.pool
@@ -156,7 +157,7 @@ class ManyModels:
                       gave_up=partial(self.fail, model), draining=self.catalogue.draining)
             self.run(f"starting the pool of {model.name}", pool.start)
 
-    def fail(self, model: Model, error: ChatServerError | None):
+    def fail(self, model: ServedModel, error: ChatServerError | None):
         """A worker of the model could not start: end its requests with an error, and free its memory."""
         pool = model.pool
         if pool is None or self.closing:
@@ -192,15 +193,15 @@ class ManyModels:
             for model in [*self.registry.models]:
                 if model.pool and model.source and model.source.path in (path, path.resolve()):
                     more = [each for each in (name, *aliases) if not model.fits(each)]
-                    model.rename(model.name, (*model.choice.aliases, *more))
+                    model.rename(model.name, (*model.entry.aliases, *more))
                     return ""
                 if model in self.taken_in and model.name == name:  # an older version, or one that failed
                     self.taken_in.remove(model)
                     self.dismiss(model)
-            choice = self.registry.renamed(ModelChoice(str(path), name, aliases=tuple(aliases)))
-            if choice.name != name:
+            entry = self.registry.renamed(ModelEntry(str(path), name, aliases=tuple(aliases)))
+            if entry.name != name:
                 return f"another model has the name {name}"
-            model = await self.opener.resolve(choice)
+            model = await self.opener.resolve(entry)
             await self.opener.open(model)
             await self.opener.survey.close()
             if model.pool is None:
@@ -219,14 +220,14 @@ class ManyModels:
             self.taken_in.remove(model)
             self.dismiss(model)
 
-    def dismiss(self, model: Model, wait_s: float = LEAVING_S):
+    def dismiss(self, model: ServedModel, wait_s: float = LEAVING_S):
         """Stop accepting requests for a model. Those that it has may end."""
         self.registry.models.remove(model)
         if model.pool:
             self.catalogue.leaving.append(model.pool)
             self.run(f"ending {model.name}", partial(self._end, model, model.pool, wait_s))
 
-    async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
+    async def _end(self, model: ServedModel, pool: WorkerPool, wait_s: float):
         """Close the pool of a model that requests can no longer find, once its answers have ended."""
         await asyncio.sleep(wait_s)  # requests that have just found it are still being read
         while pool.dispatcher.is_needed:
@@ -245,13 +246,13 @@ class ManyModels:
         await self.opener.close()
 
     @property
-    def opening(self) -> Opening | None:
+    def opening(self) -> OpeningProgress | None:
         if self.failure or not self.became_ready.is_set():
-            return Opening("loading", *self.stage)
+            return OpeningProgress("loading", *self.stage)
         if not self._is_waiting:
             return None
         folder = Path(self.settings.watch or "").absolute().name  # no more: /health needs no key
-        return Opening("waiting", f"waiting for the first checkpoint in {folder}", 0.0)
+        return OpeningProgress("waiting", f"waiting for the first checkpoint in {folder}", 0.0)
 
     @property
     def budget(self) -> int:
@@ -276,7 +277,7 @@ class ManyModels:
             raise Overloaded(f"the files of the model {shown(name)} are being written or read",
                              retry_after_s=self.COMING_S) from None
 
-    def note_wanted(self, model: Model):
+    def note_wanted(self, model: ServedModel):
         failed = not model.pool and model.reason and model.source
         if failed and time.monotonic() - model.failed_s > self.RETRY_S:
             model.failed_s = math.inf  # until it fails again
@@ -290,7 +291,7 @@ class ManyModels:
         return await asyncio.to_thread(lambda: [
             step for step in steps if any(is_among(name, [step["model"]]) for name in bound)])
 
-    async def _try_again(self, model: Model):
+    async def _try_again(self, model: ServedModel):
         before = model.reason
         error = await self.opener.open(model)
         if error and str(error) != before:
@@ -303,7 +304,7 @@ class ManyModels:
 
     # what the server shows
 
-    def stats(self, by_model: Mapping[Model, dict]) -> dict:
+    def stats(self, by_model: Mapping[ServedModel, dict]) -> dict:
         return {"workers": [{**worker, "model": model.name} for model, stats in by_model.items()
                             for worker in stats["workers"]],
                 "prefixes": self.opener.prefixes.stats(),
@@ -327,7 +328,7 @@ class ManyModels:
                 words = [f"{shown_bytes(model.bytes)}, context {model.pool.context_length:,}"]
             if model is default:
                 words.append("default")
-            if model.choice.pin:
+            if model.entry.pin:
                 words.append("pinned")
             lines.append(f"  {model.name}: {', '.join(words)}")
         if self.settings.verbose and (prefixes := self.opener.prefixes.line):
@@ -335,7 +336,7 @@ class ManyModels:
         return lines
 
 
-def names_beside(model: Model, models: Seq[Model]) -> list[str]:
+def names_beside(model: ServedModel, models: Seq[ServedModel]) -> list[str]:
     """The names that an adapter of this model may not have: the model's own, and those of other models and
     their adapters."""
     names = [*model.accepted_names]
@@ -346,7 +347,7 @@ def names_beside(model: Model, models: Seq[Model]) -> list[str]:
     return names
 
 
-def give_adapters(words: Seq[str], models: Seq[Model]):
+def give_adapters(words: Seq[str], models: Seq[ServedModel]):
     """Give each adapter of --adapter to the model that it was made for. Raises ConfigError unless exactly one
     model fits."""
     named, folders = named_adapters(words)
@@ -366,7 +367,7 @@ def give_adapters(words: Seq[str], models: Seq[Model]):
         bases[0].settings = replace(settings, adapter=(*settings.adapter, word))
 
 
-def check_served(models: Seq[Model]):
+def check_served(models: Seq[ServedModel]):
     """Log which models cannot be served. Raises ConfigError if none can."""
     for model in models:
         if model.reason:  # an f-string: the log merges lines with equal format strings

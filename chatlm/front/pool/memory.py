@@ -7,7 +7,7 @@ import time
 from typing import Protocol, TYPE_CHECKING
 
 from chatlm.common.log import log
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -95,7 +95,7 @@ class OwnMemory:
         """--idle-unload: end the workers after that long without a request. Polls of /health do not count."""
         supervisor = self.pool.supervisor
         idle_s = self.pool.settings.idle_unload
-        usable = [worker for worker in self.pool.workers if worker.state is not State.LEFT_OUT]
+        usable = [worker for worker in self.pool.workers if worker.state is not WorkerState.LEFT_OUT]
         is_idle = idle_s and self.pool.dispatcher.idle_s(time.monotonic()) > idle_s
         if is_idle and usable and usable == supervisor.ready_workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)

@@ -7,31 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.config import ModelChoice
+from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
 from chatlm.front.pool.pool import known_about
-from chatlm.front.pool.versions import NO_CARD
+from chatlm.front.pool.files_version import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import Known
     from chatlm.common.hub.val_bpb import Evaluation
     from chatlm.common.messages.requests import ModelSource, Request
-    from chatlm.front.pool.adapters import Adapter
+    from chatlm.front.pool.pool_adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_names import RunName
 
 
-class Model:
+class ServedModel:
     """A model of a server: its files, its names, and the pool that computes it."""
 
-    def __init__(self, settings: Settings, pool: WorkerPool | None, choice: ModelChoice = ModelChoice("")):
-        """settings: this model's own. pool: None while it cannot be served. If `choice` has no name, the
+    def __init__(self, settings: Settings, pool: WorkerPool | None, entry: ModelEntry = ModelEntry("")):
+        """settings: this model's own. pool: None while it cannot be served. If `entry` has no name, the
         pool's is used."""
         self.settings = settings
         self.pool = pool
-        self.choice = choice
+        self.entry = entry
         self.reason = ""     # why it failed, for the operator
         self.failed_s = 0.0  # when it failed
         self.source: ModelSource | None = None
@@ -55,12 +55,12 @@ class Model:
 
     @property
     def name(self) -> str:
-        return self.choice.name or (self.pool.model_name if self.pool else "")
+        return self.entry.name or (self.pool.model_name if self.pool else "")
 
     @property
     def names(self) -> list[str]:
         """The names that clients see."""
-        return [self.name, *self.choice.aliases]
+        return [self.name, *self.entry.aliases]
 
     @property
     def accepted_names(self) -> list[str]:
@@ -74,10 +74,10 @@ class Model:
 
     def rename(self, name: str, aliases: tuple[str, ...]):
         """Change its names. That happens to a step of a training run when the next step arrives."""
-        self.choice = replace(self.choice, aliases=aliases)
+        self.entry = replace(self.entry, aliases=aliases)
         if name == self.name:
             return
-        self.choice = replace(self.choice, name=name)
+        self.entry = replace(self.entry, name=name)
         if self.source:
             self.source = replace(self.source, name=name)
         if self.pool:
@@ -119,7 +119,7 @@ class Model:
     def public_reason(self) -> str:
         """Why it failed, without the paths of this machine."""
         text = self.reason
-        for path in (self.choice.path, *([str(self.source.path)] if self.source else [])):
+        for path in (self.entry.path, *([str(self.source.path)] if self.source else [])):
             if "/" in path:
                 text = text.replace(path, Path(path).name)
         return without_folders(text)
@@ -153,21 +153,21 @@ class Model:
             metrics["bits_per_byte"] = round(self.bits_per_byte, 6)
         return metrics | (self.judged or {})
 
-    def served(self) -> list[Served]:
+    def served(self) -> list[ModelOrAdapter]:
         """The model alone, and with each of its adapters."""
         adapters = self.pool.adapters.serving.values() if self.pool else ()
-        return [Served(self), *(Served(self, adapter) for adapter in adapters)]
+        return [ModelOrAdapter(self), *(ModelOrAdapter(self, adapter) for adapter in adapters)]
 
 
-class Served(NamedTuple):
+class ModelOrAdapter(NamedTuple):
     """What a request can ask for: a model alone, or with one of its adapters."""
 
-    model: Model
+    model: ServedModel
     adapter: Adapter | None = None
     version: int | None = None  # of the model's files, if this is for one request
 
     @property
-    def _one(self) -> Model | Adapter:
+    def _one(self) -> ServedModel | Adapter:
         return self.adapter or self.model
 
     @property
@@ -177,7 +177,7 @@ class Served(NamedTuple):
     @property
     def aliases(self) -> list[str]:
         if not self.adapter:
-            return [*self.model.choice.aliases]
+            return [*self.model.entry.aliases]
         return [f"{base}@{self.adapter.name}" for base in dict.fromkeys(self.model.names)]
 
     @property
@@ -235,32 +235,32 @@ class Served(NamedTuple):
 class Registry:
     """The models of a server by name. Most servers have one."""
 
-    def __init__(self, *models: Model):
+    def __init__(self, *models: ServedModel):
         self.models = [*models]
 
-    def served_models(self, bound: Seq[str] = ()) -> list[Served]:
+    def served_models(self, bound: Seq[str] = ()) -> list[ModelOrAdapter]:
         """What an API key limited to the models in `bound` may use: each model, followed by its adapters."""
         return bound_among(bound, [served for model in self.models for served in model.served()])
 
-    def find(self, name: str, bound: Seq[str] = ()) -> Served:
+    def find(self, name: str, bound: Seq[str] = ()) -> ModelOrAdapter:
         """What a request asks for, with a key limited to `bound`. Raises RequestError 404 if there is no such
         model. While the only model loads, its name may not be known yet. Then any name stands for it."""
         served = self.served_models(bound)
         if len(self.models) == 1 and self.models[0].is_unnamed and not any(one.fits(name) for one in served):
-            return Served(self.models[0])
+            return ModelOrAdapter(self.models[0])
         return named_among(name, served)
 
-    def add(self, model: Model):
+    def add(self, model: ServedModel):
         """Add a model. Raises ConfigError if another one has its name or one of its aliases."""
         for other in self.models:
             both = {*model.names} & {*other.names}
             if both:
-                raise ConfigError(f"two models have the name {min(both)}: {other.choice.path} and "
-                                  f"{model.choice.path}; give them different names in [[models]]")
+                raise ConfigError(f"two models have the name {min(both)}: {other.entry.path} and "
+                                  f"{model.entry.path}; give them different names in [[models]]")
         self.models.append(model)
 
-    def renamed(self, choice: ModelChoice) -> ModelChoice:
-        """The choice without the names that other models have."""
+    def renamed(self, entry: ModelEntry) -> ModelEntry:
+        """The entry without the names that other models have."""
         taken = {name for model in self.models for name in model.names}
-        name = choice.path if choice.name in taken else choice.name
-        return replace(choice, name=name, aliases=tuple(set(choice.aliases) - taken))
+        name = entry.path if entry.name in taken else entry.name
+        return replace(entry, name=name, aliases=tuple(set(entry.aliases) - taken))

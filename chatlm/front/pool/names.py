@@ -10,7 +10,7 @@ from chatlm.common.client_words import no_such_model
 from chatlm.common.errors import RequestError, shown
 
 if TYPE_CHECKING:
-    from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.models import ModelOrAdapter, ServedModel
 
 
 DEFAULT_NAMES = "", "default"
@@ -26,19 +26,19 @@ def is_among(name: str, names: Iterable[str]) -> bool:
     return bool({name, name.removesuffix(":latest")} & {*names})  # Ollama adds that if there is no tag
 
 
-def bound_among(bound: Seq[str], served: Iterable[Served]) -> list[Served]:
+def bound_among(bound: Seq[str], served: Iterable[ModelOrAdapter]) -> list[ModelOrAdapter]:
     """What an API key limited to the models in `bound` may use; everything if that is empty."""
     return [one for one in served if not bound or any(map(one.fits, bound))]
 
 
-def default_among(served: Seq[Served]) -> Served | None:
+def default_among(served: Seq[ModelOrAdapter]) -> ModelOrAdapter | None:
     """The one that answers requests without a model: the one marked as default, else the first that can."""
-    marked = [one for one in served if one.model.choice.default and not one.adapter]
-    unmarked = sorted(served, key=lambda one: one.model.choice.spare)
+    marked = [one for one in served if one.model.entry.default and not one.adapter]
+    unmarked = sorted(served, key=lambda one: one.model.entry.spare)
     return next((one for one in [*marked, *unmarked] if one.model.pool), served[0] if served else None)
 
 
-def named_among(name: str, served: Seq[Served]) -> Served:
+def named_among(name: str, served: Seq[ModelOrAdapter]) -> ModelOrAdapter:
     """The one with this name; "" and `default` stand for the default. Raises RequestError 404 if there is
     none."""
     default = default_among(served)
@@ -51,7 +51,7 @@ def named_among(name: str, served: Seq[Served]) -> Served:
     return fitting[0]
 
 
-def removed_adapter(name: str, models: Iterable[Model]) -> str:
+def removed_adapter(name: str, models: Iterable[ServedModel]) -> str:
     """The adapter that had this name before its files were removed; "" if there was none."""
     base, _, adapter = name.removesuffix(":latest").rpartition("@")
     removed = any(model.pool and adapter in model.pool.adapters.removed and (not base or model.fits(base))
@@ -59,7 +59,7 @@ def removed_adapter(name: str, models: Iterable[Model]) -> str:
     return adapter if removed else ""
 
 
-def unknown_model(name: str, served: Seq[Served]) -> RequestError:
+def unknown_model(name: str, served: Seq[ModelOrAdapter]) -> RequestError:
     names = {other.lower(): other for one in served for other in one.names}
     near = [other for other in names if name and name.lower() in other][:3]
     near = near or difflib.get_close_matches(name.lower(), names, 3)

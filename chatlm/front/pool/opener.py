@@ -17,16 +17,16 @@ from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
 from chatlm.common.processes.launch import ranks_here
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.local_devices import LocalDevices, choose_devices, cuda_device_count
-from chatlm.front.pool.models import Model
+from chatlm.front.pool.models import ServedModel
 from chatlm.front.pool.pool import WorkerPool
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.residency import MemoryShare
 from chatlm.front.pool.survey import Survey
 
 if TYPE_CHECKING:
-    from chatlm.common.config import ModelChoice, Settings
+    from chatlm.common.config import ModelEntry, Settings
     from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import Surveyed
     from chatlm.front.pool.residency import Residency
@@ -55,8 +55,8 @@ class Opener:
         self.survey = Survey(command)
         self.workers = 0  # so far
         self.prefixes = Prefixes(settings)
-        self.commons = Commons(self.prefixes)
-        self.commons.join(self)
+        self.shared = SharedResources(self.prefixes)
+        self.shared.join(self)
         budget = settings.models_memory  # None on a GPU: the survey reads how much it has
         if budget is None and not self._on_gpus(settings):
             budget = int(available_memory() * (1 - self.RESERVE))
@@ -67,19 +67,19 @@ class Opener:
     def _on_gpus(settings: Settings) -> bool:
         return settings.device_type in ("auto", "cuda") and cuda_device_count() > 0
 
-    async def resolve(self, choice: ModelChoice,
-                      report: Callable[[str, float], None] = lambda stage, fraction: None) -> Model:
+    async def resolve(self, entry: ModelEntry,
+                      report: Callable[[str, float], None] = lambda stage, fraction: None) -> ServedModel:
         """Find a model's files. Raises ConfigError if the path does not exist. A broken file gives a failed
         model."""
-        changes = {"adapter": (), **choice.changes}
-        if choice.replicas and self._on_gpus(self.settings):
-            changes["num_gpus"] = str(choice.replicas)
-        elif choice.replicas:
-            changes["num_workers"] = choice.replicas
-        settings = replace(self.settings, model=choice.path or None, models=None, several=(),
-                           served_model_name=choice.aliases, **changes)
+        changes = {"adapter": (), **entry.changes}
+        if entry.replicas and self._on_gpus(self.settings):
+            changes["num_gpus"] = str(entry.replicas)
+        elif entry.replicas:
+            changes["num_workers"] = entry.replicas
+        settings = replace(self.settings, model=entry.path or None, models=None, several=(),
+                           served_model_name=entry.aliases, **changes)
         try:
-            if choice.path == EMBEDDER:
+            if entry.path == EMBEDDER:
                 settings = await asyncio.to_thread(with_embedder, settings, report)
             source = await asyncio.to_thread(resolve_model, settings, report)
             try:
@@ -88,18 +88,18 @@ class Opener:
                 if not self.started():
                     raise
         except ConfigError as error:
-            path = Path(choice.path).expanduser()
-            if not choice.path or not path.exists():
+            path = Path(entry.path).expanduser()
+            if not entry.path or not path.exists():
                 raise
-            model = Model(settings, None, replace(choice, name=choice.name or path.stem))
+            model = ServedModel(settings, None, replace(entry, name=entry.name or path.stem))
             model.reason = str(error)
             model.failed_s = time.monotonic()
             return model
-        model = Model(settings, None, replace(choice, name=choice.name or source.name))
+        model = ServedModel(settings, None, replace(entry, name=entry.name or source.name))
         model.source = replace(source, name=model.name)
         return model
 
-    async def open(self, model: Model) -> ChatServerError | None:
+    async def open(self, model: ServedModel) -> ChatServerError | None:
         """Read the headers of a model's files and make its pool. The workers start later, when they are
         needed. Returns the error if that fails."""
         if model.source is None:
@@ -123,8 +123,8 @@ class Opener:
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
             pool = await self._pool(model, surveyed, draft_stamp, lambda pool: MemoryShare(
-                model.name, pool, size, cache=cache, pinned=model.choice.pin,
-                idle_s=0.0 if model.choice.pin else model.settings.idle_unload,
+                model.name, pool, size, cache=cache, pinned=model.entry.pin,
+                idle_s=0.0 if model.entry.pin else model.settings.idle_unload,
                 note_jobs=self.residency.changed.set))
             share = pool.memory
             assert isinstance(share, MemoryShare)
@@ -141,13 +141,13 @@ class Opener:
         model.reason = ""
         return None
 
-    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp,
+    async def _pool(self, model: ServedModel, surveyed: Surveyed, draft_stamp: Stamp,
                     share_of: Callable[[WorkerPool], MemoryShare]) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0,
                            models=self.settings.models)  # adapters may come from there
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
                                  draft_stamp)
-        pool = WorkerPool(settings, placement, self.commons, share_of)
+        pool = WorkerPool(settings, placement, self.shared, share_of)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)
@@ -166,5 +166,5 @@ class Opener:
     async def close(self):
         """Make no more pools, and close those that are open: who would have closed them may be gone."""
         await self.survey.close()
-        await asyncio.gather(*(user.close() for user in self.commons.users if user is not self))
-        await self.commons.leave(self)
+        await asyncio.gather(*(user.close() for user in self.shared.users if user is not self))
+        await self.shared.leave(self)

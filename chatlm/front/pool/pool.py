@@ -14,15 +14,15 @@ from chatlm.common.client_words import shutting_down
 from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
-from chatlm.common.hub.nanochat import checkpoint_at
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
-from chatlm.front.pool.adapters import PoolAdapters
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.pool_adapters import PoolAdapters
+from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.memory import OwnMemory
@@ -31,7 +31,7 @@ from chatlm.front.pool.places import Place
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.served_version import ServedVersion
 from chatlm.front.pool.supervisor import Supervisor
-from chatlm.front.pool.versions import NO_CARD
+from chatlm.front.pool.files_version import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -95,19 +95,19 @@ class WorkerPool:
     continues_texts = False  # is it for texts even if it has a template? See Tokenizer.continues_texts
     sees = False             # does it see pictures?
 
-    def __init__(self, settings: Settings, placement: Placement, commons: Commons,
+    def __init__(self, settings: Settings, placement: Placement, shared: SharedResources,
                  memory: Callable[[WorkerPool], Memory] = OwnMemory):
-        """commons: of all models of its server. memory: makes what decides when the model is loaded."""
-        self.commons = commons
-        commons.join(self)
-        self.prefixes = commons.prefixes
+        """shared: of all models of its server. memory: makes what decides when the model is loaded."""
+        self.shared = shared
+        shared.join(self)
+        self.prefixes = shared.prefixes
         self.settings = settings
         self.placement = placement
         self.workers = placement.workers
-        self.admission = Admission(self._check_capacity, commons.admission)
+        self.admission = Admission(self._check_capacity, shared.admission)
         self.memory = memory(self)
         self.adapters = PoolAdapters(settings, self.workers, self._own_names)
-        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, commons.dispatchers,
+        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, shared.dispatchers,
                                      self.memory.note_jobs)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
@@ -132,7 +132,7 @@ class WorkerPool:
         return accepted_names([self.model_name, *self.settings.served_model_name], self.settings.model)
 
     async def start(self):
-        self.commons.start()
+        self.shared.start()
         self.supervisor.run("finding the model", partial(self.placement.start, self.supervisor))
         self.supervisor.run("watching the workers", self.supervisor.watch)
         if self.adapters.folders:
@@ -182,8 +182,8 @@ class WorkerPool:
         await self.supervisor.close()
         self.admission.close()
         with suppress(ValueError):  # it was closed before
-            self.commons.dispatchers.remove(self.dispatcher)
-        await self.commons.leave(self)
+            self.shared.dispatchers.remove(self.dispatcher)
+        await self.shared.leave(self)
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yield Accepted, then pieces, then Finished. Closing the iterator at any point cancels the request.
@@ -377,6 +377,6 @@ def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) ->
     """The pool of a model that has what models have in common for itself."""
     if settings.ray_address:
         from chatlm.front.pool.ray_nodes import RayNodes  # here, because few servers need it
-        return WorkerPool(settings, RayNodes(settings, worker_command), Commons())
-    commons = Commons(Prefixes(settings))
-    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=commons.prefixes), commons)
+        return WorkerPool(settings, RayNodes(settings, worker_command), SharedResources())
+    shared = SharedResources(Prefixes(settings))
+    return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=shared.prefixes), shared)

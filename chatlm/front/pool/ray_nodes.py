@@ -26,7 +26,7 @@ from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
 from chatlm.front.admission.sandbox import next_message
 from chatlm.front.pool.local_devices import draft_terms
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -142,12 +142,12 @@ class RayNodes:
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         share = self.shares[worker]
-        worker.become(State.AWAITING_NODE)
+        worker.become(WorkerState.AWAITING_NODE)
         worker.process = actor = RayActor(share, self.tell)
         worker.writer = None  # belonged to its previous process
         self.tell(actor.request)
         address = await actor.address
-        worker.become(State.LOADING)
+        worker.become(WorkerState.LOADING)
         try:
             reader = await asyncio.wait_for(actor.connect(address, self.settings.ray_tls), self.CONNECT_S)
         except (asyncio.IncompleteReadError, OSError, asyncio.TimeoutError) as error:
@@ -192,7 +192,7 @@ class RayNodes:
                 reader, self.writer = await asyncio.open_connection(sock=ours)
                 self.tell(RayConfig(self.settings.ray_address or "", self.settings.ray_tls or ""))
                 for worker, actor in self._actors():
-                    if worker.state is State.AWAITING_NODE:
+                    if worker.state is WorkerState.AWAITING_NODE:
                         self.tell(actor.request)
                 with suppress(asyncio.IncompleteReadError, ConnectionError):
                     while True:

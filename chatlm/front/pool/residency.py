@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
-class Stay(enum.Enum):
+class MemoryState(enum.Enum):
     """How much memory a model holds, and whether it is about to release some."""
 
     OUT = enum.auto()              # none: its workers have not started, or their processes have ended
@@ -30,16 +30,17 @@ class Stay(enum.Enum):
 
 
 # which transitions are allowed, and who requests them
-NEXT_STAYS = {
-    Stay.OUT: {Stay.IN: "the residency, for a request or the operator"},
-    Stay.IN: {Stay.EMPTYING: "the residency, for another model",
-              Stay.LEAVING: "the residency, for another model or after idle_s; the operator"},
-    Stay.EMPTYING: {Stay.EMPTIED: "its workers, when all have released them",
-                    Stay.LEAVING: "its workers, when one cannot; the operator"},
-    Stay.EMPTIED: {Stay.IN: "the residency, for a request or the operator",
-                   Stay.LEAVING_EMPTIED: "the residency, for another model or after idle_s; the operator"},
-    Stay.LEAVING: {Stay.OUT: "its workers, when their processes have ended"},
-    Stay.LEAVING_EMPTIED: {Stay.OUT: "its workers, when their processes have ended"}}
+NEXT_MEMORY_STATES = {
+    MemoryState.OUT: {MemoryState.IN: "the residency, for a request or the operator"},
+    MemoryState.IN: {MemoryState.EMPTYING: "the residency, for another model",
+                     MemoryState.LEAVING: "the residency, for another model or after idle_s; the operator"},
+    MemoryState.EMPTYING: {MemoryState.EMPTIED: "its workers, when all have released them",
+                           MemoryState.LEAVING: "its workers, when one cannot; the operator"},
+    MemoryState.EMPTIED: {MemoryState.IN: "the residency, for a request or the operator",
+                          MemoryState.LEAVING_EMPTIED:
+                              "the residency, for another model or after idle_s; the operator"},
+    MemoryState.LEAVING: {MemoryState.OUT: "its workers, when their processes have ended"},
+    MemoryState.LEAVING_EMPTIED: {MemoryState.OUT: "its workers, when their processes have ended"}}
 
 
 class MemoryShare:
@@ -63,7 +64,7 @@ class MemoryShare:
         self.cache = cache
         self.pinned = pinned
         self.idle_s = idle_s
-        self.stay = Stay.OUT
+        self.memory_state = MemoryState.OUT
         self.empties = True         # can its workers release KV pages alone?
         self.is_requested = pinned  # was loading requested by anything other than a job?
         self.is_loaded_for_requests = False     # did requests wait when it was last loaded?
@@ -91,27 +92,28 @@ class MemoryShare:
             return "ready"
         return "loading" if self.taken and not self.leaving else "unloaded"
 
-    def become(self, stay: Stay):
+    def become(self, state: MemoryState):
         """Every transition goes through here. Jobs are held while the model lacks memory, or soon will."""
-        assert stay in NEXT_STAYS[self.stay], f"{self.name}: {self.stay.name} -> {stay.name}"
-        self.stay = stay
-        self.pool.dispatcher.hold(stay not in (Stay.OUT, Stay.IN))
+        before = self.memory_state
+        assert state in NEXT_MEMORY_STATES[before], f"{self.name}: {before.name} -> {state.name}"
+        self.memory_state = state
+        self.pool.dispatcher.hold(state not in (MemoryState.OUT, MemoryState.IN))
 
     @property
     def taken(self) -> bool:
-        return self.stay is not Stay.OUT
+        return self.memory_state is not MemoryState.OUT
 
     @property
     def leaving(self) -> bool:
-        return self.stay in (Stay.LEAVING, Stay.LEAVING_EMPTIED)
+        return self.memory_state in (MemoryState.LEAVING, MemoryState.LEAVING_EMPTIED)
 
     @property
     def emptying(self) -> bool:
-        return self.stay is Stay.EMPTYING
+        return self.memory_state is MemoryState.EMPTYING
 
     @property
     def emptied(self) -> bool:
-        return self.stay in (Stay.EMPTIED, Stay.LEAVING_EMPTIED)
+        return self.memory_state in (MemoryState.EMPTIED, MemoryState.LEAVING_EMPTIED)
 
     @property
     def size(self) -> int:
@@ -140,19 +142,19 @@ class MemoryShare:
 
     @property
     def serves(self) -> bool:
-        return self.stay is Stay.IN
+        return self.memory_state is MemoryState.IN
 
     @property
     def waits(self) -> bool:
-        may_take = Stay.IN in NEXT_STAYS[self.stay]
+        may_take = MemoryState.IN in NEXT_MEMORY_STATES[self.memory_state]
         return may_take and bool(self.is_requested or len(self.pool.dispatcher.pending))
 
     def take(self):
         """Take the missing bytes: load, or get the KV pages back."""
-        was_out = self.stay is Stay.OUT
+        was_out = self.memory_state is MemoryState.OUT
         log.info("loading %s (%s)" if was_out else "%s gets its KV pages back (%s)", self.name,
                  shown_bytes(self.missing))
-        self.become(Stay.IN)
+        self.become(MemoryState.IN)
         self.is_requested = False
         self.is_loaded_for_requests = bool(len(self.pool.dispatcher.pending))
         self.taken_s = time.monotonic()
@@ -166,20 +168,20 @@ class MemoryShare:
     def empty_cache(self):
         """Release the KV pages."""
         log.info("%s releases its KV pages (%s)", self.name, shown_bytes(self.cache))
-        self.become(Stay.EMPTYING)
+        self.become(MemoryState.EMPTYING)
         self.go_on()
 
     def leave(self):
         """Release all bytes once the running answers have ended."""
         if self.taken and not self.leaving:
             log.info("%s leaves memory (%s)", self.name, shown_bytes(self.held_bytes))
-            self.become(Stay.LEAVING_EMPTIED if self.emptied else Stay.LEAVING)
+            self.become(MemoryState.LEAVING_EMPTIED if self.emptied else MemoryState.LEAVING)
             self.go_on()
 
     def go_on(self):
         """Advance the transition that is under way, if any."""
         ready = self.pool.supervisor.ready_workers
-        if self.stay in (Stay.EMPTYING, Stay.EMPTIED):
+        if self.memory_state in (MemoryState.EMPTYING, MemoryState.EMPTIED):
             for worker in self.pool.workers:  # including one that died and was restarted
                 worker.empty_cache()
             if any(worker.cache is CacheState.UNABLE for worker in ready):
@@ -187,11 +189,11 @@ class MemoryShare:
                 self.empties = False
                 self.leave()
             elif self.emptying and all(worker.cache is CacheState.EMPTY for worker in ready):
-                self.become(Stay.EMPTIED)
+                self.become(MemoryState.EMPTIED)
         if self.leaving and not self.pool.dispatcher.running:
             self.pool.supervisor.unload()
             if self.pool.supervisor.has_ended:
-                self.become(Stay.OUT)
+                self.become(MemoryState.OUT)
 
 
     @property
@@ -225,7 +227,7 @@ class MemoryShare:
     def may_leave(self, now: float, early: bool) -> bool:
         """May others have its bytes? Not while it loads, nor until it has stayed STAY_LOADS times as long as
         its load took. early: that time may be cut short once it has answered the requests that loaded it."""
-        if self.stay not in (Stay.IN, Stay.EMPTIED) or self.pinned or self.is_loading:
+        if self.memory_state not in (MemoryState.IN, MemoryState.EMPTIED) or self.pinned or self.is_loading:
             return False
         supervisor = self.pool.supervisor
         ready_s = [worker.ready_s for worker in supervisor.ready_workers]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.hub.nanochat import AS_TRAINED
+from chatlm.common.hub.nanochat_checkpoints import AS_TRAINED
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from chatlm.common.hub.steps import RunStep
+    from chatlm.common.hub.run_checkpoints import CheckpointFiles
 
 
 class RunName(NamedTuple):
@@ -21,7 +21,7 @@ class RunName(NamedTuple):
     stage: str              # "" if it is unknown
     older: tuple[str, ...]  # its names in earlier versions of this server; requests may still use them
 
-    def step(self, number: int) -> str:
+    def checkpoint_name(self, number: int) -> str:
         return f"{self.run}@{number}"
 
     def older_steps(self, number: int) -> tuple[str, ...]:
@@ -50,32 +50,32 @@ class RunNames:
         self.known: dict[Path, RunName] = {}
         self.furthest: dict[str, int] = {}  # by lineage: how far its training has come, of AS_TRAINED
 
-    def learn(self, steps: Iterable[RunStep]):
+    def learn(self, checkpoints: Iterable[CheckpointFiles]):
         """Give names to the runs of these steps, which are all that are there."""
-        steps = [*steps]
-        folders = {step.tag for step in steps}
-        for step in steps:
-            if step.run not in self.known:
-                self.known[step.run] = self._make_name(step, folders)
+        checkpoints = [*checkpoints]
+        folders = {checkpoint.tag for checkpoint in checkpoints}
+        for checkpoint in checkpoints:
+            if checkpoint.run not in self.known:
+                self.known[checkpoint.run] = self._make_name(checkpoint, folders)
 
     def of(self, run: Path) -> RunName:
         return self.known[run]
 
-    def _make_name(self, step: RunStep, folders: set[str]) -> RunName:
+    def _make_name(self, checkpoint: CheckpointFiles, folders: set[str]) -> RunName:
         """The names of a step's run. If its name is taken, its path is used instead; a folder that is called
         like a stage, such as `d4-base`, has the first right to that name."""
-        place = step.place
-        run = step.run
+        place = checkpoint.place
+        run = checkpoint.run
         inside = run.is_relative_to(self.folder) and run != self.folder
         path = str(run.relative_to(self.folder)) if inside else run.name
         taken = {name.run for name in self.known.values()} | {name.lineage for name in self.known.values()}
         if place is None or place.alone:
-            name = path if step.tag in taken else step.tag
-            return RunName(name, name, place.stage if place else "", (step.tag, path))
+            name = path if checkpoint.tag in taken else checkpoint.tag
+            return RunName(name, name, place.stage if place else "", (checkpoint.tag, path))
         lineage = place.lineage
         name = f"{lineage}-{place.stage}"
         name = path if name in taken | folders else name
-        return RunName(name, lineage, place.stage, (step.tag, path))
+        return RunName(name, lineage, place.stage, (checkpoint.tag, path))
 
     def is_furthest(self, run: Path) -> bool:
         """Is it the latest stage in the training of its lineage? A stage that was seen once stays the latest

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class ServedVersion:
     """The version of a pool's files as requests see it. A request is read for one version, and admitted only
-    if that is still the current one: see Version."""
+    if that is still the current one: see FilesVersion."""
 
     LOOK_S = 0.5       # between two checks whether it can be loaded at all
     PATIENCE_S = 60.0  # how long a request waits for a new version

@@ -18,13 +18,13 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.versions import Version, has_other_files
-from chatlm.front.pool.worker import Launcher, State, Worker
+from chatlm.front.pool.files_version import FilesVersion, has_other_files
+from chatlm.front.pool.worker import Launcher, Worker, WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.front.pool.adapters import PoolAdapters
+    from chatlm.front.pool.pool_adapters import PoolAdapters
     from chatlm.front.pool.dispatcher import Dispatcher
 
 
@@ -66,7 +66,7 @@ class Supervisor:
         self.report = report
         self.expect = expect
         stamp_at_start()  # the first pool notes it
-        self.version = Version(workers, dispatcher)
+        self.version = FilesVersion(workers, dispatcher)
         self.closing = False
         self.asleep = False                  # True: unloaded, and not loaded again yet
         self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
@@ -106,7 +106,7 @@ class Supervisor:
 
     @property
     def ready_workers(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.state is State.READY]
+        return [worker for worker in self.workers if worker.state is WorkerState.READY]
 
     @property
     def ready(self) -> bool:
@@ -131,9 +131,9 @@ class Supervisor:
             if error := await self.version.may_read(worker):
                 return self.leave_out(worker, error)
             await self._live(worker)
-            if worker.state is State.LEFT_OUT:
+            if worker.state is WorkerState.LEFT_OUT:
                 return
-            if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
+            if self.closing or worker.state is WorkerState.UNLOADED or worker not in self.workers:
                 continue
             ending = worker.error or worker.placement.end_in_words(worker)
             if worker.ready_s == ready_s:
@@ -183,7 +183,7 @@ class Supervisor:
             log.error("%s: %s", worker.where, error)
             worker.error = str(error)
         finally:
-            worker.become(State.DEAD)
+            worker.become(WorkerState.DEAD)
             try:
                 self.dispatcher.requeue(worker)  # first: a process that is stuck in its driver ends slowly
             finally:
@@ -191,8 +191,8 @@ class Supervisor:
 
     def leave_out(self, worker: Worker, error: ChatServerError):
         """A worker cannot start on its device. The others serve; without any, start-up has failed."""
-        worker.become(State.LEFT_OUT, str(error))
-        if all(other.state is State.LEFT_OUT for other in self.workers):
+        worker.become(WorkerState.LEFT_OUT, str(error))
+        if all(other.state is WorkerState.LEFT_OUT for other in self.workers):
             self.give_up(error)
         elif self.became_ready.is_set():
             log.error("%s", worker.left_out)
@@ -200,7 +200,7 @@ class Supervisor:
     @property
     def why_unservable(self) -> str:
         """Why no worker can start, so that no request can be served now; "" while one may start."""
-        reasons = [worker.cannot_start for worker in self.workers if worker.state is not State.LEFT_OUT]
+        reasons = [worker.cannot_start for worker in self.workers if worker.state is not WorkerState.LEFT_OUT]
         if self.asleep or not reasons or not all(reasons):
             return ""
         return reasons[0]
@@ -244,7 +244,7 @@ class Supervisor:
                 worker.error = text
                 if not worker.ready_s:
                     self.leave_out(worker, ConfigError(text))
-                elif worker.state is State.LOADING:  # the next process would say the same
+                elif worker.state is WorkerState.LOADING:  # the next process would say the same
                     worker.cannot_start = text
                 worker.kill()
             case Crashed(error, traceback):
@@ -273,7 +273,7 @@ class Supervisor:
             self.run("opening the tokenizer", self._prepare)
 
     def _note_ready(self, worker: Worker, gauges: Mapping[str, float | None], faults: dict[str, str]):
-        worker.become(State.READY)
+        worker.become(WorkerState.READY)
         self.adapters.send_all(worker)
         worker.gauges = gauges
         worker.kernel_faults = faults
@@ -326,7 +326,7 @@ class Supervisor:
         self.version.note_card(card)
         self.asleep = True
         for worker in self.workers:
-            worker.become(State.UNLOADED)
+            worker.become(WorkerState.UNLOADED)
         await self._prepare()
 
     def _check_ready(self):
@@ -374,8 +374,8 @@ class Supervisor:
         for worker in self.workers:
             worker.cannot_start = ""  # for the next request it is tried again
             worker.failed_starts = 0
-            if worker.state not in (State.LEFT_OUT, State.UNLOADED):
-                worker.become(State.UNLOADED)
+            if worker.state not in (WorkerState.LEFT_OUT, WorkerState.UNLOADED):
+                worker.become(WorkerState.UNLOADED)
                 worker.kill()
 
     @property

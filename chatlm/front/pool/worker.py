@@ -209,7 +209,7 @@ class Job:
                         gpu=gpu, choice=self.choice, dropped_messages=self.request.dropped_messages)
 
 
-class State(str, enum.Enum):
+class WorkerState(str, enum.Enum):
     """The state of a worker's process. /stats shows the words."""
 
     AWAITING_NODE = "waiting for Ray"
@@ -221,13 +221,15 @@ class State(str, enum.Enum):
 
 
 NEXT_STATES = {
-    State.AWAITING_NODE: {State.LOADING, State.DEAD},
-    State.LOADING: {State.AWAITING_NODE, State.LOADING, State.READY, State.DEAD, State.UNLOADED,
-                    State.LEFT_OUT},
-    State.READY: {State.DEAD, State.UNLOADED},
-    State.DEAD: {State.AWAITING_NODE, State.LOADING, State.UNLOADED, State.LEFT_OUT},
-    State.UNLOADED: {State.AWAITING_NODE, State.LOADING, State.LEFT_OUT},  # its model's files have changed
-    State.LEFT_OUT: set()}
+    WorkerState.AWAITING_NODE: {WorkerState.LOADING, WorkerState.DEAD},
+    WorkerState.LOADING: {WorkerState.AWAITING_NODE, WorkerState.LOADING, WorkerState.READY, WorkerState.DEAD,
+                          WorkerState.UNLOADED, WorkerState.LEFT_OUT},
+    WorkerState.READY: {WorkerState.DEAD, WorkerState.UNLOADED},
+    WorkerState.DEAD: {WorkerState.AWAITING_NODE, WorkerState.LOADING, WorkerState.UNLOADED,
+                       WorkerState.LEFT_OUT},
+    # left out if its model's files have changed
+    WorkerState.UNLOADED: {WorkerState.AWAITING_NODE, WorkerState.LOADING, WorkerState.LEFT_OUT},
+    WorkerState.LEFT_OUT: set()}
 
 
 class CacheState(enum.Enum):
@@ -289,7 +291,7 @@ class Worker:
         self.gpu = gpu
         self.device = device
         self.node = node                     # its machine, if it runs on Ray; else ""
-        self.state = State.LOADING
+        self.state = WorkerState.LOADING
         self.problem = ""                    # why it is left out
         self.text: TextSpec | None = None    # of the card that will come
         self.place = ""                      # in words: its device, and what it holds there
@@ -319,17 +321,17 @@ class Worker:
         if self.process:
             self.process.kill()
 
-    def become(self, state: State, problem: str = ""):
+    def become(self, state: WorkerState, problem: str = ""):
         """Every transition goes through here. A worker that was ended on purpose does not become DEAD."""
-        if state is State.DEAD and self.state in (State.UNLOADED, State.LEFT_OUT):
+        if state is WorkerState.DEAD and self.state in (WorkerState.UNLOADED, WorkerState.LEFT_OUT):
             return
         assert state in NEXT_STATES[self.state], f"{self.where}: {self.state.value} -> {state.value}"
         self.state = state
         self.problem = problem
         now = time.monotonic()
-        if state is State.LOADING:
+        if state is WorkerState.LOADING:
             self.spawned_s = self.awaited_s = now
-        elif state is State.READY:
+        elif state is WorkerState.READY:
             self.ready_s = now
             self.failed_starts = 0
             self.cannot_start = ""
@@ -350,7 +352,7 @@ class Worker:
             self.slowest_step_s = max(self.slowest_step_s, min(now - (self.awaited_s or now), 30.0))
         self.awaited_s = now
         handle(self, message)
-        if self.state is State.READY and not self.jobs:
+        if self.state is WorkerState.READY and not self.jobs:
             self.awaited_s = None
 
     async def end(self):
@@ -399,7 +401,7 @@ class Worker:
 
     def empty_cache(self):
         """Have it release the memory of its KV pages, unless it was asked already. It has no jobs now."""
-        if self.state is State.READY and self.cache is CacheState.HELD:
+        if self.state is WorkerState.READY and self.cache is CacheState.HELD:
             self.cache = CacheState.ASKED
             self.prefixes.clear()
             self.send(EmptyCache())
@@ -440,7 +442,7 @@ class Worker:
         If two workers in a row died with a job, that job may be the cause. So until it advances, no other job
         joins it."""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
-        return (self.state is State.READY and unread < self.OUTBOX_BYTES
+        return (self.state is WorkerState.READY and unread < self.OUTBOX_BYTES
                 and not any(job.failovers > 1 for job in self.jobs.values()))
 
     def can_take(self, job: Job) -> bool:
@@ -474,7 +476,7 @@ class Worker:
         """Is a message overdue: a step, the answer to a ping or, while loading, a progress report?"""
         if self.awaited_s is None:
             return False
-        if self.state is State.LOADING:
+        if self.state is WorkerState.LOADING:
             patience_s = patient(self.LOAD_HANG_S, self.nice)
         else:
             texts = (len(job.prompt_ids) for job in self.jobs.values() if job.request.params.pooling)
@@ -486,12 +488,12 @@ class Worker:
         """Once a second: kill it if it hangs, ping it if it is idle, forget old crashes."""
         if self.hung:
             doing = "answering" if self.jobs else "idle"
-            if self.state is State.LOADING:
+            if self.state is WorkerState.LOADING:
                 doing = "loading"
             log.error("worker %d has made no progress while %s; killing it", self.gpu, doing)
             self.error = f"it made no progress while {doing}, and was killed for that"
             self.kill()
-        elif self.state is State.READY:
+        elif self.state is WorkerState.READY:
             if self.awaited_s is None:
                 self.send(Ping())
             if time.monotonic() - self.ready_s > self.STABLE_S:

@@ -18,22 +18,22 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
+from chatlm.front.api.batch_lines import BatchLine, bad_line_result, lasting_body, line_id
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import AFTER, LIMIT, WINDOWS
 from chatlm.front.api.spoken import answer_encoder
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
-from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
-from chatlm.front.server.files import FileRoutes
+from chatlm.front.server.line_queue import Lane, LineQueue, WaitingLine
+from chatlm.front.server.file_routes import FileRoutes
 from chatlm.front.server.ledger import Amount, Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
 from chatlm.front.server.usage_writer import write
-from chatlm.front.store import approvals, batches, files, quota, responses
-from chatlm.front.store.batches import Batch
+from chatlm.front.store import approvals, batches, file_rows, quota, responses
+from chatlm.front.store.batches import BatchRow
 from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.files import LineRow
+    from chatlm.front.store.file_rows import LineRow
     from chatlm.front.store.store import Store
 
 
@@ -94,7 +94,7 @@ class BatchRoutes:
 
         def create(connection) -> dict:
             quota.check(connection, owner, client=client)
-            source = files.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
+            source = file_rows.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
@@ -115,8 +115,8 @@ class BatchRoutes:
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
-            rows = files.list_rows(connection, "batches", Batch._fields, owner, after)
-            bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
+            rows = file_rows.list_rows(connection, "batches", BatchRow._fields, owner, after)
+            bodies = (batches.shown_batch(connection, BatchRow(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
         return await send_page(http, self.bodies, await require_store(self.store).run(read))
 
@@ -144,7 +144,7 @@ class BatchRoutes:
 class UnderWay:
     """The state of a batch while its lines are answered."""
 
-    def __init__(self, batch: Batch, client: str, created: int):
+    def __init__(self, batch: BatchRow, client: str, created: int):
         self.batch = batch
         self.client = client
         self.created = created          # when its input was uploaded
@@ -156,7 +156,7 @@ class UnderWay:
 
 class BatchWorker:
     """Answers the lines of all unfinished batches at the same time. As many lines are under way as the
-    workers have rows. `Turns` chooses the line that begins next."""
+    workers have rows. `LineQueue` chooses the line that begins next."""
 
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
                  answers: Answers, ledger: Ledger, uploads: FileRoutes):
@@ -167,7 +167,7 @@ class BatchWorker:
         self.answers = answers
         self.ledger = ledger
         self.files = uploads
-        self.turns = Turns(self._room, ledger.budgets.wait_s if ledger.budgets else lambda client: 0)
+        self.line_queue = LineQueue(self._room, ledger.budgets.wait_s if ledger.budgets else lambda client: 0)
         self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
         self.swept_s = 0.0
@@ -217,7 +217,7 @@ class BatchWorker:
         until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.uploads_under_way()))
-        for piece in (partial(responses.forget, now=now), files.purge, responses.purge,
+        for piece in (partial(responses.forget, now=now), file_rows.purge, responses.purge,
                       partial(approvals.purge, now=now), vacuum):
             while await self._stored(piece):
                 self.removed |= piece is not vacuum
@@ -228,7 +228,7 @@ class BatchWorker:
             self.removed = False
             await self.store.clear_log()
 
-    def _begin(self, batch: Batch):
+    def _begin(self, batch: BatchRow):
         client = self.owners.client_of(batch.owner, batch.client)
         waits = client is None and time.time() < batch.expires  # its key is gone; wait until it expires
         if batch.name in self.tasks or waits:
@@ -244,7 +244,7 @@ class BatchWorker:
         self.tasks[batch.name] = task
         task.add_done_callback(forget)
 
-    async def _work(self, batch: Batch, client: str):
+    async def _work(self, batch: BatchRow, client: str):
         """Bring a batch to its end, from whatever state it is in."""
         batch = await self._stored(partial(batches.batch_named, name=batch.name))
         if batch.status == "validating":
@@ -273,7 +273,7 @@ class BatchWorker:
         await self._stored(lambda connection: self._end(connection, batch, status))
 
     @staticmethod
-    def _end(connection, batch: Batch, status: str):
+    def _end(connection, batch: BatchRow, status: str):
         # it may have been cancelled since the last line was recorded
         if batches.batch_named(connection, batch.name).status == "cancelling":
             status = "cancelled"
@@ -281,11 +281,11 @@ class BatchWorker:
         log.info("%s is %s", batch.name, status)
 
     @staticmethod
-    def _expire_some(batch: Batch, connection) -> bool:
+    def _expire_some(batch: BatchRow, connection) -> bool:
         """Give some lines without a result the result that their time is over. False if there are none."""
         if batches.batch_named(connection, batch.name).status != "in_progress":
             return False
-        lines = batches.waiting_lines(connection, batch, 0, files.PART_LINES)
+        lines = batches.waiting_lines(connection, batch, 0, file_rows.PART_LINES)
         results = []
         for number, _, _ in lines:
             row = batches.line(connection, batch, number)
@@ -294,9 +294,9 @@ class BatchWorker:
         batches.record(connection, batch, results)
         return bool(lines)
 
-    async def _answer_all(self, batch: Batch, client: str):
+    async def _answer_all(self, batch: BatchRow, client: str):
         """Answer and record all lines that have no result. Only a few of them wait in memory at a time."""
-        created = (await self._stored(partial(files.file_named, name=batch.input))).created
+        created = (await self._stored(partial(file_rows.file_named, name=batch.input))).created
         mine = UnderWay(batch, client, created)
         self.under_way[batch.name] = mine
         last = 0
@@ -315,7 +315,7 @@ class BatchWorker:
                 if mine.failure:
                     raise mine.failure
         finally:
-            self.turns.remove(client, batch.name)
+            self.line_queue.remove(client, batch.name)
             await end_tasks(mine.tasks)
             del self.under_way[batch.name]
 
@@ -325,8 +325,8 @@ class BatchWorker:
         for line in page:
             if line.model not in models:
                 models[line.model] = self._model_of(line.model, mine.client)
-            self.turns.add(mine.client, mine.batch.name, models[line.model],
-                           WaitingLine(line.number, line.bytes))
+            self.line_queue.add(mine.client, mine.batch.name, models[line.model],
+                                WaitingLine(line.number, line.bytes))
         mine.left += len(page)
         self._begin_lines()
 
@@ -351,7 +351,7 @@ class BatchWorker:
 
     def _begin_lines(self):
         """Begin all lines that may begin, and come back when a refused one may try again."""
-        while taken := self.turns.take():
+        while taken := self.line_queue.take():
             lane, line = taken
             mine = self.under_way[lane.batch]
             task = asyncio.create_task(self._answer_one(mine, line))
@@ -360,7 +360,7 @@ class BatchWorker:
         if self.timer:
             self.timer.cancel()
             self.timer = None
-        pause_s = self.turns.pause_s()
+        pause_s = self.line_queue.pause_s()
         if pause_s is not None:
             self.timer = asyncio.get_running_loop().call_later(pause_s, self._begin_lines)
 
@@ -369,9 +369,9 @@ class BatchWorker:
         mine.tasks.discard(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if isinstance(error, Overloaded):
-            self.turns.put_back(lane, line, error.retry_after_s)
+            self.line_queue.put_back(lane, line, error.retry_after_s)
         else:
-            self.turns.end(lane)
+            self.line_queue.end(lane)
             mine.left -= 1
             mine.failure = mine.failure or error
             mine.changed.set()
@@ -403,10 +403,10 @@ class BatchWorker:
         if error:
             return row.number, encoded(bad_line_result(row.number, error, row.custom_id)), True
         status, body = await self._answer(row, mine, charges)
-        line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
+        line = BatchLine(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
         return row.number, encoded(line.result(status, body)), status != 200
 
-    async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
+    async def _record(self, batch: BatchRow, result: tuple[int, bytes, bool], charges: Seq[Charge]):
         """Record a result together with what it used, so that a line which is answered again after a crash is
         charged once. A result that comes too late, because its batch was cancelled, costs nothing."""
         used = [self.ledger.used_by(charge) for charge in charges]
@@ -446,14 +446,14 @@ class BatchWorker:
                         mine.batch.owner)
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
         async with self.intake.opened(caller, row.text.strip(), number=row.number,
-                                      opener=served.pool.admission) as arrival:
-            parsed = await self.intake.line(arrival, served, holding)
+                                      opener=served.pool.admission) as opened_body:
+            parsed = await self.intake.line(opened_body, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
         encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
-        del parsed, arrival
+        del parsed, opened_body
         if self.ledger.budgets:
             self.ledger.budgets.check_line(client, (request, served.pool.context_length))
         own = list[Charge]()

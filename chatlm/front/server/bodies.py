@@ -17,7 +17,7 @@ from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
 from chatlm.front.api.spoken import path_of_form, place_of
-from chatlm.front.intake.arrival import Arrival, Caller
+from chatlm.front.intake.opened_body import Caller, OpenedBody
 from chatlm.front.intake.budget import Holding
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Route
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.server.access import Owners
 
 
@@ -63,24 +63,24 @@ class Bodies:
                       self.owner)
 
     @asynccontextmanager
-    async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:
+    async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[OpenedBody]:
         """Receive a body, whose bytes `reading` then holds, and parse it. times: how often it may be read."""
         most = LIMITS.body_bytes
         if not is_small(http) and self.intake.may_see:
             most = LIMITS.pictured_bytes
         raw = await read_bytes(http, reading, most)
-        async with self.intake.opened(self.caller(), raw, times=times) as arrival:
+        async with self.intake.opened(self.caller(), raw, times=times) as opened_body:
             record = REQUEST_LOG.get()
-            read_as = path_of_form(record.route.pattern, arrival.envelope.names_model)
+            read_as = path_of_form(record.route.pattern, opened_body.envelope.names_model)
             record.api = place_of(read_as).api
-            yield arrival
+            yield opened_body
 
-    async def answer(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
+    async def answer(self, http: web.Request, holding: Holding) -> tuple[ModelOrAdapter, ParsedBody]:
         """The body of a route that answers. `holding` then accounts for what is kept of a large one."""
         with self.holding() as reading:
-            async with self.opened(http, reading) as arrival:
-                offered = await self._offered(http, arrival)
-                served, parsed = await self.intake.answer(arrival, reading, holding, offered)
+            async with self.opened(http, reading) as opened_body:
+                offered = await self._offered(http, opened_body)
+                served, parsed = await self.intake.answer(opened_body, reading, holding, offered)
         record = REQUEST_LOG.get()
         if parsed.ignored_tools:
             names = ", ".join(parsed.ignored_tools)[:1000]
@@ -89,22 +89,22 @@ class Bodies:
         note_ignored(", ".join(parsed.ignored_fields))
         return served, parsed
 
-    async def text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
+    async def text(self, http: web.Request, holding: Holding) -> tuple[ModelOrAdapter, bytes]:
         """The text that answers any other body."""
-        async with self.opened(http, holding) as arrival:
-            offered = await self._offered(http, arrival)
-            served, ignored, text = await self.intake.text(arrival, holding, offered=offered)
+        async with self.opened(http, holding) as opened_body:
+            offered = await self._offered(http, opened_body)
+            served, ignored, text = await self.intake.text(opened_body, holding, offered=offered)
         note_ignored(ignored)
         return served, text
 
-    async def _offered(self, http: web.Request, arrival: Arrival) -> bytes:
+    async def _offered(self, http: web.Request, opened_body: OpenedBody) -> bytes:
         """The tools that the server may run for a body, as JSON; null: it asks for none."""
-        own = [dump(tool) for tool in arrival.added.offered]
-        names_servers = self.tools is not None and bool(arrival.envelope.servers)
+        own = [dump(tool) for tool in opened_body.added.offered]
+        names_servers = self.tools is not None and bool(opened_body.envelope.servers)
         if not names_servers and not own:
             return b"null"
         if names_servers and self.tools:
-            own += await self.tools(http, arrival.envelope)
+            own += await self.tools(http, opened_body.envelope)
         return b"[%s]" % b", ".join(own)
 
     async def small(self, http: web.Request) -> dict:

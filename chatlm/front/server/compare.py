@@ -28,10 +28,10 @@ from chatlm.front.server.streams import EventStream
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.requests import Accepted, Event, Request
-    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.opened_body import OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
@@ -41,7 +41,7 @@ Identified = Callable[["Seq[tuple[WorkerPool, Request]]"], "Seq[Request]"]
 Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
 
-class Contestant(NamedTuple):
+class ComparedModel(NamedTuple):
     """One of the answers to compare."""
 
     model: str
@@ -53,15 +53,16 @@ class Contestant(NamedTuple):
         return self.pool, self.request, self.model
 
 
-async def contestants_of(intake: Intake, arrival: Arrival, holding: Holding) -> tuple[list[Contestant], str]:
+async def compared_models_of(intake: Intake, opened_body: OpenedBody,
+                             holding: Holding) -> tuple[list[ComparedModel], str]:
     """Read a body of /v1/compare, once for each of its models. Returns the answers to compute, and the names
     of fields without effect. `holding` then accounts for what is kept of a large body.
 
     Raises RequestError if a model does not exist or refuses the question."""
-    base, ignored, text = await intake.text(arrival, holding, sees=False)
+    base, ignored, text = await intake.text(opened_body, holding, sees=False)
     wanted = json.loads(text)  # small: the names of at most LIMITS.compared answers
     names = [name_of(variant, base) for variant in wanted["variants"]]
-    bound = arrival.caller.bound
+    bound = opened_body.caller.bound
     all_served = [await intake.resolve(name, bound, holding) if name else base for name in names]
     indices: dict[WorkerPool, list[int]] = {}
     for index, served in enumerate(all_served):
@@ -69,22 +70,22 @@ async def contestants_of(intake: Intake, arrival: Arrival, holding: Holding) -> 
         indices.setdefault(served.pool, []).append(index)
     requests: dict[int, Request] = {}
     for same in indices.values():
-        read = await intake.variants(arrival, holding, all_served[same[0]], same, wanted["seed"])
+        read = await intake.variants(opened_body, holding, all_served[same[0]], same, wanted["seed"])
         requests |= {index: parsed.request for index, parsed in zip(same, read)}
-    return [Contestant(served.name, served.pool, served.with_versions(requests[index]))
+    return [ComparedModel(served.name, served.pool, served.with_versions(requests[index]))
             for index, served in enumerate(all_served)], ignored
 
 
-async def read_contestants(bodies: Bodies, http: web.Request, holding: Holding) -> list[Contestant]:
+async def read_compared_models(bodies: Bodies, http: web.Request, holding: Holding) -> list[ComparedModel]:
     """The answers that a client wants compared."""
     with bodies.holding() as reading:
-        async with bodies.opened(http, reading, times=LIMITS.compared) as arrival:
-            contestants, ignored = await contestants_of(bodies.intake, arrival, holding)
+        async with bodies.opened(http, reading, times=LIMITS.compared) as opened_body:
+            compared, ignored = await compared_models_of(bodies.intake, opened_body, holding)
         note_ignored(ignored)
-        return contestants
+        return compared
 
 
-def name_of(variant: Mapping, base: Served) -> str:
+def name_of(variant: Mapping, base: ModelOrAdapter) -> str:
     """The name of a variant's model; "" if it has none."""
     step = variant.get("step")
     if step is not None:
@@ -111,10 +112,10 @@ async def plain_answering(pool: WorkerPool, request: Request, name: str) -> Asyn
 class ComparedAnswer:
     """One of the compared answers, as far as it has arrived."""
 
-    def __init__(self, index: int, contestant: Contestant):
+    def __init__(self, index: int, compared: ComparedModel):
         self.index = index
-        self.contestant = contestant
-        self.tokenizer = loaded_tokenizer(contestant.pool)
+        self.compared = compared
+        self.tokenizer = loaded_tokenizer(compared.pool)
         self.tokens = list[tuple[bytes, float]]()  # spelling and probability of each token
         self.end: dict | None = None               # the last message to the client
         self.stopped = False                       # it ended by itself
@@ -123,7 +124,7 @@ class ComparedAnswer:
         self.equal = 0                             # tokens at its beginning that the first answer has too
 
     def message(self, **members) -> dict:
-        return {"index": self.index, "model": self.contestant.model, **members}
+        return {"index": self.index, "model": self.compared.model, **members}
 
     def take(self, event: Event | ChatServerError) -> list[dict]:
         """The messages to the client for an event."""
@@ -136,7 +137,7 @@ class ComparedAnswer:
             self.stopped = event.reason != "length"
             self.end = self.message(
                 finish_reason=event.reason, stop_reason=event.stop_reason, usage=usage_body(event.usage),
-                timings=timings_body(event), seed=self.contestant.request.params.sampling.seed)
+                timings=timings_body(event), seed=self.compared.request.params.sampling.seed)
         elif isinstance(event, ChatServerError):
             self.end = self.message(finish_reason="error", **openai_error(event))
         else:
@@ -171,8 +172,8 @@ class Comparison:
     """Computes several answers at once, and makes one stream of their events. If memory does not hold all of
     their models, some wait until others have ended."""
 
-    def __init__(self, contestants: Seq[Contestant], answering: Answering = plain_answering):
-        self.answers = [ComparedAnswer(index, one) for index, one in enumerate(contestants)]
+    def __init__(self, compared: Seq[ComparedModel], answering: Answering = plain_answering):
+        self.answers = [ComparedAnswer(index, one) for index, one in enumerate(compared)]
         self.answering = answering
         self.news = asyncio.Queue()
         self.accepted = asyncio.Event()  # all are accepted; before that nothing of any is read or charged
@@ -202,7 +203,7 @@ class Comparison:
 
     async def _follow(self, answer: ComparedAnswer):
         try:
-            async with self.answering(*answer.contestant.work) as (accepted, events):
+            async with self.answering(*answer.compared.work) as (accepted, events):
                 self.news.put_nowait((answer, accepted))
                 await self.accepted.wait()
                 async for event in events:
@@ -226,11 +227,11 @@ class Comparison:
         yield {"done": True, "answers": [answer.end for answer in self.answers]}
 
 
-def with_ids(contestants: Seq[Contestant], identified: Identified) -> list[Contestant]:
+def with_ids(compared: Seq[ComparedModel], identified: Identified) -> list[ComparedModel]:
     """The answers with their ids: each is a part of the request."""
-    requests = identified([(one.pool, one.request) for one in contestants])
+    requests = identified([(one.pool, one.request) for one in compared])
     return [one._replace(request=replace(request, id=id_of_part(request.id, index)))
-            for index, (one, request) in enumerate(zip(contestants, requests))]
+            for index, (one, request) in enumerate(zip(compared, requests))]
 
 
 class CompareRoutes:
@@ -245,12 +246,12 @@ class CompareRoutes:
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""
         with self.bodies.holding() as holding:
-            contestants = await read_contestants(self.bodies, http, holding)
-            contestants = with_ids(contestants, self.identified)
+            compared = await read_compared_models(self.bodies, http, holding)
+            compared = with_ids(compared, self.identified)
             request_id = REQUEST_LOG.get().id
-            with (self.answers.grouped(request_id, [one.request.id for one in contestants]),
-                  self.ledger.pledged([one.work for one in contestants])):
-                async with (Comparison(contestants, self.answers.begin) as comparison,
+            with (self.answers.grouped(request_id, [one.request.id for one in compared]),
+                  self.ledger.pledged([one.work for one in compared])):
+                async with (Comparison(compared, self.answers.begin) as comparison,
                             EventStream(http, request_id) as stream):
                     async for event in comparison.events():
                         await stream.send(frame(event))

@@ -30,7 +30,7 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_list, send_parts, shown_item, take_room)
 from chatlm.front.store import quota, responses
-from chatlm.front.store.files import owns
+from chatlm.front.store.file_rows import owns
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.dialect import Reference
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.opened_body import OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.recordings import Recording
@@ -78,16 +78,16 @@ class ResponseKeeper:
         if self.saving:
             await asyncio.wait(self.saving, timeout=5.0)
 
-    async def earlier(self, arrival: Arrival, reading: Holding) -> KeptBefore:
+    async def earlier(self, opened_body: OpenedBody, reading: Holding) -> KeptBefore:
         """The items that a body continues, and those that its input refers to. If they are large, `reading`
         then accounts for them.
 
         Raises RequestError 404 if there is nothing that the body could continue, and 400 for a reference to
         an unknown item."""
-        chained = arrival.envelope.chained
-        owner = arrival.caller.texts
+        chained = opened_body.envelope.chained
+        owner = opened_body.caller.texts
         store = require_store(self.store)
-        sent_bytes = sum(map(len, arrival.parts))
+        sent_bytes = sum(map(len, opened_body.parts))
         before = KeptBefore()
         if chained.response or chained.conversation:
             what = {"previous": chained.response, "conversation": chained.conversation, "owner": owner}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Embedder
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.models import ModelOrAdapter, ServedModel
     from chatlm.front.server.bodies import Bodies
 
 
@@ -107,7 +107,7 @@ MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_
 MODELS_OF_BOTH = {"anyOf": [MODELS, A_PAGE]}
 
 
-def listed_body(seen: Seq[Served]) -> dict:
+def listed_body(seen: Seq[ModelOrAdapter]) -> dict:
     """The response of /v1/models."""
     default = default_among(seen)
     return {"object": "list", "data": [model_body(served, served == default) for served in seen]}
@@ -153,7 +153,7 @@ def embedder_body(embedder: Embedder, context_length: int) -> dict:
     }
 
 
-def model_body(served: Served, is_default: bool = True) -> dict:
+def model_body(served: ModelOrAdapter, is_default: bool = True) -> dict:
     """A served model as /v1/models describes it. Raises Overloaded while the only model loads."""
     if served.failed:
         return {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
@@ -179,7 +179,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
         "family": facts.family,
         "format": facts.format,
         "default": is_default,
-        "pinned": model.choice.pin,
+        "pinned": model.entry.pin,
         "weights_digest": f"{facts.digest}+{adapter.digest}" if adapter else facts.digest,
         "arithmetic": facts.arithmetic,
         **pool.checkpoint,
@@ -226,7 +226,7 @@ def tokenizer_body(tokenizer: Tokenizer) -> dict:
                 for token, name in sorted(tokenizer.special_names.items())}}
 
 
-def ollama_model(served: Served) -> dict:
+def ollama_model(served: ModelOrAdapter) -> dict:
     """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
     pool = served.pool
     card = model_body(served)
@@ -255,19 +255,19 @@ def ollama_version() -> dict:
     return {"version": OLLAMA_VERSION, "chat_server": __version__}
 
 
-def ollama_models(seen: Iterable[Served]) -> dict:
+def ollama_models(seen: Iterable[ModelOrAdapter]) -> dict:
     """The response of /api/tags. Ollama has no state for a failed model."""
     return {"models": [ollama_model(served) | {"state": served.state}
                        for served in seen if not served.failed]}
 
 
-def ollama_running(seen: Iterable[Served]) -> dict:
+def ollama_running(seen: Iterable[ModelOrAdapter]) -> dict:
     """The response of /api/ps."""
     models = [ollama_loaded(served) for served in seen if not served.failed]
     return {"models": [model for model in models if model]}
 
 
-def ollama_loaded(served: Served) -> dict | None:
+def ollama_loaded(served: ModelOrAdapter) -> dict | None:
     """A model as Ollama's /api/ps describes it; None if it is not in memory."""
     pool = served.pool
     settings = served.model.settings
@@ -281,16 +281,16 @@ def ollama_loaded(served: Served) -> dict | None:
         "context_length": pool.context_length}
 
 
-def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
+def stats_body(catalogue: Catalogue, seen: Seq[ModelOrAdapter]) -> dict:
     """The response of /stats, limited to the models that the client's key may see."""
     default = default_among(seen)
     return {**catalogue.stats(seen), "exports": catalogue.settings.export_folder is not None,
             "models": [model_stats(served, served == default) for served in seen]}
 
 
-def model_stats(served: Served, is_default: bool) -> dict:
+def model_stats(served: ModelOrAdapter, is_default: bool) -> dict:
     body = {"id": served.name, "state": served.state, "bytes": served.bytes, **served.model.run_fields,
-            "default": is_default, "pinned": served.model.choice.pin}
+            "default": is_default, "pinned": served.model.entry.pin}
     if served.failed:
         return body | {"reason": served.public_reason}
     stats = served.pool.stats()
@@ -309,7 +309,7 @@ class ModelRoutes:
         self.catalogue = catalogue
         self.bodies = bodies
 
-    def visible(self, bound: Seq[str]) -> list[Served]:
+    def visible(self, bound: Seq[str]) -> list[ModelOrAdapter]:
         """The models that a client may see whose key is limited to `bound`."""
         return self.catalogue.registry.served_models(bound)
 
@@ -326,7 +326,7 @@ class ModelRoutes:
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
-    def named_model(self, http: web.Request) -> Served:
+    def named_model(self, http: web.Request) -> ModelOrAdapter:
         """The model that the query names; the default one if it names none."""
         return self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
 
@@ -342,7 +342,7 @@ class ModelRoutes:
         """POST /models/unload: the model is unloaded once its running answers have ended."""
         return await self._managed(http, lambda model: model.unload())
 
-    async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
+    async def _managed(self, http: web.Request, manage: Callable[[ServedModel], None]) -> web.Response:
         with self.bodies.holding() as holding:
             served, _ = await self.bodies.text(http, holding)
         manage(served.model)

@@ -15,10 +15,10 @@ from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:
     from chatlm.front.lazy import web
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
 
 
-def lm_studio_model(served: Served) -> dict:
+def lm_studio_model(served: ModelOrAdapter) -> dict:
     """A model as LM Studio's /api/v0/models describes one."""
     body = {"id": served.name, "object": "model", "state": "not-loaded"}
     if served.failed:
@@ -36,17 +36,17 @@ def lm_studio_model(served: Served) -> dict:
     return body
 
 
-def publisher_of(served: Served) -> str:
+def publisher_of(served: ModelOrAdapter) -> str:
     """The organization in a hub's name of the model; "" for other models."""
     return served.name.rpartition("/")[0]
 
 
-def lm_studio_models(seen: Seq[Served]) -> dict:
+def lm_studio_models(seen: Seq[ModelOrAdapter]) -> dict:
     """The response of LM Studio's /api/v0/models."""
     return {"object": "list", "data": [lm_studio_model(served) for served in seen]}
 
 
-def props_body(served: Served) -> dict:
+def props_body(served: ModelOrAdapter) -> dict:
     """The response of llama-server's GET /props. It has no path of this machine."""
     pool = served.pool
     settings = served.model.settings
@@ -67,12 +67,12 @@ def props_body(served: Served) -> dict:
     }
 
 
-def slots_of(served: Served) -> int:
+def slots_of(served: ModelOrAdapter) -> int:
     """How many answers of the model are computed at once."""
     return served.model.settings.max_batch * len(served.pool.workers)
 
 
-def slots_body(served: Served, client: str) -> list[dict]:
+def slots_body(served: ModelOrAdapter, client: str) -> list[dict]:
     """The response of llama-server's GET /slots. Only the client's own answers are shown: which rows others
     use is nobody's business."""
     jobs = served.pool.dispatcher.jobs.values()

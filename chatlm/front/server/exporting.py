@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.server.bodies import Bodies
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -102,6 +102,6 @@ class ExportRoutes:
             raise RequestError(f"not exported: {without_folders(reason)}", code="not_exported")
 
 
-def source_of(model: Model) -> ModelSource | None:
+def source_of(model: ServedModel) -> ModelSource | None:
     """The files of a model; None if it has failed before they were found."""
     return model.source or (model.pool.source if model.pool else None)

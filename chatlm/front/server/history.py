@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
     from chatlm.front.server.metrics import Metrics
 
 FIRST_INTERVAL_S = 2.0
@@ -118,7 +118,7 @@ class History:
             self.samples = [mean_of(first, second) for first, second in pairs] + odd
             self.interval_s *= 2
 
-    def body(self, seen: Seq[Served]) -> dict:
+    def body(self, seen: Seq[ModelOrAdapter]) -> dict:
         """The response of /stats/history. The samples count all models, so a key that may see only some
         models gets no samples."""
         everything = len(seen) == len(self.catalogue.registry.served_models())

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence as Seq
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.models import ModelOrAdapter
 
 
-def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+def steps_of_runs(seen: Seq[ModelOrAdapter], removed: Seq[dict] = ()) -> dict[RunName, list[ModelOrAdapter]]:
     """The served checkpoints of each run. Runs and checkpoints are in the order of training.
 
     removed: steps whose files are gone (`Source.removed_steps`). A run may have no other steps."""
-    steps: dict[RunName, list[Served]] = {}
+    steps: dict[RunName, list[ModelOrAdapter]] = {}
     for served in seen:
         if served.model.run and not served.adapter:
             steps.setdefault(served.model.run, []).append(served)
@@ -35,7 +35,8 @@ def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, l
             for run in sorted(steps, key=lambda run: run.order)}
 
 
-def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+def runs_named(name: str, seen: Seq[ModelOrAdapter],
+               removed: Seq[dict] = ()) -> dict[RunName, list[ModelOrAdapter]]:
     """The steps of a run, or of all runs of a lineage. Raises RequestError 404 if there is no such run."""
     steps = steps_of_runs(seen, removed)
     found = [run for run in steps if name == run.run]
@@ -53,22 +54,22 @@ def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[Ru
     return {run: steps[run] for run in found}
 
 
-def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
+def run_parts(name: str, steps: Mapping[RunName, Seq[ModelOrAdapter]]) -> dict:
     return {"object": "run", "id": name, "runs": [
         {"id": run.run, "stage": run.stage, "steps": len(of_run),
          "latest": of_run[-1].name if of_run else ""}
         for run, of_run in steps.items()]}
 
 
-def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+def list_of_runs(seen: Seq[ModelOrAdapter], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs: each lineage with its runs."""
-    lineages: dict[str, dict[RunName, list[Served]]] = {}
+    lineages: dict[str, dict[RunName, list[ModelOrAdapter]]] = {}
     for run, steps in steps_of_runs(seen, removed).items():
         lineages.setdefault(run.lineage, {})[run] = steps
     return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
 
 
-def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+def run_body(name: str, seen: Seq[ModelOrAdapter], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs/{tag}: the checkpoints of a run or a lineage, and their metrics. Raises
     RequestError 404 if there is no such run."""
     found = runs_named(name, seen, removed)
@@ -82,7 +83,7 @@ def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
     return {**run_parts(name, found), "steps": steps}
 
 
-def step_body(run: RunName, served: Served) -> dict:
+def step_body(run: RunName, served: ModelOrAdapter) -> dict:
     return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
             "step": served.model.step, "state": served.state,
             "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
@@ -98,7 +99,8 @@ def run_text(body: Mapping) -> bytes:
     return b'%s, "steps": [%s]}' % (whole[:-1], b", ".join(steps))
 
 
-def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
+def verdicts_among(seen: Seq[ModelOrAdapter], removed: Seq[dict], tag: str, name: str,
+                   step: str | None) -> Verdicts:
     """The verdicts on a run's step. `step` is its number or, in a lineage, the model's name. Raises
     RequestError if the step has none."""
     judged: dict[str, Verdicts] = {}
@@ -129,7 +131,7 @@ class RunRoutes:
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
 
-    async def _steps(self) -> tuple[list[Served], list[dict]]:
+    async def _steps(self) -> tuple[list[ModelOrAdapter], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
         bound = REQUEST_LOG.get().bound
         removed = await self.catalogue.source.removed_steps(bound)

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
-from chatlm.front.store import files
-from chatlm.front.store.files import LineRow
+from chatlm.front.store import file_rows
+from chatlm.front.store.file_rows import LineRow
 
 if TYPE_CHECKING:
     import sqlite3
@@ -23,7 +23,7 @@ TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expire
          "cancelled_at")
 
 
-class Batch(NamedTuple):
+class BatchRow(NamedTuple):
     """A row of `batches`."""
 
     id: int
@@ -73,13 +73,13 @@ class Batch(NamedTuple):
         }
 
 
-COLUMNS = ", ".join(Batch._fields)
+COLUMNS = ", ".join(BatchRow._fields)
 
 
-def create(connection: sqlite3.Connection, owner: str, client: str, source: files.File, endpoint: str,
-           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> Batch:
+def create(connection: sqlite3.Connection, owner: str, client: str, source: file_rows.File, endpoint: str,
+           window: str, now: int, expires: int, metadata: str | None, lasts: int | None) -> BatchRow:
     name = f"batch_{secrets.token_hex(16)}"
-    output, errors = (files.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
+    output, errors = (file_rows.create(connection, owner, f"{name}_{what}.jsonl", "batch_output", now)
                       for what in ("output", "error"))
     connection.execute(
         "INSERT INTO batches (name, owner, endpoint, window, metadata, input, output, errors, status, total, "
@@ -89,32 +89,32 @@ def create(connection: sqlite3.Connection, owner: str, client: str, source: file
     return batch_named(connection, name)
 
 
-def batch_named(connection: sqlite3.Connection, name: str) -> Batch:
+def batch_named(connection: sqlite3.Connection, name: str) -> BatchRow:
     """The batch with this name. Raises LookupError if there is none."""
     row = connection.execute(f"SELECT {COLUMNS} FROM batches WHERE name = ?", (name,)).fetchone()
     if row is None:
         raise LookupError(name)
-    return Batch(*row)
+    return BatchRow(*row)
 
 
-def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> Batch:
+def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> BatchRow:
     """The batch with this name, if this owner may see it. Raises RequestError 404 if there is none."""
     with suppress(LookupError):
         batch = batch_named(connection, name)
-        if files.owns(owner, batch.owner):
+        if file_rows.owns(owner, batch.owner):
             return batch
     raise RequestError(f"there is no batch {shown(name)}", status=404, code="not_found", param="id")
 
 
-def shown_batch(connection: sqlite3.Connection, batch: Batch) -> dict:
+def shown_batch(connection: sqlite3.Connection, batch: BatchRow) -> dict:
     written = connection.execute("SELECT name, requests FROM files WHERE name IN (?, ?) AND state = ?",
-                                 (batch.output, batch.errors, files.THERE))
+                                 (batch.output, batch.errors, file_rows.THERE))
     return batch.body(dict(written.fetchall()))
 
 
-def unfinished(connection: sqlite3.Connection) -> list[Batch]:
+def unfinished(connection: sqlite3.Connection) -> list[BatchRow]:
     """The batches that are not finished, the oldest first."""
-    return [Batch(*row) for row in connection.execute(
+    return [BatchRow(*row) for row in connection.execute(
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
@@ -125,14 +125,14 @@ def unfinished_of(connection: sqlite3.Connection, owner: str, client: str) -> in
         (*UNFINISHED, owner, client)).fetchone()[0]
 
 
-def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
+def reads(connection: sqlite3.Connection, file: file_rows.File) -> str | None:
     """The name of an unfinished batch that needs a file; None if there is none."""
     row = connection.execute("SELECT name FROM batches WHERE input = ? AND status IN (?, ?, ?) LIMIT 1",
                              (file.name, *UNFINISHED)).fetchone()
     return row and row[0]
 
 
-def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: int, *passed: str):
+def set_status(connection: sqlite3.Connection, batch: BatchRow, status: str, now: int, *passed: str):
     """Give a batch a status, and note the time. passed: statuses that it passes through at the same time."""
     times = json.loads(batch_named(connection, batch.name).times)
     times |= {f"{each}_at": now for each in (*passed, status)}
@@ -140,10 +140,10 @@ def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: i
                        (status, json.dumps(times), batch.id))
 
 
-def begin(connection: sqlite3.Connection, batch: Batch, now: int) -> bool:
+def begin(connection: sqlite3.Connection, batch: BatchRow, now: int) -> bool:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
-    source = files.file_named(connection, batch.input)
+    source = file_rows.file_named(connection, batch.input)
     good = connection.execute("SELECT 1 FROM lines WHERE file = ? AND problem IS NULL AND url = ? LIMIT 1",
                               (source.id, batch.endpoint)).fetchone()
     if good:
@@ -173,9 +173,9 @@ class Waiting(NamedTuple):
     bytes: int   # of its text
 
 
-def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most: int) -> list[Waiting]:
+def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int, most: int) -> list[Waiting]:
     """The first `most` requests after line `after` that have no result."""
-    source, output, errors = (files.file_named(connection, name).id
+    source, output, errors = (file_rows.file_named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
     return [Waiting(*row) for row in connection.execute(
         "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text) "
@@ -186,13 +186,13 @@ def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most
         "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
 
 
-def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
-    source = files.file_named(connection, batch.input)
+def line(connection: sqlite3.Connection, batch: BatchRow, number: int) -> LineRow:
+    source = file_rows.file_named(connection, batch.input)
     return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
 
-def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]) -> bool:
+def record(connection: sqlite3.Connection, batch: BatchRow, results: Seq[tuple[int, bytes, bool]]) -> bool:
     """Write results of lines: (number, text, whether it is an error). Writes nothing and returns False if the
     batch is no longer in progress."""
     if batch_named(connection, batch.name).status != "in_progress":
@@ -200,14 +200,14 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
     for name, failures in (batch.output, False), (batch.errors, True):
         rows = [LineRow(number, text) for number, text, failed in results if failed is failures]
         if rows:
-            files.add_lines(connection, files.file_named(connection, name).id, rows)
+            file_rows.add_lines(connection, file_rows.file_named(connection, name).id, rows)
             column = "failed" if failures else "completed"
             connection.execute(f"UPDATE batches SET {column} = {column} + ? WHERE id = ?",
                                (len(rows), batch.id))
     return True
 
 
-def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> Batch:
+def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> BatchRow:
     """Cancel a batch. Raises RequestError 409 if it is finished."""
     batch = batch_of_owner(connection, name, owner)
     if batch.status not in UNFINISHED:
@@ -218,7 +218,7 @@ def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> B
     return batch_named(connection, name)
 
 
-def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
+def end(connection: sqlite3.Connection, batch: BatchRow, status: str, now: int):
     """Finish a batch: show its output files, and remove those without a line."""
     if status == "failed":
         set_status(connection, batch, status, now)
@@ -227,9 +227,9 @@ def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
     connection.execute("UPDATE batches SET ended = ? WHERE id = ?", (now, batch.id))
     expires = None if batch.lasts is None else now + batch.lasts
     for name in (batch.output, batch.errors):
-        file = files.file_named(connection, name)
+        file = file_rows.file_named(connection, name)
         connection.execute("UPDATE files SET state = ?, expires = ? WHERE id = ?",
-                           (files.THERE if file.requests else files.DELETED, expires, file.id))
+                           (file_rows.THERE if file.requests else file_rows.DELETED, expires, file.id))
 
 
 def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[int]):
@@ -237,9 +237,9 @@ def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[i
     are being uploaded now."""
     connection.execute("DELETE FROM batches WHERE ended < ?", (now - keep_s,))
     connection.execute(
-        f"UPDATE files SET state = {files.DELETED} WHERE state = {files.THERE} AND expires < ? AND name NOT "
-        "IN (SELECT input FROM batches WHERE status IN (?, ?, ?))", (now, *UNFINISHED))
+        f"UPDATE files SET state = {file_rows.DELETED} WHERE state = {file_rows.THERE} AND expires < ? "
+        "AND name NOT IN (SELECT input FROM batches WHERE status IN (?, ?, ?))", (now, *UNFINISHED))
     marks = ", ".join("?" * len(uploads))
     connection.execute(
-        f"UPDATE files SET state = {files.DELETED} WHERE state = {files.WRITTEN} AND purpose = 'batch' "
-        f"AND id NOT IN ({marks})", uploads)
+        f"UPDATE files SET state = {file_rows.DELETED} WHERE state = {file_rows.WRITTEN} "
+        f"AND purpose = 'batch' AND id NOT IN ({marks})", uploads)

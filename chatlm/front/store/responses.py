@@ -14,7 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.store import quota
-from chatlm.front.store.files import PART_BYTES, PART_LINES, owns
+from chatlm.front.store.file_rows import PART_BYTES, PART_LINES, owns
 from chatlm.front.store.pages import ListPage, TextPlace, page_of
 
 if TYPE_CHECKING:

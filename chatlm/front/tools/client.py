@@ -20,9 +20,9 @@ from chatlm.common.records import record
 from chatlm.front.aio import supervised
 from chatlm.front.tools.foreign import header_properties
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
-from chatlm.front.tools.reading import Turns
+from chatlm.front.tools.reading import LoopShare
 from chatlm.front.tools.results import ToolResult
-from chatlm.front.tools.transport import CallArguments, Message, Refusal, ToolError, Transport
+from chatlm.front.tools.transport import CallArguments, JsonRpcError, Message, ToolError, Transport
 
 MODERN = "2026-07-28"
 LEGACY = "2025-11-25"  # the newest with a handshake; a server names an older one if it has only that
@@ -104,7 +104,7 @@ class ToolClient:
         transport.speak("", False)
         try:
             await self._greet(timeout_s)
-        except Refusal:
+        except JsonRpcError:
             if has_answered or not try_modern:
                 raise
             await self._discover(timeout_s)  # a modern one may have started too slowly to answer at first
@@ -119,7 +119,7 @@ class ToolClient:
         try:
             found = await self._request("server/discover", {}, timeout_s, modern=True)
             self.is_modern = MODERN in found["supportedVersions"]
-        except Refusal as error:
+        except JsonRpcError as error:
             if error.code == UNSUPPORTED_VERSION:
                 self.is_modern = MODERN in error.supported
             elif error.code in ERRORS_OF_MODERN:
@@ -153,14 +153,14 @@ class ToolClient:
         packed: dict[str, Seq[Any]] = {}
         left_out: dict[str, str] = {}
         size = 0
-        turns = Turns()
+        loop_share = LoopShare()
         cursor: str | int | None = None
         cursors: set[str | int] = set()
         for _ in range(PAGES):
             page = await self._request("tools/list", {} if cursor is None else {"cursor": cursor}, timeout_s)
             for tool in page["tools"]:
                 bytes_of_tool = sum(len(text) for text in tool[:4])
-                await turns.spend(bytes_of_tool)
+                await loop_share.spend(bytes_of_tool)
                 if len(packed) < TOOLS and size + bytes_of_tool <= LIST_BYTES:
                     packed.setdefault(tool[0], tool)
                     size += bytes_of_tool
@@ -189,7 +189,7 @@ class ToolClient:
         params = {"name": tool.name, "arguments": arguments}
         try:
             found = await self._request("tools/call", params, timeout_s, report, headers=headers)
-        except Refusal as error:
+        except JsonRpcError as error:
             return ToolResult(str(error), is_error=True)
         except asyncio.TimeoutError:
             raise ToolError(f"no answer within {timeout_s:g} s", unknown_outcome=True) from None

@@ -18,9 +18,10 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from chatlm.front.lazy import aiohttp
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
-from chatlm.front.tools.reading import EVENT_LINE_ENDS, SLICE_BYTES, Lines, LineTooLong, Reader, Turns
+from chatlm.front.tools.reading import (
+    EVENT_LINE_ENDS, SLICE_BYTES, LineSplitter, LineTooLong, LoopShare, MessageReader)
 from chatlm.front.tools.transport import (
-    MESSAGE_BYTES, Hear, Message, Refusal, ServerGone, ToolError, packed, result_of)
+    MESSAGE_BYTES, Hear, JsonRpcError, Message, ServerGone, ToolError, packed, result_of)
 
 CONNECT_S = 10.0
 STREAM_BYTES = 64 << 20  # of one answer's events together
@@ -46,7 +47,7 @@ class HttpRefusal(ToolError):
 
 
 @dataclass
-class EventStream:
+class ResumePoint:
     """What is known of the events of one answer, for asking for the rest of them."""
 
     last_id: str = ""
@@ -58,12 +59,12 @@ class HttpTransport:
     """Posts messages to a URL. It uses no proxy of the environment, and follows only redirects to the same
     origin that keep the message: no other host than that of the config is ever asked."""
 
-    def __init__(self, config: ServerConfig, hear: Hear, reader: Reader):
+    def __init__(self, config: ServerConfig, hear: Hear, reader: MessageReader):
         self.url = config.url
         self.label = config.label
         self.hear = hear
         self.reader = reader
-        self.turns = Turns()
+        self.loop_share = LoopShare()
         self.headers = dict(config.headers)
         self.version = ""
         self.is_modern = False
@@ -84,7 +85,7 @@ class HttpTransport:
 
     async def request(self, message: Message, headers: Mapping[str, str]) -> Any:
         methods = {message["id"]: message["method"]}
-        stream = EventStream()
+        stream = ResumePoint()
         async with aclosing(self._post(message, headers, methods, stream)) as answers:
             async for answer in answers:
                 if self._is_response(answer, message["id"]):
@@ -105,7 +106,7 @@ class HttpTransport:
         return answer["id"] == number
 
     async def send(self, message: Message):
-        async with aclosing(self._post(message, {}, {}, EventStream())) as answers:
+        async with aclosing(self._post(message, {}, {}, ResumePoint())) as answers:
             async for answer in answers:
                 if "method" in answer:
                     self.hear(answer)
@@ -141,7 +142,7 @@ class HttpTransport:
         return headers
 
     async def _post(self, message: Message, headers: Mapping[str, str], methods: Mapping[int, str],
-                    stream: EventStream) -> AsyncGenerator[Message, None]:
+                    stream: ResumePoint) -> AsyncGenerator[Message, None]:
         """Send a message; yields the messages of the answer."""
         had_session = bool(self.session_id)
         data = packed(message)
@@ -163,7 +164,7 @@ class HttpTransport:
         raise ToolError(f"it redirects a message more than {REDIRECTS} times")
 
     async def _resume(self, methods: Mapping[int, str],
-                      stream: EventStream) -> AsyncGenerator[Message, None]:
+                      stream: ResumePoint) -> AsyncGenerator[Message, None]:
         """Ask for the events after the last one. A server may close a stream early, for the client to come
         back (revision 2025-11-25)."""
         headers = self._headers({}) | {"Accept": "text/event-stream", "Last-Event-ID": stream.last_id}
@@ -175,7 +176,7 @@ class HttpTransport:
                     yield answer
 
     @asynccontextmanager
-    async def _answer(self, method: str, stream: EventStream,
+    async def _answer(self, method: str, stream: ResumePoint,
                       **options) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer to one HTTP request. What breaks off in a stream of events that can be resumed just
         ends it."""
@@ -194,7 +195,7 @@ class HttpTransport:
                 raise ServerGone(words_for(error), unknown_outcome=True) from None
 
     async def _messages(self, response: aiohttp.ClientResponse, methods: Mapping[int, str],
-                        stream: EventStream) -> AsyncGenerator[Message, None]:
+                        stream: ResumePoint) -> AsyncGenerator[Message, None]:
         if response.content_type == "text/event-stream":
             bodies = self._events(response.content, stream)
         else:
@@ -202,7 +203,7 @@ class HttpTransport:
         try:
             async with aclosing(bodies) as texts:
                 async for text in texts:
-                    for message in await self.reader.read(self.label, text, methods, self.turns):
+                    for message in await self.reader.read(self.label, text, methods, self.loop_share):
                         yield message
         except Unreadable as error:
             raise ToolError(str(error), unknown_outcome=True) from None
@@ -211,19 +212,19 @@ class HttpTransport:
         """The body of an answer, once, if it is not too large."""
         data = bytearray()
         while piece := await content.read(SLICE_BYTES):
-            await self.turns.spend(len(piece))
+            await self.loop_share.spend(len(piece))
             data += piece
             if len(data) > MESSAGE_BYTES:
                 raise ToolError(f"its answer has more than {MESSAGE_BYTES:,} bytes", unknown_outcome=True)
         yield bytes(data)
 
     async def _events(self, content: aiohttp.StreamReader,
-                      stream: EventStream) -> AsyncGenerator[bytes, None]:
+                      stream: ResumePoint) -> AsyncGenerator[bytes, None]:
         """The data of events. Those without data, as servers send at the start, are no messages."""
-        lines = Lines(MESSAGE_BYTES, EVENT_LINE_ENDS)
+        lines = LineSplitter(MESSAGE_BYTES, EVENT_LINE_ENDS)
         data = bytearray()
         while piece := await content.read(SLICE_BYTES):
-            await self.turns.spend(2 * len(piece))
+            await self.loop_share.spend(2 * len(piece))
             stream.received += len(piece)
             if stream.received > STREAM_BYTES:
                 raise ToolError(f"its events have more than {STREAM_BYTES:,} bytes", unknown_outcome=True)
@@ -252,14 +253,14 @@ class HttpTransport:
         if response.status == 404 and had_session:
             return self._lost()
         body = await first_bytes(response.content)
-        messages = await self.reader.read(self.label, body, {}, self.turns)
+        messages = await self.reader.read(self.label, body, {}, self.loop_share)
         errors = [message for message in messages if "error" in message]
         is_about_session = b"session" in body.lower() and all(one["id"] is None for one in errors)
         if response.status == 400 and had_session and (is_about_session or not body.strip()):
             return self._lost(unknown_outcome=not is_about_session)
         for message in errors:
             error = message["error"]
-            return Refusal(error["code"], error["message"], error["supported"])
+            return JsonRpcError(error["code"], error["message"], error["supported"])
         return HttpRefusal(response.status)
 
     def _lost(self, unknown_outcome: bool = False) -> SessionLost:
@@ -270,7 +271,7 @@ class HttpTransport:
         return SessionLost(self.reason.result(), unknown_outcome=unknown_outcome)
 
 
-def take_field(line: bytes, data: bytearray, stream: EventStream):
+def take_field(line: bytes, data: bytearray, stream: ResumePoint):
     """Read a line of an event."""
     name, _, value = line.partition(b":")
     value = value.removeprefix(b" ")

@@ -1,8 +1,8 @@
 """Reads what tool servers write, so that none of them holds up the event loop.
 
 A small message is read in the event loop, a large one in a sandbox, by the same function (`foreign`). Every
-connection has its `Turns`: after so many bytes all others come first. `Lines` cuts what comes in parts into
-lines, and searches no byte twice."""
+connection has its `LoopShare`: after so many bytes all others come first. `LineSplitter` cuts what comes in
+parts into lines, and searches no byte twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNREADABLE = "unreadable_message"
 EVENT_LINE_ENDS = re.compile(rb"\r\n|\n|\r")
 
 
-class Turns:
+class LoopShare:
     """What one connection has cost the event loop since others last had their turn."""
 
     def __init__(self):
@@ -54,7 +54,7 @@ class LineTooLong(Exception):
     """A line has more bytes than allowed."""
 
 
-class Lines:
+class LineSplitter:
     """Cuts bytes that come in parts into lines."""
 
     def __init__(self, most: int, ends: re.Pattern[bytes] = LINE_ENDS):
@@ -89,7 +89,7 @@ class Lines:
         return b"".join(self.begun)
 
 
-class Reader:
+class MessageReader:
     """Reads the messages of all tool servers. They take turns in the sandbox."""
 
     def __init__(self, characters: int):
@@ -100,12 +100,12 @@ class Reader:
         self.sandbox = Sandbox(PROCESS_COMMAND)
 
     async def read(self, label: str, data: bytes | bytearray, methods: Mapping[int, str],
-                   turns: Turns) -> list[Message]:
+                   loop_share: LoopShare) -> list[Message]:
         """The messages in what a server has written, as `messages_in` reads them.
 
         Raises Unreadable if it can't be read within the limits."""
         if len(data) <= LIMITS.inline_bytes:
-            await turns.spend(len(data) + MESSAGE_WORTH)
+            await loop_share.spend(len(data) + MESSAGE_WORTH)
             return messages_in(data, methods, self.characters)
         try:
             read: Any = await self.perform(label, "read_message", [*methods.items()], self.characters,

@@ -16,7 +16,7 @@ from chatlm.front.tools.client import Report, Tool, ToolClient, ToolList
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.http import HttpTransport, SessionLost
 from chatlm.front.tools.offers import OFFERED_BYTES, MOST_TOOLS, OfferedTool
-from chatlm.front.tools.reading import Reader, Turns
+from chatlm.front.tools.reading import LoopShare, MessageReader
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.stdio import StdioTransport
 from chatlm.front.tools.transport import CallArguments, ServerGone, ToolError
@@ -31,7 +31,7 @@ LONGEST_LIST_PAUSE_S = 60.0
 LEAST_LIST_S = 60.0  # a list is not asked for more often, although many servers say that it is valid for 0 s
 
 
-class State(Enum):
+class ServerState(Enum):
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
@@ -43,10 +43,10 @@ class ToolServer:
 
     What fails is tried again after 1 to 60 s; meanwhile `state` is FAILED and `reason` says why."""
 
-    def __init__(self, config: ServerConfig, reader: Reader):
+    def __init__(self, config: ServerConfig, reader: MessageReader):
         self.config = config
         self.reader = reader
-        self.state = State.STARTING
+        self.state = ServerState.STARTING
         self.reason = ""
         self.restarts = 0
         self.tools: dict[str, Tool] = {}
@@ -71,7 +71,7 @@ class ToolServer:
     @property
     def why_unready(self) -> str:
         """Why no tool of it can be called now; "" if they can."""
-        if self.state is State.READY:
+        if self.state is ServerState.READY:
             return ""
         return self.reason or f"it is {self.state.value}"
 
@@ -87,18 +87,18 @@ class ToolServer:
             self.task.cancel()
             with suppress(asyncio.CancelledError):
                 await self.task
-        self._become(State.STOPPED, "the server is shutting down")
+        self._become(ServerState.STOPPED, "the server is shutting down")
 
-    def _become(self, state: State, reason: str = ""):
+    def _become(self, state: ServerState, reason: str = ""):
         self.state = state
         self.reason = printable(self.config.without_secrets(reason))
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def settled(self) -> State:
+    async def settled(self) -> ServerState:
         """The state once the server has started or failed, or FIRST_LIST_S after its start."""
         end_s = self.started_s + FIRST_LIST_S
-        while self.state is State.STARTING and (left_s := end_s - time.monotonic()) > 0:
+        while self.state is ServerState.STARTING and (left_s := end_s - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), left_s)
         return self.state
@@ -119,7 +119,7 @@ class ToolServer:
             except Exception as error:
                 log.error("tool server %s: %s", self.config.label, error, exc_info=error)
                 reason = f"chat_server failed at it ({type(error).__name__}); its log says more"
-            self._become(State.FAILED, reason)
+            self._become(ServerState.FAILED, reason)
             log.warning("tool server %s failed: %s", self.config.label, self.reason)
             if time.monotonic() - began_s > LONGEST_PAUSE_S:
                 pause_s = FIRST_PAUSE_S
@@ -135,7 +135,7 @@ class ToolServer:
             self._check_not_closing()
             assert client.transport
             self.client = client
-            self._become(State.READY)
+            self._become(ServerState.READY)
             log.info("tool server %s is ready: %d tools", self.config.label, len(self.tools))
             pause_s = LIST_PAUSE_S
             while await first_of(client.transport.ended(), client.listed_again.wait()):
@@ -191,7 +191,7 @@ class ToolServer:
         no_room = []
         size = 0
         names = set()
-        turns = Turns()
+        loop_share = LoopShare()
         for packed in sorted(found.packed, key=lambda one: one[0]):
             if packed[0] in self.config.hidden:
                 continue
@@ -199,7 +199,7 @@ class ToolServer:
             if len(offers) == MOST_TOOLS or size + bytes_of_tool > OFFERED_BYTES:
                 no_room.append(packed[0])
                 continue
-            await turns.spend(2 * bytes_of_tool)
+            await loop_share.spend(2 * bytes_of_tool)
             offered = OfferedTool.of(self, Tool.of(packed))
             if offered.name in names:
                 left_out[packed[0]] = "another tool of this server has the same name for a model"

@@ -14,7 +14,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM, exit_in_word
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
-from chatlm.front.tools.reading import Lines, LineTooLong, Reader, Turns, slices
+from chatlm.front.tools.reading import LineSplitter, LineTooLong, LoopShare, MessageReader, slices
 from chatlm.front.tools.transport import MESSAGE_BYTES, Hear, Message, ServerGone, packed, result_of
 
 KEPT_VARIABLES = ("HOME", "PATH", "LANG", "USER", "TMPDIR")
@@ -37,7 +37,7 @@ class StdioTransport:
     leaving_cancels = False
 
     def __init__(self, process: asyncio.subprocess.Process, lifeline: int, hear: Hear, label: str,
-                 reader: Reader):
+                 reader: MessageReader):
         """lifeline: our end of the guard's pipe; closing it ends the program."""
         self.process = process
         self.lifeline: int | None = lifeline
@@ -53,7 +53,7 @@ class StdioTransport:
         self.writing = asyncio.Lock()
 
     @classmethod
-    async def start(cls, config: ServerConfig, hear: Hear, reader: Reader) -> StdioTransport:
+    async def start(cls, config: ServerConfig, hear: Hear, reader: MessageReader) -> StdioTransport:
         """Start the program in its guard."""
         theirs, ours = os.pipe()
         try:
@@ -108,15 +108,15 @@ class StdioTransport:
         """Read messages until the program's output ends or breaks the rules, then fail all who wait."""
         assert self.process.stdout
         why = ""
-        turns = Turns()
-        lines = Lines(MESSAGE_BYTES)
+        loop_share = LoopShare()
+        lines = LineSplitter(MESSAGE_BYTES)
         try:
             while part := await self.process.stdout.read(READ_BYTES):
                 for piece in slices(part):
-                    await turns.spend(len(piece))
+                    await loop_share.spend(len(piece))
                     for line in lines.take(piece):
                         if line.strip():
-                            await self._take(line, turns)
+                            await self._take(line, loop_share)
         except LineTooLong:
             why = f"it wrote a line of more than {MESSAGE_BYTES:,} bytes"
         except Unreadable as error:
@@ -129,10 +129,10 @@ class StdioTransport:
         self._end(why)
         with suppress(OSError):  # what it still writes, until it has ended: else its pipe would stay open
             while part := await self.process.stdout.read(READ_BYTES):
-                await turns.spend(len(part))
+                await loop_share.spend(len(part))
 
-    async def _take(self, line: bytes, turns: Turns):
-        messages = await self.reader.read(self.label, line, self.methods, turns)
+    async def _take(self, line: bytes, loop_share: LoopShare):
+        messages = await self.reader.read(self.label, line, self.methods, loop_share)
         if not messages:
             log.debug("tool server %s wrote a line that is no message: %r", self.label, line[:200])
         for message in messages:
@@ -155,9 +155,9 @@ class StdioTransport:
 
     async def _drain_stderr(self):
         assert self.process.stderr
-        turns = Turns()
+        loop_share = LoopShare()
         while part := await self.process.stderr.read(READ_BYTES):
-            await turns.spend(len(part))
+            await loop_share.spend(len(part))
             text = part.decode("utf-8", "replace")
             self.stderr = (self.stderr + text)[-STDERR_CHARACTERS:]
             log.debug("tool server %s: %s", self.label, text.rstrip())

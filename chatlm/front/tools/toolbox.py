@@ -16,9 +16,9 @@ from chatlm.common.log import log
 from chatlm.front.tools.client import Report
 from chatlm.front.tools.config import ServerConfig, read_mcp_config
 from chatlm.front.tools.offers import OfferedTool, chosen, notices_of, sorted_by_name
-from chatlm.front.tools.reading import Reader
+from chatlm.front.tools.reading import MessageReader
 from chatlm.front.tools.results import ToolResult
-from chatlm.front.tools.server import State, ToolServer
+from chatlm.front.tools.server import ServerState, ToolServer
 from chatlm.front.tools.transport import CallArguments, ToolError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Toolbox:
     """The tools of all servers of --mcp-config. Without the flag there are none."""
 
     def __init__(self, configs: Iterable[ServerConfig], timeout_s: float, result_characters: int):
-        self.reader = Reader(result_characters)
+        self.reader = MessageReader(result_characters)
         self.servers = [ToolServer(config, self.reader) for config in configs]
         self.timeout_s = timeout_s
         self.result_characters = result_characters
@@ -123,7 +123,7 @@ class Toolbox:
         return {**self.by_name}
 
     def _choose(self):
-        ready = [server for server in self.servers if server.state is State.READY]
+        ready = [server for server in self.servers if server.state is ServerState.READY]
         ready.sort(key=lambda one: one.config.label)
         offered, no_room = chosen([server.offers for server in ready])
         self.by_name = sorted_by_name(offered)
@@ -139,7 +139,7 @@ class Toolbox:
     def notices(self, server: ToolServer) -> Seq[str]:
         """What is missing of a server's tools, and what is odd about its list."""
         self.offered()
-        return self.told.get(server.config.label, []) if server.state is State.READY else []
+        return self.told.get(server.config.label, []) if server.state is ServerState.READY else []
 
     async def call(self, offered: OfferedTool, arguments: Mapping[str, Any] | CallArguments, client: str,
                    report: Report | None = None) -> ToolResult:

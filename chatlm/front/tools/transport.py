@@ -30,7 +30,7 @@ class ServerGone(ToolError):
     """The tool server can't be reached any more: it has ended, or the connection has."""
 
 
-class Refusal(ToolError):
+class JsonRpcError(ToolError):
     """The tool server answered with a JSON-RPC error."""
 
     def __init__(self, code: int, text: str, supported: Seq[str] = ()):
@@ -44,8 +44,8 @@ class Transport(Protocol):
     """A connection to one tool server."""
 
     async def request(self, message: Message, headers: Mapping[str, str]) -> Any:
-        """Send a request and return the `result` of its response. Raises Refusal for an error in its place,
-        ServerGone, or ToolError. If the caller is cancelled, the transport forgets the request.
+        """Send a request and return the `result` of its response. Raises JsonRpcError for an error in its
+        place, ServerGone, or ToolError. If the caller is cancelled, the transport forgets the request.
 
         headers: more headers of a request over HTTP."""
 
@@ -94,11 +94,11 @@ def packed(message: Message) -> bytes:
 
 
 def result_of(response: Message) -> Any:
-    """The result in a response, as `foreign.condensed` makes one. Raises Refusal if it is an error, and
+    """The result in a response, as `foreign.condensed` makes one. Raises JsonRpcError if it is an error, and
     ToolError if it can't be used."""
     if "failed" in response:
         raise ToolError(response["failed"], unknown_outcome=response["unknown_outcome"])
     if "error" in response:
         error = response["error"]
-        raise Refusal(error["code"], error["message"], error["supported"])
+        raise JsonRpcError(error["code"], error["message"], error["supported"])
     return response["result"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.files import MOST_OBJECT, opened, read_small
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
-from chatlm.worker.engine.part import Part
+from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.weights.adapters.serving import reading_thread
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.worker.ranks.ranks import RankZero
 
 
-class AdapterSlots(Part):
+class AdapterSlots(EnginePart):
     """Each adapter has a slot number, by which batches name it. It is the same in all ranks, and never used
     again."""
 

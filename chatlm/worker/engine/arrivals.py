@@ -10,7 +10,7 @@ from chatlm.common.errors import error_text
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Failed
 from chatlm.worker.engine.drawn import failure_of, failure_text
-from chatlm.worker.engine.part import LatePart, Part
+from chatlm.worker.engine.part import EnginePart, LatePart
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.fair_thread import FairThread
@@ -78,7 +78,7 @@ def why_not(parts: Seq[Any], sequence: Sequence) -> str:
     raises fails only this answer."""
     for part in parts:
         try:
-            if isinstance(part, Part) and (fault := part.comes(sequence)):
+            if isinstance(part, EnginePart) and (fault := part.comes(sequence)):
                 return fault
         except Exception as error:
             log.exception("a part of the engine failed")

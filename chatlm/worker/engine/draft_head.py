@@ -17,7 +17,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.worker.engine.batch import sample_row
+from chatlm.worker.engine.batching import sample_row
 from chatlm.worker.engine.draft_model import Followers
 from chatlm.worker.model.batch import Batch
 

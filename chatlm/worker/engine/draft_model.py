@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from chatlm.worker.engine.batch import make_batch, sample_row
+from chatlm.worker.engine.batching import make_batch, sample_row
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.model.batch import Batch

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.part import Part
+    from chatlm.worker.engine.part import EnginePart
     from chatlm.worker.engine.sequence import Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
 
@@ -20,7 +20,7 @@ class HiddenRows(NamedTuple):
     rows: range  # of the step
 
 
-def mark_hidden(plan: Seq[Chunk], parts: Seq[Part]):
+def mark_hidden(plan: Seq[Chunk], parts: Seq[EnginePart]):
     """Note in a plan's sequences whether a part needs their hidden states after the step."""
     if not parts:
         return
@@ -42,7 +42,7 @@ def hidden_rows(chunks: Seq[Chunk]) -> list[HiddenRows]:
     return needed
 
 
-def hand_over_hidden(hidden: Seq[HiddenRows], parts: Seq[Part], transformer: Transformer
+def hand_over_hidden(hidden: Seq[HiddenRows], parts: Seq[EnginePart], transformer: Transformer
                      ) -> list[tuple[Sequence, Exception]]:
     """Give the hidden states of a finished step to the parts, before the next step overwrites them. Returns
     the sequences for which a part fails."""

@@ -11,7 +11,7 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.messages.requests import PromptScores, TokenLogprob
-from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.batching import make_batch, sample_rows
 from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_ids
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ class Restoration:
     read_began_s: float = math.inf  # when the current read began; infinite while none is under way
     over: bool = False       # does nobody wait for it any more?
     slot: int | None = None  # with the state after its tokens
-    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(Reader.BATCHES))
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(PageReader.BATCHES))
 
 
 class Pace:
@@ -92,7 +92,7 @@ class Pace:
         return restoration.pages_read - restoration.begin > computed
 
 
-class Reader:
+class PageReader:
     """Threads that read kept pages ahead of the engine, and look at what other workers have stored."""
 
     LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
@@ -193,7 +193,7 @@ class PageKeeper:
         self.addresses = Addresses()
         pool.note_addresses(self.addresses)
         self.pace = Pace(pool.page_size, times)
-        self.reader = Reader(kept, self.pace)
+        self.reader = PageReader(kept, self.pace)
         self.restorations: list[Restoration] = []
         self.counts: dict[str, int] = dict.fromkeys(
             ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)

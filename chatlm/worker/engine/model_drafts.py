@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence as Seq
 from typing import Protocol, TYPE_CHECKING
 
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
-from chatlm.worker.engine.part import Part
+from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.engine.times import StepTimes
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> 
     return best
 
 
-class ModelDrafts(Part):
+class ModelDrafts(EnginePart):
     """The source. Where no draft pays, it rests: it drafts one token after REST tokens, then after twice as
     many, and so on, to see whether drafts pay now. Answers that begin meanwhile rest as long, since a second
     model would have to compute their prompts too."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Part:
+class EnginePart:
     """A part of an engine, by its hooks, which do nothing here.
 
     A sequence comes and ends. In between, step after step is planned with it, perhaps with another input, and
@@ -110,7 +110,7 @@ class LatePart(Generic[T]):
 
 
 @record
-class Refusal:
+class MissingPart:
     """What this engine is without, and what an answer is told that needs it."""
 
     asked: Callable[[Assignment], bool]
@@ -129,8 +129,8 @@ class EngineParts:
     texts: LatePart[Pooler] | None = None           # what becomes vectors and scores
     grammars: LatePart[Grammars] | None = None
     calculator: Callable[[Tokenizer], CalculatorTool] | None = None
-    others: Seq[LatePart[Any]] = ()                 # of later features: each a Part
-    refusals: Seq[Refusal] = ()
+    others: Seq[LatePart[Any]] = ()                 # of later features
+    refusals: Seq[MissingPart] = ()
 
     def missing(self, work: Assignment) -> list[LatePart[Any]]:
         """The parts that an answer is the first to need."""

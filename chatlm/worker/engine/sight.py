@@ -14,15 +14,15 @@ import numpy
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import row_places, rows_in
 from chatlm.worker.arrays.kinds import FLOATS
-from chatlm.worker.engine.batch import picture_rows
-from chatlm.worker.engine.part import Part
+from chatlm.worker.engine.batching import picture_rows
+from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.tower import Tower, chunk_work, tiles_of
 from chatlm.worker.model.transformer import first_turn
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Picture, Vision
-    from chatlm.common.vision.layout import Layout
+    from chatlm.common.vision.layout import PictureLayout
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
@@ -40,7 +40,7 @@ class EncodedPicture:
     """A picture, and its rows (tokens, width) float32 once the tower has computed them."""
 
     picture: Picture
-    layout: Layout
+    layout: PictureLayout
     rows: numpy.ndarray | None = None
 
     @property
@@ -172,7 +172,7 @@ class Sight:
         return [token for token in tokens if token < self.first_id]
 
 
-class Pictures(Part):
+class Pictures(EnginePart):
     """Encodes the pictures that running sequences wait for, the oldest sequence's first. Before each step a
     part of one is computed, so that other answers wait no longer than for that. Rows are kept by the
     digest of the pixels, for pictures that come again."""

@@ -23,7 +23,7 @@ from chatlm.common.core import installed_core
 from chatlm.common.errors import ConfigError, RanksFailed, shown
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel
-from chatlm.common.processes.connect import Door, dial, has_hung_up, listen
+from chatlm.common.processes.connect import Listener, dial, has_hung_up, listen
 from chatlm.common.processes.launch import ranks_here
 from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, RankStore, same_on_all_nodes
@@ -105,28 +105,29 @@ class TcpLinks:
     def _gather(self, host: str):
         """Wait until all ranks have connected. If one leaves, all connect again, to a new life of the
         store."""
-        with listen_as_master(host) as listener:
+        with listen_as_master(host) as server:
             together = False
             while not together:
                 for connection in self._connections():
                     connection.close()
                 self.arrived, self.after, self.life = {}, None, self.store.begin_life()
-                self.store.put(f"{self.life}/0", [host, listener.getsockname()[1], self.secret.hex(),
+                self.store.put(f"{self.life}/0", [host, server.getsockname()[1], self.secret.hex(),
                                                   same_on_all_nodes(self.settings)])
-                with Door(listener, self.secret, first=ARRIVAL_PIPE) as door:
-                    together = self.store.wait(self.life, partial(self._admit, door), self._report_missing)
+                with Listener(server, self.secret, first=ARRIVAL_PIPE) as listener:
+                    admit = partial(self._admit, listener)
+                    together = self.store.wait(self.life, admit, self._report_missing)
 
     def _connections(self) -> list[socket.socket]:
         connections = [channel.connection for _, channel in self.arrived.values()]
         return [*connections, self.after] if self.after else connections
 
-    def _admit(self, door: Door) -> bool | None:
+    def _admit(self, listener: Listener) -> bool | None:
         """Admit one more rank. Returns True once all are here, None before that, False if one has left."""
         in_stages = self.count > self.tp
         with suppress(EOFError, OSError):  # it may connect again
             if in_stages and not self.after and (address := self.store.look(f"{self.life}/{self.tp}")):
                 self.after = dial(address[0], address[1], self.secret)
-            if newcomer := door.admit(0.2):
+            if newcomer := listener.accept(0.2):
                 connection, arrival = newcomer
                 if arrival.rank in range(1, self.count):
                     self.arrived[arrival.rank] = arrival, Channel(connection, RANK_PIPE)

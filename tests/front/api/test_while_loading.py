@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 
 import fake_tools
-from chatlm.common.config import LIMITS, ModelChoice, Settings
-from chatlm.front.intake.arrival import Caller
+from chatlm.common.config import LIMITS, ModelEntry, Settings
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
@@ -200,7 +200,7 @@ async def test_lines_of_batches_are_not_refused_meanwhile():
 
 async def test_a_model_that_is_not_found_yet_may_be_there(nanochat_fixtures):
     """Several models are found one after the other."""
-    settings = Settings(several=(ModelChoice(str(nanochat_fixtures / "gen5"), "one"),))
+    settings = Settings(several=(ModelEntry(str(nanochat_fixtures / "gen5"), "one"),))
     models = many_models(settings)
     body = {"messages": SAID, "tools": [TOOL]}
     async with serving(models, settings) as url, aiohttp.ClientSession() as http:

@@ -16,9 +16,9 @@ import pytest
 
 import tiny_training
 from chatlm.common.config import ApiKey
-from chatlm.front.evals import step_work
+from chatlm.front.evals import checkpoint_evaluator
 from chatlm.front.evals.run_results import (
-    RunResults, StepResult, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
+    SAMPLES, TEXT, WRITTEN, CheckpointResult, EvaluatedCheckpoint, RunResults, Score, result_in, text_result)
 from chatlm.front.evals.scores import PoolScorer
 from fake_pool import serving
 from nightly import WHOLE, by_day
@@ -35,7 +35,7 @@ def computing_nothing():
         async def computed(*_, **__):
             raise AssertionError("it was computed again")
 
-        monkeypatch.setattr(step_work, "score_text", computed)
+        monkeypatch.setattr(checkpoint_evaluator, "score_text", computed)
         monkeypatch.setattr(PoolScorer, "score", computed)
         monkeypatch.setattr(PoolScorer, "complete", computed)
         yield
@@ -240,7 +240,7 @@ async def test_a_server_shows_what_another_has_found(run_folder, watching, tmp_p
 @pytest.mark.parametrize("count", by_day([20_000, 100_000], 20_000))
 async def test_100_000_results_are_read_beside_the_loop(tmp_path, count):
     """It is the event loop."""
-    step = StepOfRun("d2", "d2", "", 0, str(tmp_path / "d2"), 1.0, "0" * 64)
+    step = EvaluatedCheckpoint("d2", "d2", "", 0, str(tmp_path / "d2"), 1.0, "0" * 64)
     with open(tmp_path / "run-d2.jsonl", "w") as file:
         for number in range(count):
             line = {"tag": "d2", "step": number, "weights_digest": f"{number:064}", "folder": step.folder, "saved_s": number + 1,
@@ -261,7 +261,7 @@ async def test_100_000_results_are_read_beside_the_loop(tmp_path, count):
 
 
 async def test_a_line_after_one_that_was_cut_is_whole(tmp_path):
-    step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a" * 64)
+    step = EvaluatedCheckpoint("d2", "d2", "", 3, "/runs/d2", 1.0, "a" * 64)
     (tmp_path / "run-d2.jsonl").write_bytes(b'{"tag": "d2", "st')
     first, second = RunResults(tmp_path), RunResults(tmp_path)
     await first.load()
@@ -292,7 +292,7 @@ async def known_steps(*steps):
     """The steps that are listed as removed, of lines in this order: (step, saved_s, digest)."""
     results = RunResults(None)
     for step, saved_s, digest in steps:
-        await results.add(StepOfRun("d2", "d2", "", step, "/runs/d2", saved_s, digest), StepResult(WRITTEN, metrics={"val_bpb": saved_s}))
+        await results.add(EvaluatedCheckpoint("d2", "d2", "", step, "/runs/d2", saved_s, digest), CheckpointResult(WRITTEN, metrics={"val_bpb": saved_s}))
     return [(step["step"], step["metrics"]["val_bpb"]) for step in results.removed(Path("/runs"), {}, {("/runs/d2", 900)})]
 
 
@@ -309,7 +309,7 @@ async def test_a_new_training_overtakes_later_old_steps():
 async def test_another_folder_s_results_are_none_of_this():
     results = RunResults(None)
     for folder in ("/runs/d2", "/runs-of-others/d2", ""):
-        await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), StepResult(WRITTEN, metrics={"val_bpb": 1.0}))
+        await results.add(EvaluatedCheckpoint("d2", "d2", "", 3, folder, 1.0, "a" + folder), CheckpointResult(WRITTEN, metrics={"val_bpb": 1.0}))
     assert [step["weights_digest"] for step in results.removed(Path("/runs"), {}, set())] == ["a/runs/d2"]
 
 
@@ -317,10 +317,10 @@ async def test_of_other_flags_the_last_result_is_shown():
     """Of another text none is."""
     results = RunResults(None)
     results.asked |= {TEXT: "text", SAMPLES: "prompts"}
-    step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a")
+    step = EvaluatedCheckpoint("d2", "d2", "", 3, "/runs/d2", 1.0, "a")
     for text, made_by, bits in (("text", "float32", 8.0), ("text", "bfloat16", 16.0), ("other", "bfloat16", 24.0)):
         await results.add(step, text_result(text, Score(bits, 1, 3))._replace(made_by=made_by))
-        await results.add(step, StepResult(SAMPLES, "prompts" * (text == "text"), samples=({"prompt": "a", "text": made_by},), made_by=made_by))
+        await results.add(step, CheckpointResult(SAMPLES, "prompts" * (text == "text"), samples=({"prompt": "a", "text": made_by},), made_by=made_by))
     removed, = results.removed(Path("/runs"), {}, set())
     assert removed["metrics"] == {"bits_per_byte": 16.0} and removed["samples"] == [{"prompt": "a", "text": "bfloat16"}]
     assert results.find("a", TEXT, "text", "float32").score.bits == 8.0 and results.find("a", TEXT, "text", "float16") is None

@@ -20,15 +20,15 @@ from chatlm.front.api.batch_lines import line_id
 from chatlm.front.api.dialect import model_names
 from chatlm.front.api.reading import read_answer
 from chatlm.front.intake import intake as intake_module
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.body_tasks import BodyTasks
 from chatlm.front.intake.envelope import make_envelope, unpacked_envelope
 from chatlm.front.intake.intake import Intake
-from chatlm.front.intake.sandboxed import Shelf
+from chatlm.front.intake.sandboxed import OpenBodyCache
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.terminal.batch import Local
+from chatlm.terminal.batch_command import Local
 from fake_pool import FakePool, conversation, serving
 from nightly import WHOLE
 from patching import patch
@@ -83,8 +83,8 @@ async def tokens_of(intake, text, model="one", client="a"):
     """What /tokenize says of a text."""
     body = json.dumps({"model": model, "content": text}).encode()
     with holding_of(intake, client) as holding:
-        async with intake.opened(caller_of("/tokenize", client), body) as arrival:
-            return (await intake.text(arrival, holding))[2]
+        async with intake.opened(caller_of("/tokenize", client), body) as opened_body:
+            return (await intake.text(opened_body, holding))[2]
 
 
 # where a body is read
@@ -189,17 +189,17 @@ async def test_a_body_is_forgotten_once_read(models, intake, crossings, model, f
 
 def test_a_sandbox_drops_bodies_of_other_tickets():
     """It drops those without one too, and opens what it is sent."""
-    shelf = Shelf()
-    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
+    cache = OpenBodyCache()
+    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), cache)
     for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
-        shelf.turn_to(ticket)
+        cache.keep_only(ticket)
         assert unpacked_envelope(
             tasks.open("/tokenize", None, 9, (), json.dumps({"model": model}).encode()).data).model == model
-        shelf.turn_to(ticket)
-        assert shelf.body.model == model
+        cache.keep_only(ticket)
+        assert cache.body.model == model
     for ticket in (3, 0, 0):
-        shelf.turn_to(ticket)
-        assert shelf.body is None
+        cache.keep_only(ticket)
+        assert cache.body is None
         with pytest.raises(AssertionError, match="the front thinks"):
             tasks.open("/tokenize", None, 9, ())
         tasks.open("/tokenize", None, 9, (), b"{}")
@@ -219,10 +219,10 @@ async def test_a_process_dying_after_open_costs_nothing(models, intake, crossing
     """It dies between open and read."""
     sandbox = models.find("").pool.admission.sandboxes["bodies"]
     with holding_of(intake) as holding:
-        async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as arrival:
+        async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as opened_body:
             pid = sandbox.process.pid
             os.kill(pid, signal.SIGKILL)
-            _, _, text = await intake.text(arrival, holding)
+            _, _, text = await intake.text(opened_body, holding)
     assert [task for task in crossings if task[0] in ("open", "read")][-1] == ["read", 1]
     assert text == await tokens_of(intake, LARGE) and sandbox.process.pid != pid
 
@@ -289,25 +289,25 @@ BODIES = [
 
 async def read_by_route(intake, body):
     with holding_of(intake) as reading, holding_of(intake) as holding:
-        arrival = await intake.open(caller_of(CHAT), json.dumps(body).encode())
-        return (await intake.answer(arrival, reading, holding))[1].request
+        opened_body = await intake.open(caller_of(CHAT), json.dumps(body).encode())
+        return (await intake.answer(opened_body, reading, holding))[1].request
 
 
 async def read_by_line(intake, body, number=1):
     text = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body}).encode()
     with holding_of(intake) as holding:
         served = await intake.resolve("", (), holding)
-        arrival = await intake.open(caller_of(CHAT), text, number=number, opener=served.pool.admission)
-        return await intake.line(arrival, served, holding), text
+        opened_body = await intake.open(caller_of(CHAT), text, number=number, opener=served.pool.admission)
+        return await intake.line(opened_body, served, holding), text
 
 
 async def read_by_comparison(intake, body):
     with holding_of(intake) as holding:
-        arrival = await intake.open(caller_of("/v1/compare"),
-                                    json.dumps(body | {"models": ["one", "two"]}).encode(),
-                                    times=LIMITS.compared)
-        served, _, _ = await intake.text(arrival, holding, sees=False)
-        return (await intake.variants(arrival, holding, served, [0], 5))[0].request
+        opened_body = await intake.open(caller_of("/v1/compare"),
+                                        json.dumps(body | {"models": ["one", "two"]}).encode(),
+                                        times=LIMITS.compared)
+        served, _, _ = await intake.text(opened_body, holding, sees=False)
+        return (await intake.variants(opened_body, holding, served, [0], 5))[0].request
 
 
 async def checked_by(intake, first, lines):
@@ -421,13 +421,13 @@ async def test_a_comparison_s_pictures_are_decoded_once(intake, monkeypatch):
         {"type": "text", "text": "x"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
     with holding_of(intake) as holding:
-        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(),
-                                    times=LIMITS.compared)
+        opened_body = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(),
+                                        times=LIMITS.compared)
         for name in body["models"]:
             served = await intake.resolve(name, (), holding)
             monkeypatch.setattr(served.pool.admission, "decode_picture", decode)
-            [parsed] = await intake.variants(arrival, holding, served, [0], 5)
-            assert parsed.request.messages[0].pictures == arrival.pictures and intake.pixels.used == 6
+            [parsed] = await intake.variants(opened_body, holding, served, [0], 5)
+            assert parsed.request.messages[0].pictures == opened_body.pictures and intake.pixels.used == 6
     assert len(decoded) == 1
 
 
@@ -502,7 +502,7 @@ async def test_a_body_is_given_back_before_its_rest_counts():
     with holding_of(intake) as holding:
         with holding_of(intake) as reading:
             await reading.wait_for(len(body))
-            arrival = await intake.open(caller_of("/v1/completions"), body)
-            _, parsed = await intake.answer(arrival, reading, holding)
+            opened_body = await intake.open(caller_of("/v1/completions"), body)
+            _, parsed = await intake.answer(opened_body, reading, holding)
         assert intake.budget.used == holding.size == parsed.size
     assert intake.budget.used == 0

@@ -50,9 +50,9 @@ async def test_a_key_for_other_models_sees_no_counts_of_this_one():
 
 async def test_a_server_that_ends_while_a_model_is_removed_closes_all(one_and_two):
     """Whoever would have closed its pool was ended with the server's tasks."""
-    commons = one_and_two.source.opener.commons
+    shared = one_and_two.source.opener.shared
     [model, _] = one_and_two.registry.models
     one_and_two.source.fail(model, EngineFailure("its worker cannot start"))
-    assert model.pool is None and len(commons.users) == 3
+    assert model.pool is None and len(shared.users) == 3
     await one_and_two.close()
-    assert not commons.users and all(sandbox.closed for sandbox in commons.admission.sandboxes.values())
+    assert not shared.users and all(sandbox.closed for sandbox in shared.admission.sandboxes.values())

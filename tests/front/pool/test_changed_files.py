@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from chatlm.common.config import ModelChoice, Settings
-from chatlm.common.hub.adapters import adapter_at
+from chatlm.common.config import ModelEntry, Settings
+from chatlm.common.hub.adapter_folders import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of
@@ -193,7 +193,7 @@ async def test_a_merged_adapter_belongs_to_the_files(start, model, versions, cli
 @pytest.mark.parametrize("change", by_day([in_place, template], in_place))
 async def test_one_of_several_models_is_opened_anew(change, started, start, model, versions, client):
     """Its files have changed; its answers end."""
-    models = await started(many_models(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
+    models = await started(many_models(Settings(several=(ModelEntry(str(model), "one"), ModelEntry(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
         digest = await digest_of(client, url)
@@ -211,7 +211,7 @@ async def test_one_of_several_models_is_opened_anew(change, started, start, mode
 @pytest.mark.slow
 async def test_changed_files_are_opened_anew_before_a_load(started, model, versions, client):
     """The model is one of several, and was unloaded."""
-    models = await started(many_models(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
+    models = await started(many_models(Settings(several=(ModelEntry(str(model), "one"), ModelEntry(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
         by_rename(model, versions)
@@ -225,7 +225,7 @@ async def test_changed_files_are_opened_anew_before_a_load(started, model, versi
 
 async def test_a_model_without_files_refuses_at_once(started, model, versions, client):
     """It is one of several."""
-    models = await started(many_models(Settings(several=(ModelChoice(str(model), "one"), ModelChoice(str(versions[1]), "two")), **TINY), DYING))
+    models = await started(many_models(Settings(several=(ModelEntry(str(model), "one"), ModelEntry(str(versions[1]), "two")), **TINY), DYING))
     async with served(models) as url:
         assert await text_of(client, url, "one")
         other = await text_of(client, url, "two")
@@ -308,8 +308,8 @@ async def test_a_broken_adapter_is_told_once(start, model, client, tmp_path, mon
     folder = adapter(model, tmp_path / "all" / "ad0", 1)
     pool = await start(adapter=(str(tmp_path / "all"),))
     lines = lambda: [record for record in caplog.records if "cannot be served" in record.getMessage()]
-    looks, look = [], pool.adapters.watch.sightings.look
-    monkeypatch.setattr(pool.adapters.watch.sightings, "look", lambda: (looks.append(1), look())[1])
+    looks, look = [], pool.adapters.watch.scanner.look
+    monkeypatch.setattr(pool.adapters.watch.scanner, "look", lambda: (looks.append(1), look())[1])
     async with served(pool) as url:
         before = await text_of(client, url, "ad0")
         (folder / "adapter_config.json").write_text("")  # as a writer has it for a moment

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from chatlm.common.config import ModelChoice, Settings
+from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
@@ -209,7 +209,7 @@ async def test_later_starts_go_on_without_drafts_too(start, draft, text, trained
 @pytest.fixture
 async def several(model, draft, text, trained, started, tmp_path, monkeypatch):
     monkeypatch.setenv("STRUCK", str(tmp_path))
-    choices = ModelChoice(str(model), "one"), ModelChoice(str(trained[1]), "two")
+    choices = ModelEntry(str(model), "one"), ModelEntry(str(trained[1]), "two")
     return await started(many_models(Settings(several=choices, draft_model=str(draft), draft_text=(str(text),), **TINY), DYING))
 
 

@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.common.processes.start import patient
 from chatlm.front.pool.dispatcher import WaitingQueue, waiting_by_client
 from chatlm.front.pool.places import Places
-from chatlm.front.pool.worker import Job, State
+from chatlm.front.pool.worker import Job, WorkerState
 from answers import asked, ending, said
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
@@ -209,7 +209,7 @@ async def submitted(pool, *names, low=False):
 async def test_a_client_s_pile_leaves_room_in_the_queue():
     """The others have it."""
     pool = played_pool(max_batch=1, max_queue=8)
-    pool.workers[0].become(State.DEAD)          # so all of them wait
+    pool.workers[0].become(WorkerState.DEAD)          # so all of them wait
 
     async def asking(name, client, n=1):
         request = asked(name, prompts=((1,),), prompt_ids=((1,),), client=client, n=n, max_tokens=8)
@@ -238,7 +238,7 @@ async def test_a_client_s_pile_leaves_room_in_the_queue():
 async def test_one_request_s_answers_leave_queue_room():
     """There are many of them."""
     pool = played_pool(max_batch=1, max_queue=8)
-    pool.workers[0].become(State.DEAD)
+    pool.workers[0].become(WorkerState.DEAD)
 
     async def asking(name, prompts=1):
         ids = ((1,),) * prompts

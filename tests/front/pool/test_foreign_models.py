@@ -16,7 +16,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.common.processes.start import PROCESS_COMMAND, patient
 from chatlm.front.pool.many import FolderWatch, many_models
-from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.folder_scanner import FolderScanner
 from chatlm.front.pool.survey import Survey
 from fake_pool import serving
 from families import make_model, save
@@ -121,7 +121,7 @@ async def test_a_scan_that_fails_is_told_once_and_tried_again(caplog):
     async def update(_):
         pass
 
-    watched = Sightings(find, list, 0.0)
+    watched = FolderScanner(find, list, 0.0)
     with pytest.raises(asyncio.CancelledError):
         await watched.run(update, pause)
     said = [line for line in caplog.messages if "boom" in line]
@@ -189,7 +189,7 @@ async def test_hostile_models_keep_none_from_being_served(started, client, llama
                 await asyncio.sleep(0.01)
         async with client.post(url + "/v1/completions", json=body | {"model": "late"}) as response:
             assert response.status == 200
-    reasons = {Path(model.choice.path).name: model.reason for model in models.registry.models if model.reason}
+    reasons = {Path(model.entry.path).name: model.reason for model in models.registry.models if model.reason}
     for name, words in (("huge-token", "its tokens are too long"), ("charsmap", "precompiled_charsmap"),
                         ("many-specials", "default_num_special_tokens")):
         assert words in reasons[name], reasons

@@ -17,8 +17,8 @@ import pytest
 
 import tiny_training
 from chatlm.common.config import Settings
-from chatlm.front.evals.step_work import StepWork
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.folder_watch import FolderWatch
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.residency import Residency
@@ -94,7 +94,7 @@ def history(monkeypatch, tmp_path, client, started, caplog):
         handler.emit = lambda record: lines.append(record.getMessage())
         logging.getLogger().addHandler(handler)
         try:
-            models = await started(many_models(Settings(**TINY | settings), DYING, StepWork))
+            models = await started(many_models(Settings(**TINY | settings), DYING, CheckpointEvaluator))
             async with serving(models, models.settings) as url:
                 seen = History(client, url, tmp_path, lines)
                 await scene(seen)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chatlm.common.config import ModelChoice, Settings
+from chatlm.common.config import ModelEntry, Settings
 from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import make_pool
 from asking import served
@@ -115,8 +115,8 @@ async def test_a_lost_file_ends_each_request_and_is_logged(
     root = shutil.copytree(files, tmp_path / "files")
     given = with_(kind, root)
     if several:
-        one = ModelChoice(given.settings.model, "one", changes={"lora": given.settings.lora})
-        two = ModelChoice(str(files / "draft"), "two")
+        one = ModelEntry(given.settings.model, "one", changes={"lora": given.settings.lora})
+        two = ModelEntry(str(files / "draft"), "two")
         models = await started(many_models(replace(given.settings, model=None, lora=(), several=(one, two)), DYING))
     else:
         models = await started(make_pool(given.settings, DYING))

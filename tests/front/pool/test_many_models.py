@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 import pytest
 
 import chat_server
-from chatlm.common.config import ApiKey, ModelChoice, Settings
+from chatlm.common.config import ApiKey, ModelEntry, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool import many
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.worker import State, Worker
+from chatlm.front.pool.worker import Worker, WorkerState
 from fake_pool import frames, serving
 from forked import DYING
 
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def choices(nanochat_fixtures, *generations):
-    return tuple(ModelChoice(str(nanochat_fixtures / name), name) for name in generations)
+    return tuple(ModelEntry(str(nanochat_fixtures / name), name) for name in generations)
 
 
 @pytest.fixture
@@ -139,8 +139,8 @@ async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanoch
 async def test_a_name_or_alias_finds_its_model(start_models, nanochat_fixtures, client):
     """Defaults do too; keys decide who sees and loads what."""
     keys = (ApiKey.hashed("all", "owner"), ApiKey.hashed("some", "bob", ("gen3", "small")), ApiKey.hashed("none", "eve", ("other",)))
-    several = (ModelChoice(str(nanochat_fixtures / "gen1"), "first"), ModelChoice(str(nanochat_fixtures / "gen2"), "chief", default=True),
-               ModelChoice(str(nanochat_fixtures / "gen3"), "gen3", ("small", "gpt-4o")))
+    several = (ModelEntry(str(nanochat_fixtures / "gen1"), "first"), ModelEntry(str(nanochat_fixtures / "gen2"), "chief", default=True),
+               ModelEntry(str(nanochat_fixtures / "gen3"), "gen3", ("small", "gpt-4o")))
     models = await start_models(several=several, keys=keys)
     whole, some, none = ({"Authorization": f"Bearer {key}"} for key in ("all", "some", "none"))
     async with served(models) as url:
@@ -200,7 +200,7 @@ async def test_a_broken_file_says_why_and_new_ones_show(start_models, nanochat_f
 async def test_a_request_before_all_headers_comes_again(nanochat_fixtures, started, client, tmp_path, monkeypatch, caplog):
     """Its model has not failed. What has failed is said once, when the server starts."""
     (tmp_path / "bad.gguf").write_bytes(b"garbage, which is no model")
-    several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(tmp_path / "bad.gguf"), "bad"))
+    several = (*choices(nanochat_fixtures, "gen1"), ModelEntry(str(tmp_path / "bad.gguf"), "bad"))
     models, read = many_models(Settings(several=several, **TINY), DYING), asyncio.Event()
 
     async def open_later(model, original=models.source.opener.open):
@@ -272,11 +272,11 @@ async def test_what_cannot_be_served_ends_the_start(nanochat_fixtures, tmp_path)
     one, other = choices(nanochat_fixtures, "gen1", "gen2")
     (tmp_path / "empty").mkdir()
     bad = [(dict(models=str(tmp_path / "empty")), "contains no GGUF file"), (dict(models=str(tmp_path / "none")), "there is no such folder"),
-           (dict(several=(one, ModelChoice(other.path, "gen1"))), "two models have the name gen1"),
-           (dict(several=(one, ModelChoice(other.path, "b", ("gen1",)))), "two models have the name gen1"),
-           (dict(several=(one, ModelChoice(str(tmp_path / "missing")))), "no model at"),
+           (dict(several=(one, ModelEntry(other.path, "gen1"))), "two models have the name gen1"),
+           (dict(several=(one, ModelEntry(other.path, "b", ("gen1",)))), "two models have the name gen1"),
+           (dict(several=(one, ModelEntry(str(tmp_path / "missing")))), "no model at"),
            (dict(several=(one, other), models_memory=MIB, prefix_memory=0), r"needs [\d.]+ MB, and all models together may take 1.0 MB \(--models-memory\)"),
-           (dict(several=(ModelChoice(one.path, "a", pin=True), ModelChoice(other.path, "b", pin=True)), models_memory=300 * MIB, prefix_memory=0), "pinned models")]
+           (dict(several=(ModelEntry(one.path, "a", pin=True), ModelEntry(other.path, "b", pin=True)), models_memory=300 * MIB, prefix_memory=0), "pinned models")]
     for settings, words in bad:
         with pytest.raises(ConfigError, match=words) as error:
             await outcome(**settings)
@@ -290,7 +290,7 @@ async def test_what_cannot_be_served_ends_the_start(nanochat_fixtures, tmp_path)
 async def test_a_failing_worker_fails_its_model_alone(start_models, nanochat_fixtures, client, tmp_path):
     """Its files are whole when the server starts, and later not."""
     folder = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "gen5")
-    several = (*choices(nanochat_fixtures, "gen1"), ModelChoice(str(folder), "late"))
+    several = (*choices(nanochat_fixtures, "gen1"), ModelEntry(str(folder), "late"))
     models = await start_models(several=several)
     [weights] = folder.rglob("model_*.pt")
     whole = weights.read_bytes()
@@ -317,7 +317,7 @@ async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixt
     monkeypatch.setattr(Residency, "STAY_LOADS", 0.2)
     paths = {"two": nanochat_fixtures / "gen1", "one": nanochat_fixtures / "gen5", "most": nanochat_fixtures / "gen2"}
     replicas = {"two": None, "one": 1, "most": 3}
-    several = tuple(ModelChoice(str(path), name, replicas=replicas[name]) for name, path in paths.items())
+    several = tuple(ModelEntry(str(path), name, replicas=replicas[name]) for name, path in paths.items())
     expected = {name: await alone(client, path, ["hello"]) for name, path in paths.items()}
     models, assigned = await start_models(several=several, num_workers=2, models_memory=700 * MIB, prefix_memory=0), set()
     monkeypatch.setattr(Worker, "assign", lambda worker, job, assign=Worker.assign: (assigned.add(worker.gpu), assign(worker, job)))
@@ -327,7 +327,7 @@ async def test_replicas_of_several_models_take_turns(start_models, nanochat_fixt
         for name in ("two", "most", "one", "two"):
             workers = models.find(name).model.pool.workers
             assert content(await ask(client, url, name)) == expected[name]["hello"]
-            while any(worker.state is not State.READY for worker in workers):
+            while any(worker.state is not WorkerState.READY for worker in workers):
                 await asyncio.sleep(0.02)
             assigned.clear()
             _, body = await ask(client, url, name, n=3)      # the second and third follow the first one's first token
@@ -370,7 +370,7 @@ async def test_twelve_models_lose_no_answer(
         paths[name] = save(make_model(name), tmp_path / name)
     texts, drawn = ["hello", "a b c", "what is two plus two"], random.Random(38)
     expected = {name: await alone(client, path, texts) for name, path in paths.items()}
-    models = await start_models(several=tuple(ModelChoice(str(path), name) for name, path in paths.items()), models_memory=800 * MIB, prefix_memory=80 * MIB)
+    models = await start_models(several=tuple(ModelEntry(str(path), name) for name, path in paths.items()), models_memory=800 * MIB, prefix_memory=80 * MIB)
     ended = asyncio.Event()
     most = kills = 0
 

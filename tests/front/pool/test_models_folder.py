@@ -71,7 +71,7 @@ async def test_latest_follows_the_steps_of_a_folder(start_folder, nanochat_fixtu
         assert [*names()] == ["nanochat-d4-sft"] and models.describe()[0].startswith("1 model; ")
         assert (await ask(client, url, "d4@latest"))[1]["model"] == "nanochat-d4-sft"
         checkpoint(nanochat_fixtures, base, step + 1)
-        await until(lambda: len(names()) == 2 and models.registry.find("d4@latest").model.choice.path.endswith(f"{step + 1:06d}.pt"))
+        await until(lambda: len(names()) == 2 and models.registry.find("d4@latest").model.entry.path.endswith(f"{step + 1:06d}.pt"))
         assert [*names()] == [f"nanochat-d4-sft@{step}", f"nanochat-d4-sft@{step + 1}"]
         large = "x" * 70_000        # read in a sandbox
         for name, end in (("d4@latest", step + 1), ("nanochat-d4-sft", step + 1), (f"d4@{step}", step), (f"nanochat-d4-sft@{step}", step)):
@@ -84,7 +84,7 @@ async def test_latest_follows_the_steps_of_a_folder(start_folder, nanochat_fixtu
         assert models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step + 1}"      # which can answer
         models.find("d4@latest").model.unload()
         await until(lambda: models.find("d4@latest").state == "unloaded")
-        Path(models.find("d4@latest").model.choice.path).unlink()
+        Path(models.find("d4@latest").model.entry.path).unlink()
         await until(lambda: len(names()) == 2)
         await until(lambda: models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step}")
         assert (await ask(client, url, "d4@latest"))[0] == 200
@@ -98,7 +98,7 @@ async def test_a_replaced_file_stays_the_default(start_folder, nanochat_fixtures
     whole = weights.read_bytes()
     models = await start_folder()
     names = [model.name for model in models.registry.models]
-    name = next(model.name for model in models.registry.models if model.choice.path == str(weights))
+    name = next(model.name for model in models.registry.models if model.entry.path == str(weights))
     async with serving(models, models.settings) as url:
         async def outcomes(settled):
             seen = []
@@ -148,7 +148,7 @@ async def test_a_rewritten_step_is_waited_for(start_folder, nanochat_fixtures, c
                 file.write(whole[file.tell():])
 
         writing = asyncio.ensure_future(write())
-        await until(lambda: paths[1] in watch.sightings.there)
+        await until(lambda: paths[1] in watch.scanner.there)
         for name in ("d4@652", "nanochat-d4-sft@652") * 2:
             status, body, headers = await ask(client, url, name)
             assert status == 503 and int(headers["Retry-After"]) > 0 and "being written" in body["error"]["message"]
@@ -192,7 +192,7 @@ def test_circular_links_end(tmp_path):
     odd_files(tmp_path / "models")
     write_tiny_gguf(tmp_path / "elsewhere" / "inside" / "linked.gguf")
     (tmp_path / "models" / "link").symlink_to(tmp_path / "elsewhere")
-    found = {files.choice.name: bool(files.stamp) for files in find_models(tmp_path / "models")}
+    found = {files.entry.name: bool(files.stamp) for files in find_models(tmp_path / "models")}
     assert found == {"dangling": False, "itself": False, "pipe": False, "linked": True}
     places = [place for place, _ in folders_below(tmp_path / "models")]
     assert len(places) == len({*places}) < 300

@@ -14,19 +14,19 @@ from chatlm.common.messages.protocol import (WORKER_PIPE, ActorAddress, Crashed,
                                              StartActor, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import Accepted, Finished, Request, TextSpec
 from chatlm.front.admission.admission import Admission, SharedAdmission
-from chatlm.front.pool.adapters import PoolAdapters
+from chatlm.front.pool.pool_adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.supervisor import Supervisor
 from chatlm.front.pool.model_use import ModelUse
-from chatlm.front.pool.worker import NEXT_STATES, State, Worker
+from chatlm.front.pool.worker import NEXT_STATES, Worker, WorkerState
 from answers import ending, said
 
 PATHS = {       # how a worker gets into each state
-    State.LOADING: (), State.AWAITING_NODE: (State.AWAITING_NODE,), State.READY: (State.READY,), State.DEAD: (State.DEAD,),
-    State.UNLOADED: (State.READY, State.UNLOADED), State.LEFT_OUT: (State.LEFT_OUT,)}
+    WorkerState.LOADING: (), WorkerState.AWAITING_NODE: (WorkerState.AWAITING_NODE,), WorkerState.READY: (WorkerState.READY,), WorkerState.DEAD: (WorkerState.DEAD,),
+    WorkerState.UNLOADED: (WorkerState.READY, WorkerState.UNLOADED), WorkerState.LEFT_OUT: (WorkerState.LEFT_OUT,)}
 
 
 def worker_in(state, worker_class=Worker, placement=None):
@@ -38,9 +38,9 @@ def worker_in(state, worker_class=Worker, placement=None):
 
 def test_a_worker_changes_only_to_what_may_follow():
     """What was ended on purpose does not die."""
-    for state, successor in itertools.product(State, State):
+    for state, successor in itertools.product(WorkerState, WorkerState):
         worker = worker_in(state)
-        if successor is State.DEAD and state in (State.UNLOADED, State.LEFT_OUT):
+        if successor is WorkerState.DEAD and state in (WorkerState.UNLOADED, WorkerState.LEFT_OUT):
             worker.become(successor)
             assert worker.state is state
         elif successor in NEXT_STATES[state]:
@@ -62,13 +62,13 @@ class SilentWorker(Worker):
 
 async def test_an_answer_moves_from_a_dead_worker():
     """A dispatcher moves it to another."""
-    workers = [worker_in(State.READY, SilentWorker), worker_in(State.LOADING, SilentWorker)]
+    workers = [worker_in(WorkerState.READY, SilentWorker), worker_in(WorkerState.LOADING, SilentWorker)]
     dispatcher = Dispatcher(Settings(max_batch=1), workers, PoolAdapters(Settings(), workers))
     events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
     assert await anext(events) == Accepted(2)
     dispatcher.deliver(workers[0], [("a", said("A", tokens=(65,)))])
-    workers[1].become(State.READY)
-    workers[0].become(State.DEAD)
+    workers[1].become(WorkerState.READY)
+    workers[0].become(WorkerState.DEAD)
     dispatcher.requeue(workers[0])
     assert [(message.id, message.resumed_ids) for message in workers[1].sent if isinstance(message, NewAnswer)] == [("a", (65,))]
     dispatcher.deliver(workers[1], ending("a", said("B", tokens=(66,))))
@@ -90,7 +90,7 @@ class PlayedPlacement:
         self.process = SimpleNamespace(pid=7, kill=self.kill, wait=lambda timeout=None: None)
 
     async def open(self, worker):
-        worker.become(State.LOADING)
+        worker.become(WorkerState.LOADING)
         worker.process, self.reader = self.process, asyncio.StreamReader()
         worker.writer = SimpleNamespace(write=lambda data: None, close=lambda: None)
         self.reader.feed_data(b"".join(map(WORKER_PIPE.packed, self.messages)))
@@ -132,10 +132,10 @@ async def test_a_supervisor_hears_ready_and_end():
     supervisor.run("running it", lambda: supervisor.keep_alive(worker))
     await asyncio.wait_for(supervisor.became_ready.wait(), 20)
     assert (supervisor.failure, supervisor.loading, cards, worker.place) == (None, ("weights", 0.5), [card], card.place)
-    assert worker.state is State.READY and supervisor.ready and not dispatcher.requeued.is_set()
+    assert worker.state is WorkerState.READY and supervisor.ready and not dispatcher.requeued.is_set()
     placement.reader.feed_eof()
     await asyncio.wait_for(dispatcher.requeued.wait(), 20)
-    assert worker.state is State.DEAD and not supervisor.ready
+    assert worker.state is WorkerState.DEAD and not supervisor.ready
     await supervisor.close()
     assert placement.killed
 
@@ -213,12 +213,12 @@ async def test_idle_workers_are_unloaded_once():
                                        settings=Settings(idle_unload=1.0)))
     supervisor.version.note_opened()
     memory.unload_when_idle()
-    assert worker.state is State.LOADING and not supervisor.asleep
+    assert worker.state is WorkerState.LOADING and not supervisor.asleep
     await placement.open(worker)
-    worker.become(State.READY)
+    worker.become(WorkerState.READY)
     for _ in range(2):
         memory.unload_when_idle()
-    assert worker.state is State.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
+    assert worker.state is WorkerState.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
     placement.workers.clear()
     supervisor.asleep = False
     memory.unload_when_idle()
@@ -231,7 +231,7 @@ async def test_a_local_worker_s_end_is_told():
     worker, other = placement.workers
     await worker.listen(lambda worker, message: None)
     await worker.end()
-    assert (worker.state, other.state, other.process) == (State.LOADING, State.LOADING, None)
+    assert (worker.state, other.state, other.process) == (WorkerState.LOADING, WorkerState.LOADING, None)
     assert worker.process.returncode == 3 and placement.end_in_words(worker) == "exit status 3"
 
 

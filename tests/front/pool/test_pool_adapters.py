@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from chatlm.common.config import ApiKey, ModelChoice, Settings
+from chatlm.common.config import ApiKey, ModelEntry, Settings
 from chatlm.common.errors import ConfigError, shown
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
 from command_line import parse_command_line
@@ -295,7 +295,7 @@ async def test_of_several_models_each_has_its_adapters(base, client, tmp_path, m
             assert status == 404 and 'the adapter "on-red" is no longer served' in body["error"]["message"], body
     finally:
         await models.close()
-    choices = ModelChoice(str(folder / "red"), "red"), ModelChoice(str(folder / "blue"), "blue")
+    choices = ModelEntry(str(folder / "red"), "red"), ModelEntry(str(folder / "blue"), "blue")
     tight = replace(choices[0], changes={"adapter": (f"one={folder / 'on-blue'}",)})
     models = many_models(Settings(several=(tight,), models_memory=without_adapters + 1, **TINY), DYING)
     await models.start()

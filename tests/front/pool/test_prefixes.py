@@ -10,14 +10,14 @@ import urllib.request
 
 import pytest
 
-from chatlm.common.config import ApiKey, ModelChoice, Settings, store_place
+from chatlm.common.config import ApiKey, ModelEntry, Settings, store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message, SamplingParams
 from chatlm.common.segments import check_folder, segment_paths
 from chatlm.front.pool.opener import Opener
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.prefixes import STAGING_BYTES, Prefixes, memory_for
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 from answers import asked
 from fake_pool import serving
 import families
@@ -47,7 +47,7 @@ async def test_a_prefix_outlives_its_worker(start_pool):
     again, cached = await answer(pool, "after unloading")
     assert again == text and cached > 200
     pool.workers[0].kill()
-    while pool.workers[0].state is State.READY:
+    while pool.workers[0].state is WorkerState.READY:
         await asyncio.sleep(0.01)
     again, cached = await answer(pool, "after its death")
     await idle(pool)
@@ -61,7 +61,7 @@ async def test_a_replica_reads_what_a_dead_one_kept(start_pool):
     [worker] = [worker for worker in pool.workers if worker.prefixes]
     other = pool.workers[1 - pool.workers.index(worker)]
     worker.kill()
-    while worker.state is State.READY:
+    while worker.state is WorkerState.READY:
         await asyncio.sleep(0.01)
     again, cached = await answer(pool, "elsewhere")
     await idle(pool)
@@ -212,7 +212,7 @@ def test_settings_say_how_much_prefixes_get():
 
 def test_prefixes_count_in_models_memory(nanochat_fixtures):
     """The memory of prefixes is part of models memory."""
-    several = ModelChoice(str(nanochat_fixtures / "gen1")), ModelChoice(str(nanochat_fixtures / "gen5"))
+    several = ModelEntry(str(nanochat_fixtures / "gen1")), ModelEntry(str(nanochat_fixtures / "gen5"))
     for prefix_memory, kept in ((None, 10 << 20), (30 << 20, 30 << 20), (0, 0)):
         residency = Residency(0)
         opener = Opener(Settings(several=several, models_memory=100 << 20, prefix_memory=prefix_memory, device_type="cpu"), ["none"], residency)

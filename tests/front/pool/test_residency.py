@@ -6,7 +6,7 @@ import time
 import pytest
 
 from chatlm.front.pool import residency
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 from nightly import WHOLE
 from played_models import Clock, Models
 
@@ -257,11 +257,11 @@ async def test_a_request_waits_while_kv_pages_go(clock):
     models.settle(1)
     job = models.ask("a")
     [worker] = a.pool.workers
-    worker.become(State.DEAD)
+    worker.become(WorkerState.DEAD)
     a.pool.dispatcher.requeue(worker)
     assert models.settle(1) == "ac" and job.worker is None and a.held_bytes == 5
-    worker.become(State.LOADING)
-    worker.become(State.READY)
+    worker.become(WorkerState.LOADING)
+    worker.become(WorkerState.READY)
     models.settle()     # it is asked anew, for it has taken pages to warm up
     models.emptied("a")
     assert models.settle() == "ac" and job.worker is None
@@ -306,7 +306,7 @@ async def test_a_model_that_dies_leaving_comes_back(clock):
     waiting = models.ask("b")
     models.settle(11)
     [worker] = models.by_name["a"].pool.workers
-    worker.become(State.DEAD)
+    worker.become(WorkerState.DEAD)
     models.by_name["a"].pool.dispatcher.requeue(worker)
     models.settle(0.1)
     assert models.settle() == "b"
@@ -348,7 +348,7 @@ async def test_a_dead_worker_s_answer_is_seen_at_once(clock):
     models.answering("a")
     models.residency.changed.clear()
     [worker] = models.by_name["a"].pool.workers
-    worker.become(State.DEAD)
+    worker.become(WorkerState.DEAD)
     models.by_name["a"].pool.dispatcher.requeue(worker)
     assert models.residency.changed.is_set()
 

@@ -6,8 +6,8 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool.residency import NEXT_STAYS, MemoryShare, Stay
-from chatlm.front.pool.worker import CacheState, State
+from chatlm.front.pool.residency import NEXT_MEMORY_STATES, MemoryShare, MemoryState
+from chatlm.front.pool.worker import CacheState, WorkerState
 from nightly import WHOLE
 from played_models import Clock, Models
 
@@ -95,7 +95,7 @@ class Walk(RuleBasedStateMachine):
 
     def load(self, place, seconds):
         [worker] = place.pool.workers
-        if place.pool.supervisor.wanted.is_set() and worker.state in (State.UNLOADED, State.DEAD, State.LOADING):
+        if place.pool.supervisor.wanted.is_set() and worker.state in (WorkerState.UNLOADED, WorkerState.DEAD, WorkerState.LOADING):
             if worker.process is None or worker.process.gone:
                 worker.process, worker.cache = Process(), CacheState.HELD
                 self.models.load(place.name, seconds)
@@ -115,9 +115,9 @@ class Walk(RuleBasedStateMachine):
     @rule(number=strategies.integers(0, 3))
     def a_worker_dies(self, number):
         [worker] = self.place(number).pool.workers
-        if worker.state is State.READY:
+        if worker.state is WorkerState.READY:
             worker.process.gone = True
-            worker.become(State.DEAD)
+            worker.become(WorkerState.DEAD)
             self.place(number).pool.dispatcher.requeue(worker)
             for job in self.jobs:
                 job.failovers = min(job.failovers, 1)   # or they are given up one day
@@ -126,7 +126,7 @@ class Walk(RuleBasedStateMachine):
     @rule(number=strategies.integers(0, 3), able=strategies.sampled_from((True, True, True, False)))
     def a_worker_says_whether_its_pages_are_empty(self, number, able):
         [worker] = self.place(number).pool.workers
-        if worker.state is State.READY and worker.cache is CacheState.ASKED:
+        if worker.state is WorkerState.READY and worker.cache is CacheState.ASKED:
             worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
             self.settle()
 
@@ -161,7 +161,7 @@ class Walk(RuleBasedStateMachine):
     @invariant()
     def no_answer_was_cut(self):
         for job in self.jobs:
-            assert job.worker is None or job.worker.state is State.READY, "its worker was ended"
+            assert job.worker is None or job.worker.state is WorkerState.READY, "its worker was ended"
 
     def everything_ends(self):
         """From here on all that should happen does happen."""
@@ -176,7 +176,7 @@ class Walk(RuleBasedStateMachine):
                 self.end(job)
             self.settle(10.0)
         assert self.models.residency.used <= BUDGET
-        assert not self.jobs, f"requests that wait for ever: {[(job.id, place.stay) for job in self.jobs for place in self.models.by_name.values()]}"
+        assert not self.jobs, f"requests that wait for ever: {[(job.id, place.memory_state) for job in self.jobs for place in self.models.by_name.values()]}"
 
 
 def test_no_request_waits_for_ever():
@@ -185,5 +185,5 @@ def test_no_request_waits_for_ever():
 
 
 def test_each_stay_can_be_left_and_reached():
-    reached = {stay for following in NEXT_STAYS.values() for stay in following}
-    assert reached == {*NEXT_STAYS} == {*Stay} and all(NEXT_STAYS.values())
+    reached = {stay for following in NEXT_MEMORY_STATES.values() for stay in following}
+    assert reached == {*NEXT_MEMORY_STATES} == {*MemoryState} and all(NEXT_MEMORY_STATES.values())

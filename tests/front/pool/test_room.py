@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 import tiny_training
-from chatlm.common.config import ModelChoice, Settings
+from chatlm.common.config import ModelEntry, Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import adapter_at
+from chatlm.common.hub.adapter_folders import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
-from chatlm.front.evals.step_work import StepWork
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.residency import MemoryShare, Residency
 from chatlm.front.pool.run_watch import RunWatch
@@ -34,8 +34,8 @@ def start_pinned(nanochat_fixtures, started, monkeypatch):
     monkeypatch.setattr(RunWatch, "WATCH_S", 0.05)
 
     async def start(*others, **changes):
-        pinned = ModelChoice(str(nanochat_fixtures / "gen1"), "pinned", pin=True, default=True)
-        return await started(many_models(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, StepWork))
+        pinned = ModelEntry(str(nanochat_fixtures / "gen1"), "pinned", pin=True, default=True)
+        return await started(many_models(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, CheckpointEvaluator))
 
     return start
 
@@ -54,7 +54,7 @@ async def until(condition):
 
 async def test_a_model_too_large_beside_a_pin_is_refused(start_pinned, nanochat_fixtures, client, caplog):
     """Each later try is refused too."""
-    models = await start_pinned(ModelChoice(str(nanochat_fixtures / "gen5"), "other"))
+    models = await start_pinned(ModelEntry(str(nanochat_fixtures / "gen5"), "other"))
     models.source.RETRY_S = 0.0
     async with serving(models, models.settings) as url:
         for _ in range(3):
@@ -89,7 +89,7 @@ async def test_an_adapter_beyond_memory_is_refused(
     monkeypatch.setattr(FolderWatch, "WATCH_S", 0.05)
     base = save(make_model("llama3.1"), tmp_path / "base")
     folder = random_adapter(tmp_path / "all" / "law", 1, {"self_attn.q_proj": (64, 64)}, base_model_name_or_path="base", size=0.3)
-    choice = ModelChoice(str(base), "base", pin=pinned)
+    choice = ModelEntry(str(base), "base", pin=pinned)
     models = await started(many_models(Settings(several=(choice,), models=str(folder.parent), **TINY), DYING))
     async with serving(models, models.settings) as url:
         assert (await ask(client, url, "law"))[0] == 200 == (await ask(client, url, "base"))[0]
@@ -182,7 +182,7 @@ async def test_a_late_pin_displaces_nothing(start_pinned, nanochat_fixtures, cli
     [weights] = folder.rglob("model_*.pt")
     whole = weights.read_bytes()
     weights.write_bytes(b"garbage")
-    models = await start_pinned(ModelChoice(str(folder), "late", pin=True))
+    models = await start_pinned(ModelEntry(str(folder), "late", pin=True))
     models.source.RETRY_S = 0.0
     weights.write_bytes(whole)
     async with serving(models, models.settings) as url:

@@ -706,7 +706,7 @@ def test_a_sandbox_imports_before_it_yields(monkeypatch):
 def test_a_dialect_is_imported_before_the_time_of_a_task_counts(monkeypatch):
     late = rows_by_path()["/v1/rerank"].dialect
     monkeypatch.setattr(late, "loaded", None)
-    tasks = sandboxed.Tasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), sandboxed.Shelf())
+    tasks = sandboxed.Tasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), sandboxed.OpenBodyCache())
     tasks.prepare("forget", [])
     assert late.loaded is None
     tasks.prepare("open", ["/v1/rerank", None, 9, []])
@@ -851,7 +851,7 @@ async def test_a_task_that_ends_its_sandbox_is_refused(open_pool, started):
 async def test_a_sandbox_killed_at_work_is_not_asked_again(open_pool, started):
     """The kernel kills it like this when the task has taken the machine's memory."""
     pool = await open_pool()
-    await pool.commons.admission.close()
+    await pool.shared.admission.close()
     config = replace(
         pool.admission.configs["templates"],
         cpu_s=60.0,

@@ -17,8 +17,8 @@ import tiny_training
 from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.steps import find_steps
-from chatlm.front.evals.step_work import StepWork
+from chatlm.common.hub.run_checkpoints import find_steps
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.pool.local_devices import check_nice
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.answers_file import AnswersFile
@@ -261,7 +261,7 @@ async def test_a_refused_checkpoint_becomes_unknown(run_folder, watching, client
         whole = file_of(run_folder, 2).read_bytes()
         file_of(run_folder, 2).write_bytes(whole[:1000])
         watch, = models.source.watches
-        await until(lambda: watch.sightings.refused)
+        await until(lambda: watch.scanner.refused)
         status, body = await ask(client, url, "d2-base@2")
         assert status == 503 and "being written" in body["error"]["message"]     # the trainer may have paused
         os.utime(file_of(run_folder, 2), (1e9, 1e9))
@@ -282,8 +282,8 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
         model, aside = models.find("d2-base@2").model, run_folder / "aside"
         before = (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"]
         watch, = models.source.watches
-        seen = watch.sightings.find()
-        watch.sightings.find = lambda: seen                  # no scan sees that the file is away
+        seen = watch.scanner.find()
+        watch.scanner.find = lambda: seen                  # no scan sees that the file is away
         file_of(run_folder, 2).rename(aside)
         model.pool.workers[0].kill()
         await until(lambda: model.pool is None or model not in models.registry.models)
@@ -477,7 +477,7 @@ async def test_a_stale_val_bpb_is_marked(nanochat_fixtures, tmp_path, watching, 
     models = await watching(tmp_path / "base")
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.choice.path)
+        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.entry.path)
         assert base.metrics == {"val_bpb": 1.5, "min_val_bpb": 1.5, "train_loss": pytest.approx(2 / (1 - 0.9 ** 30))} and rl.metrics == {}
         async with client.get(url + "/v1/models") as response:
             listed = {model["id"]: model for model in (await response.json())["data"]}
@@ -595,7 +595,7 @@ async def test_an_unusable_suite_ends_the_start(run_folder, tmp_path, flag, valu
     (tmp_path / "empty.txt").write_text("\n")
     value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
     with pytest.raises(ConfigError, match=words):
-        RunWatch(many_models(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})).source, StepWork)
+        RunWatch(many_models(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})).source, CheckpointEvaluator)
 
 
 async def test_scoring_leaves_the_step_in_use_loaded(run_folder, watching, client, tmp_path, monkeypatch, caplog):
@@ -628,7 +628,7 @@ def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("none", "No such file"), ("empty", "the file is empty"), ("bytes", "UTF-8")):
         with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
-            RunWatch(many_models(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))).source, StepWork)
+            RunWatch(many_models(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))).source, CheckpointEvaluator)
 
 
 def test_the_small_training_is_nanochats_first(nanochat_fixtures):
@@ -765,7 +765,7 @@ async def test_a_watched_tag_is_served_alone(run_folder, watching, client, caplo
         for written in (("d4", 4), ("d2", 2), ("d2", 5, "chatsft")):        # the other tag gets a step too
             copied(run_folder, *written)
         [runs] = models.source.watches
-        scanned = lambda: {step.step for step in [*runs.sightings.there.values(), *runs.left_out]}
+        scanned = lambda: {step.step for step in [*runs.scanner.there.values(), *runs.left_out]}
         await until(lambda: known() == later and scanned() == {1, 2, 3, 4, 5})
         async with client.get(url + "/v1/runs") as response:
             runs = {run["id"] for lineage in (await response.json())["data"] for run in lineage["runs"]}

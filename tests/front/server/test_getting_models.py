@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import real_server
-from chatlm.common.config import ApiKey, ModelChoice, Settings
+from chatlm.common.config import ApiKey, ModelEntry, Settings
 from chatlm.common.hub.offers import hub_cache
 from chatlm.front.pool import many
 from chatlm.front.pool.downloads import Download
@@ -43,7 +43,7 @@ def hub(monkeypatch, tmp_path):
 async def models(nanochat_fixtures, started, monkeypatch):
     """A server of several models, one of which is here."""
     monkeypatch.setattr(many, "LEAVING_S", 0.1)
-    settings = Settings(several=(ModelChoice(str(nanochat_fixtures / "gen5"), "here"),), dtype="float32", kv_cache_memory=4 << 20, max_batch=8)
+    settings = Settings(several=(ModelEntry(str(nanochat_fixtures / "gen5"), "here"),), dtype="float32", kv_cache_memory=4 << 20, max_batch=8)
     return await started(many_models(settings, DYING))
 
 
@@ -194,7 +194,7 @@ async def test_a_model_of_the_command_line_is_not_deleted(client, hub, started, 
     snapshot = hub_cache() / "models--org--mine" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "small.gguf").write_bytes(SMALL)
-    settings = Settings(several=(ModelChoice(str(snapshot / "small.gguf"), "mine"),), kv_cache_memory=4 << 20)
+    settings = Settings(several=(ModelEntry(str(snapshot / "small.gguf"), "mine"),), kv_cache_memory=4 << 20)
     models = await started(many_models(settings, DYING))
     async with serving(models, settings) as url:
         for name in "org/mine", "org/mine:small.gguf":
@@ -220,7 +220,7 @@ async def test_what_serves_a_model_is_not_deleted(several, client, hub, started,
     target = in_the_cache("org/mine", small__gguf=SMALL) / "small.gguf"
     settings = Settings(draft_model=str(drafts / "small.gguf"), draft_text=(str(texts / "manual.txt"),), kv_cache_memory=8 << 20, max_batch=8)
     if several:
-        models = await started(many_models(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
+        models = await started(many_models(replace(settings, several=(ModelEntry(str(target), "mine"),)), DYING))
     else:
         models = await started(make_pool(replace(settings, model=str(target)), DYING))
     async with serving(models, models.settings) as url:

@@ -20,7 +20,7 @@ from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.server.batches import vacuum
 from chatlm.front.server.stored_lists import joined_small
-from chatlm.front.store import batches, files, migrate, quota, responses
+from chatlm.front.store import batches, file_rows, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.schema import STEPS
@@ -212,21 +212,21 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
         elif act == 8:
             responses.delete(connection, some("response", owner), owner)
         elif act == 9:
-            file = files.create(connection, owner, "x", "batch", 1, 10)
-            files.add_lines(connection, file.id, [files.LineRow(number, b"y" * chance.randrange(3000)) for number in range(1, 4)])
+            file = file_rows.create(connection, owner, "x", "batch", 1, 10)
+            file_rows.add_lines(connection, file.id, [file_rows.LineRow(number, b"y" * chance.randrange(3000)) for number in range(1, 4)])
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
             mine.setdefault(("file", owner), []).append(file.name)
         elif act == 10:
-            files.delete(connection, files.file_of_owner(connection, some("file", owner), owner))
+            file_rows.delete(connection, file_rows.file_of_owner(connection, some("file", owner), owner))
         elif act == 11:
-            batch = batches.create(connection, owner, "", files.file_of_owner(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
+            batch = batches.create(connection, owner, "", file_rows.file_of_owner(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
             connection.execute("UPDATE batches SET problems = ? WHERE id = ?", (metadata * 2, batch.id))
             batches.end(connection, batch, "failed", 5)
         elif act == 12:
             batches.forget(connection, chance.choice([1, 20]), 2, [])
             responses.forget(connection, chance.choice([1, 20]))
         else:
-            files.purge(connection)
+            file_rows.purge(connection)
             responses.purge(connection)
         check_holdings(connection)
 
@@ -241,13 +241,13 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
         for owner in owners:
             for name in mine.get((kind, owner), []):
                 delete = {"conversation": responses.delete_conversation, "response": responses.delete,
-                          "file": lambda connection, name, owner: files.delete(connection, files.file_of_owner(connection, name, owner))}[kind]
+                          "file": lambda connection, name, owner: file_rows.delete(connection, file_rows.file_of_owner(connection, name, owner))}[kind]
                 try:
                     await store.run(partial(delete, name=name, owner=owner))
                 except RequestError:
                     pass
     await store.run(partial(batches.forget, now=FAR, keep_s=1, uploads=[]))
-    while await store.run(files.purge) or await store.run(responses.purge):
+    while await store.run(file_rows.purge) or await store.run(responses.purge):
         pass
     assert await store.run(check_holdings) == {}
     for table in ("files", "lines", "batches", "responses", "parts", "conversations", "items"):
@@ -261,16 +261,16 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
 
     def work(connection):
         connection.set_trace_callback(said.add)
-        file = files.create(connection, "me", "x", "batch", 1, 10)
-        files.add_lines(connection, file.id, [files.LineRow(1, b"y", "a", "/v1/completions")])
+        file = file_rows.create(connection, "me", "x", "batch", 1, 10)
+        file_rows.add_lines(connection, file.id, [file_rows.LineRow(1, b"y", "a", "/v1/completions")])
         connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
-        file = files.file_of_owner(connection, file.name, "me")
+        file = file_rows.file_of_owner(connection, file.name, "me")
         for ascending, more in ((True, " AND state = 1"), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
             for after in ("", file.name):
-                list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
-        files.content(connection, file.id, 0), files.longest_line(connection, file.id)
+                list(file_rows.list_rows(connection, "files", file_rows.File._fields, "me", after, ascending, more))
+        file_rows.content(connection, file.id, 0), file_rows.longest_line(connection, file.id)
         batch = batches.create(connection, "me", "", file, "/v1/completions", "24h", 1, FAR, None, None)
-        list(files.list_rows(connection, "batches", batches.Batch._fields, "me", batch.name))
+        list(file_rows.list_rows(connection, "batches", batches.BatchRow._fields, "me", batch.name))
         batches.unfinished(connection), batches.unfinished_of(connection, "me", ""), batches.reads(connection, file), batches.begin(connection, batch, 1)
         batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
@@ -285,9 +285,9 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
                 texts(connection, responses.inputs(connection, "resp_1", "me", after, ascending, 5).rows)
         responses.before(connection, "resp_1", "", "me"), responses.before(connection, "", name, "me"), responses.whole_of(connection, "resp_1", "me")
         responses.drop_item(connection, name, "msg_1", "me"), responses.delete(connection, "resp_1", "me"), responses.delete_conversation(connection, name, "me")
-        files.delete(connection, file), quota.check(connection, "me", 1)
+        file_rows.delete(connection, file), quota.check(connection, "me", 1)
         responses.forget(connection, FAR + 1), batches.forget(connection, FAR, 5, [7])
-        while files.purge(connection) or responses.purge(connection):
+        while file_rows.purge(connection) or responses.purge(connection):
             pass
         connection.set_trace_callback(None)
         found = {}
@@ -447,7 +447,7 @@ from functools import partial
 from pathlib import Path
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.server.batches import vacuum
-from chatlm.front.store import files, responses
+from chatlm.front.store import file_rows, responses
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.store import Store
 
@@ -475,7 +475,7 @@ async def client(store, chance, number):
 
 async def sweep(store):
     while True:
-        for piece in (responses.purge, vacuum, files.purge):
+        for piece in (responses.purge, vacuum, file_rows.purge):
             while await store.run(piece):
                 pass
         await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ import explained
 import pytest
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.front.store import batches, files, migrate, responses
+from chatlm.front.store import batches, file_rows, migrate, responses
 from chatlm.front.store import store as stores
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.schema import NAMES, STEPS
@@ -105,7 +105,7 @@ async def test_deleted_items_of_an_id_cost_little(store):
 
 async def test_a_file_of_many_batches_is_deleted_at_once(store):
     def work(connection):
-        file = files.create(connection, "mallory", "x", "batch", 1, 10)
+        file = file_rows.create(connection, "mallory", "x", "batch", 1, 10)
         for _ in range(COUNT):
             batch = batches.create(connection, "mallory", "", file, "/v1/completions", "24h", 1, 9, None, None)
             connection.execute("UPDATE batches SET status = 'completed' WHERE id = ?", (batch.id,))
@@ -119,9 +119,9 @@ async def test_a_file_of_many_batches_is_deleted_at_once(store):
 async def test_a_list_passes_over_no_files_that_it_does_not_show(store, chosen, count):
     def fill(connection):
         for number in range(COUNT):
-            files.create(connection, "mallory", "x", "batch", 1, 10)
+            file_rows.create(connection, "mallory", "x", "batch", 1, 10)
         for _ in range(count):
-            files.create(connection, "mallory", "x", "batch_output", 1, 10)
+            file_rows.create(connection, "mallory", "x", "batch_output", 1, 10)
         connection.execute("UPDATE files SET state = 1 WHERE purpose = 'batch_output'")
         if not chosen:
             connection.execute("UPDATE files SET state = 2")
@@ -130,17 +130,17 @@ async def test_a_list_passes_over_no_files_that_it_does_not_show(store, chosen, 
 
     def rows(connection):
         more = f" AND state = 1{chosen}"
-        return len(list(files.list_rows(connection, "files", ["id"], "mallory", "", more=more)))
+        return len(list(file_rows.list_rows(connection, "files", ["id"], "mallory", "", more=more)))
     await store.run(fill)
     assert await costs(store, rows) == (count, 0)
 
 
 async def test_a_batch_begins_at_its_first_good_line(store):
     def fill(connection):
-        file = files.create(connection, "mallory", "x", "batch", 1, 10)
-        rows = [files.LineRow(number, b"x" * 9000, "a", "/v1/completions") for number in range(COUNT)]
-        files.add_lines(connection, file.id, rows)
-        source = files.file_named(connection, file.name)
+        file = file_rows.create(connection, "mallory", "x", "batch", 1, 10)
+        rows = [file_rows.LineRow(number, b"x" * 9000, "a", "/v1/completions") for number in range(COUNT)]
+        file_rows.add_lines(connection, file.id, rows)
+        source = file_rows.file_named(connection, file.name)
         return batches.create(connection, "mallory", "", source, "/v1/completions", "24h", 1, 9, None, None)
     batch = await store.run(fill)
     assert await costs(store, batches.begin, batch=batch, now=2) == (True, 0)

@@ -16,9 +16,9 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.intake.arrival import Caller
-from chatlm.front.server.files import FileRoutes, Upload
-from chatlm.front.store import batches, files
+from chatlm.front.intake.opened_body import Caller
+from chatlm.front.server.file_routes import FileRoutes, Upload
+from chatlm.front.store import batches, file_rows
 from chatlm.front.store import store as stores
 from chatlm.front.store.schema import STEPS
 from chatlm.front.store.store import NO_TABLES, Store, open_store
@@ -398,4 +398,4 @@ def test_a_beginning_upload_is_not_an_ended_one(tmp_path):
         await forget()
         await store.close()
         return states
-    assert asyncio.run(run()) == [[files.WRITTEN], [files.WRITTEN], [files.DELETED]]
+    assert asyncio.run(run()) == [[file_rows.WRITTEN], [file_rows.WRITTEN], [file_rows.DELETED]]

@@ -14,7 +14,7 @@ import hostile_tools
 from chatlm.common.jsontext import strict_json
 from chatlm.front.tools import client as clients, offers, reading, server as servers
 from chatlm.front.tools.config import configs_in
-from chatlm.front.tools.server import State
+from chatlm.front.tools.server import ServerState
 from chatlm.front.tools.toolbox import Toolbox
 
 PROGRAM = str(Path(hostile_tools.__file__))
@@ -68,7 +68,7 @@ class LoopTurns:
     def __init__(self, monkeypatch):
         self.bytes = self.messages = self.most_bytes = self.most_messages = 0
         self.total = 0
-        take, read = reading.Lines.take, reading.messages_in
+        take, read = reading.LineSplitter.take, reading.messages_in
 
         def counted_take(lines, part):
             self.bytes += len(part)
@@ -80,7 +80,7 @@ class LoopTurns:
             self.bytes += len(data)
             return read(data, methods, characters)
 
-        monkeypatch.setattr(reading.Lines, "take", counted_take)
+        monkeypatch.setattr(reading.LineSplitter, "take", counted_take)
         monkeypatch.setattr(reading, "messages_in", counted_read)
 
     async def watch(self):
@@ -135,21 +135,21 @@ async def test_an_event_that_trickles_in_is_searched_once(monkeypatch):
 
 def test_lines_are_cut_wherever_parts_end():
     data = b"a\r\n\r\nbc\rd\n\n\rlong" + b"x" * 100 + b"\n"
-    whole = reading.Lines(1000, reading.EVENT_LINE_ENDS).take(data)
+    whole = reading.LineSplitter(1000, reading.EVENT_LINE_ENDS).take(data)
     for size in range(1, 20):
-        lines = reading.Lines(1000, reading.EVENT_LINE_ENDS)
+        lines = reading.LineSplitter(1000, reading.EVENT_LINE_ENDS)
         parts = [data[begin:begin + size] for begin in range(0, len(data), size)]
         assert [line for part in parts for line in lines.take(part)] == whole
     assert whole[:6] == [b"a", b"", b"bc", b"d", b"", b""]
 
 
 def test_a_line_that_is_too_long_is_refused_before_it_ends():
-    lines = reading.Lines(100)
+    lines = reading.LineSplitter(100)
     assert lines.take(b"x" * 100) == [] and lines.rest == b"x" * 100
     with pytest.raises(reading.LineTooLong):
         lines.take(b"x")
     with pytest.raises(reading.LineTooLong):
-        reading.Lines(100).take(b"x" * 101 + b"\n")
+        reading.LineSplitter(100).take(b"x" * 101 + b"\n")
 
 
 async def test_what_is_compressed_is_not_inflated():
@@ -169,7 +169,7 @@ async def test_the_log_of_a_program_takes_its_turns():
 async def test_a_list_has_one_budget(way):
     """Six pages of 4 MiB with one tool each that is too large, and a good one."""
     async with attacked(way, "heavy-pages") as box:
-        await until(lambda: box.server("bad").state is not State.STARTING)
+        await until(lambda: box.server("bad").state is not ServerState.STARTING)
         assert [*box.offered()] == ["bad__act", "good__act"]
         assert "6 tools are left out (heavy0, " in reasons(box) and "65,536 bytes" in reasons(box)
 
@@ -189,7 +189,7 @@ async def test_a_tool_that_can_t_be_offered_is_left_out_alone(attack, words):
 async def test_odd_lists_are_read(attack):
     """What is offered can be written as JSON that everybody reads."""
     async with attacked("program", attack) as box:
-        assert box.server("bad").state is State.READY
+        assert box.server("bad").state is ServerState.READY
         for tool in box.offered().values():
             strict_json([tool.function, tool.tool.annotations])
             json.loads(tool.with_members({"ask": tool.ask}), parse_constant=pytest.fail)
@@ -199,7 +199,7 @@ async def test_a_list_s_pages_have_one_time_limit(monkeypatch):
     monkeypatch.setattr(servers, "OPEN_S", 0.5)
     async with attacked("program", "slow-pages") as box:
         bad = box.server("bad")
-        await until(lambda: bad.state is State.FAILED)
+        await until(lambda: bad.state is ServerState.FAILED)
         assert "did not answer within 0.5 s" in bad.reason
 
 
@@ -212,7 +212,7 @@ async def test_a_list_that_nobody_can_read_fails_its_server_alone():
 async def test_a_server_that_never_takes_the_greeting_is_not_starting_for_ever(monkeypatch):
     monkeypatch.setattr(servers, "OPEN_S", 0.5)
     async with attacked("url", "hangs-at-notifications/initialized") as box:
-        assert box.server("bad").state is State.FAILED and [*box.offered()] == ["good__act"]
+        assert box.server("bad").state is ServerState.FAILED and [*box.offered()] == ["good__act"]
 
 
 async def test_an_error_of_ours_is_not_starting_for_ever(monkeypatch):
@@ -224,14 +224,14 @@ async def test_an_error_of_ours_is_not_starting_for_ever(monkeypatch):
 async def test_nobody_waits_for_servers_that_are_not_named(monkeypatch):
     async with opened(bad=hostile(), good=hostile()) as box:
         bad = box.server("bad")
-        bad.state = State.STARTING
+        bad.state = ServerState.STARTING
         bad.started_s += 1000
         await asyncio.wait_for(box.refresh({"good"}), 20)
         waiting = asyncio.ensure_future(box.refresh())
         await asyncio.sleep(0)
         await box.refresh({"good"})
         assert not waiting.done()
-        bad.state = State.READY
+        bad.state = ServerState.READY
         waiting.cancel()
 
 
@@ -239,10 +239,10 @@ async def test_a_server_that_starts_slowly_is_waited_for_once():
     """FIRST_LIST_S after its start it is shown as starting at once."""
     async with opened(good=hostile()) as box:
         [server] = box.servers
-        server.state = State.STARTING
+        server.state = ServerState.STARTING
         server.started_s -= servers.FIRST_LIST_S
         await asyncio.wait_for(server.settled(), 5)
-        server.state = State.READY
+        server.state = ServerState.READY
 
 
 async def test_calls_that_are_given_up_leave_a_url_usable(monkeypatch):
@@ -323,7 +323,7 @@ async def test_a_token_in_a_url_is_never_shown(attack, caplog):
     async with opened(bad={"url": url, "headers": {"X-Key": "Bearer t0ken-in-header"}}) as box:
         [bad] = box.servers
         said = bad.reason
-        if bad.state is State.READY:
+        if bad.state is ServerState.READY:
             said += (await call(box, "bad__act")).text
         assert said, "it says why"
         for text in (said, caplog.text):

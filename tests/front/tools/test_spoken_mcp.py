@@ -9,7 +9,7 @@ import pytest
 
 import spoken_mcp
 from chatlm.front.tools.config import configs_in
-from chatlm.front.tools.server import State
+from chatlm.front.tools.server import ServerState
 from chatlm.front.tools.toolbox import Toolbox
 
 
@@ -121,7 +121,7 @@ async def test_a_redirect_on_the_same_origin_is_followed():
 async def test_a_redirect_that_would_lose_the_message_is_not_followed():
     async with opened("redirects-to-get", "url") as (box, seen):
         [server] = box.servers
-        assert server.state is State.FAILED
+        assert server.state is ServerState.FAILED
         assert "a redirect to another path of the same origin, which is not followed" in server.reason
 
 

@@ -14,7 +14,7 @@ import pytest
 import fake_tools
 import real_server
 from chatlm.front.tools.config import configs_in
-from chatlm.front.tools.server import State
+from chatlm.front.tools.server import ServerState
 from chatlm.front.tools.toolbox import CALLS_OF_A_CLIENT, Toolbox
 
 PROGRAM = {"command": sys.executable, "args": [fake_tools.__file__]}
@@ -74,7 +74,7 @@ async def test_a_server_that_dies_fails_each_of_its_calls_once(tmp_path):
         texts = [result.text for result in await asyncio.gather(*waiting)]
         assert {text for text in texts if text != "counted"} <= {text for text in texts if "not running" in text or "outcome is unknown" in text}
         assert texts.count("counted") <= lines(tmp_path / "calls") <= sum("not running" not in text for text in texts)
-        await until(lambda: server.state is State.READY)
+        await until(lambda: server.state is ServerState.READY)
         assert (await begun(box, "add", a=1, b=1)).text == "2" and not box.limits.running
 
 
@@ -90,7 +90,7 @@ async def test_a_tool_that_changes_while_its_call_waits_is_not_run(tmp_path):
         faults.write_text('["changed"]')
         os.kill(server.client.transport.process.pid, signal.SIGKILL)
         await asyncio.gather(*slow)
-        await until(lambda: server.state is State.READY)
+        await until(lambda: server.state is ServerState.READY)
         result = await box.call(approved, {"path": str(tmp_path / "calls")}, "me")
         assert result.is_error and "describes count differently now" in result.text and not lines(tmp_path / "calls")
         assert (await begun(box, "count", path=str(tmp_path / "calls"))).text == "counted"

@@ -15,7 +15,7 @@ import fake_http_tools
 import fake_tools
 from chatlm.front.tools import client as clients, server as servers, stdio
 from chatlm.front.tools.config import configs_in
-from chatlm.front.tools.server import State
+from chatlm.front.tools.server import ServerState
 from chatlm.front.tools.rules import model_name
 from chatlm.front.tools.toolbox import Toolbox
 
@@ -76,7 +76,7 @@ def is_running(process):
 async def test_tools_of_a_program_run(faults, monkeypatch):
     monkeypatch.setattr(clients, "PROBE_S", 1.0)
     async with opened(*faults) as box:
-        await until(lambda: box.servers[0].state is State.READY)
+        await until(lambda: box.servers[0].state is ServerState.READY)
         assert (await call(box, "add", a=2, b=3)).text == "5"
         wrong = await call(box, "wrong")
         assert wrong.is_error and wrong.text == "it went wrong"
@@ -88,21 +88,21 @@ async def test_tools_of_a_program_run(faults, monkeypatch):
     (["dies"], "no licence found"), (["endless-pages"], "more than 100 pages"), (["no-list"], "no list of tools")])
 async def test_a_server_that_fails_says_why(faults, reason):
     async with opened(*faults) as box:
-        assert box.servers[0].state is State.FAILED and reason in box.servers[0].reason
+        assert box.servers[0].state is ServerState.FAILED and reason in box.servers[0].reason
         assert box.offered() == {}
 
 
 async def test_a_cursor_that_comes_again_ends_the_list_and_is_told():
     async with opened("one-cursor") as box:
         [server] = box.servers
-        assert [*box.offered()] == ["fake__add"] and server.state is State.READY
+        assert [*box.offered()] == ["fake__add"] and server.state is ServerState.READY
         assert box.notices(server) == ["its list of tools has no end: a cursor came twice"]
 
 
 async def test_a_server_that_says_nothing_fails(monkeypatch):
     monkeypatch.setattr(servers, "OPEN_S", 0.5)
     async with opened("silent") as box:
-        assert box.servers[0].state is State.FAILED and "did not answer within 0.5 s" in box.servers[0].reason
+        assert box.servers[0].state is ServerState.FAILED and "did not answer within 0.5 s" in box.servers[0].reason
 
 
 async def test_a_program_that_is_not_there_is_named():
@@ -114,10 +114,10 @@ async def test_a_dead_server_starts_again(tmp_path):
     async with opened() as box:
         [server] = box.servers
         os.kill(server.client.transport.process.pid, signal.SIGKILL)
-        await until(lambda: server.state is State.FAILED)
+        await until(lambda: server.state is ServerState.FAILED)
         failed = await call_of_failed(box)
         assert failed.is_error and "not running" in failed.text
-        await until(lambda: server.state is State.READY)
+        await until(lambda: server.state is ServerState.READY)
         assert (await call(box, "add", a=1, b=1)).text == "2" and server.restarts == 1
 
 
@@ -129,7 +129,7 @@ async def call_of_failed(box):
 
 
 def toolbox_names(box, server):
-    state, server.state = server.state, State.READY
+    state, server.state = server.state, ServerState.READY
     offered = [*box.offered().values()]
     server.state = state
     return offered
@@ -140,7 +140,7 @@ async def test_a_server_that_dies_in_a_call_repeats_none(tmp_path):
     async with opened("dies-in-call") as box:
         result = await call(box, "count", path=str(tmp_path / "calls"))
         assert result.is_error and "the outcome is unknown" in result.text
-        await until(lambda: box.servers[0].state is State.READY)
+        await until(lambda: box.servers[0].state is ServerState.READY)
         again = await call(box, "add", a=1, b=2)  # may be repeated, and dies again
         assert again.is_error and box.servers[0].restarts >= 1
 
@@ -317,7 +317,7 @@ async def test_hidden_tools_are_not_offered():
 async def test_tools_behind_a_url_run(faults):
     server, handler = fake_http_tools.http_server(*faults)
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp", "headers": {"X-Mine": "yes"}})) as box:
-        assert box.servers[0].state is State.READY, box.servers[0].reason
+        assert box.servers[0].state is ServerState.READY, box.servers[0].reason
         assert (await call(box, "add", a=2, b=3)).text == "5"
         method, headers = handler.seen[-1]
         assert method == "tools/call" and headers["X-Mine"] == "yes"
@@ -342,7 +342,7 @@ async def test_a_lost_session_begins_again():
 async def test_a_url_that_refuses_is_explained(faults, reason):
     server, handler = fake_http_tools.http_server(*faults)
     async with Opened(toolbox(fake={"url": f"http://127.0.0.1:{server.server_port}/mcp"})) as box:
-        assert box.servers[0].state is State.FAILED and reason in box.servers[0].reason
+        assert box.servers[0].state is ServerState.FAILED and reason in box.servers[0].reason
     server.shutdown()
 
 
@@ -363,10 +363,10 @@ async def test_a_url_that_is_not_there_comes_back():
         handler.faults = ("gone",)  # for the connection that is still open
         assert "unknown" in (await call(box, "count", path="/dev/null")).text
         assert (await call(box, "count", path="/dev/null")).is_error
-        await until(lambda: box.servers[0].state is State.FAILED)
+        await until(lambda: box.servers[0].state is ServerState.FAILED)
         handler.faults = ()
         again = fake_http_tools.ThreadingHTTPServer(("127.0.0.1", port), handler)
         fake_tools.threading.Thread(target=again.serve_forever, daemon=True).start()
-        await until(lambda: box.servers[0].state is State.READY)
+        await until(lambda: box.servers[0].state is ServerState.READY)
         assert (await call(box, "add", a=1, b=2)).text == "3"
         again.shutdown()

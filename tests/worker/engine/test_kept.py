@@ -23,7 +23,7 @@ from chatlm.common.messages.requests import Ended
 from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE, Record, check_folder, locked, segment_paths
 from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
-from chatlm.worker.engine.keeper import Reader
+from chatlm.worker.engine.keeper import PageReader
 from chatlm.worker.engine.kept_pages import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.warm_up import WarmUp
@@ -189,8 +189,8 @@ def test_a_silent_disk_delays_a_prompt_by_its_grace(stored, nanochat_fixtures, m
 @torch.inference_mode()
 def test_memory_of_copied_pages_is_read_into_again(stored, nanochat_fixtures, monkeypatch):
     """One page at a time is under way here, so one buffer is enough, for pages and for a state; then it is given back."""
-    monkeypatch.setattr(Reader, "BATCHES", 1)
-    monkeypatch.setattr(Reader, "BATCH_BYTES", 1)
+    monkeypatch.setattr(PageReader, "BATCHES", 1)
+    monkeypatch.setattr(PageReader, "BATCH_BYTES", 1)
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     kept = engine.keeper.kept
     read, places = kept.read, []
@@ -226,8 +226,8 @@ def test_a_buffer_that_is_too_small_is_replaced(tmp_path):
 @torch.inference_mode()
 def test_a_long_step_is_no_silent_disk(stored, nanochat_fixtures, monkeypatch, caplog, ahead):
     """All that the disk is asked for comes while the engine computes: as much as is read ahead of it, or the whole prompt."""
-    monkeypatch.setattr(Reader, "BATCHES", ahead)
-    monkeypatch.setattr(Reader, "BATCH_BYTES", 1)
+    monkeypatch.setattr(PageReader, "BATCHES", ahead)
+    monkeypatch.setattr(PageReader, "BATCH_BYTES", 1)
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     engine.add(stored.work)
     engine.step()

@@ -22,7 +22,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.protocol import Ready
 from chatlm.common.messages.wire import HEADER, Channel, receive_into
 from chatlm.common.processes import connect as connect_module, torchrun as processes_torchrun
-from chatlm.common.processes.connect import Door, dial, listen, proof
+from chatlm.common.processes.connect import Listener, dial, listen, proof
 from chatlm.common.processes.launch import Torchrun, ranks_here, torchrun
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival, live_as_rank, serve_rank
 from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
@@ -284,83 +284,83 @@ SECRET = b"a" * 32
 
 
 @pytest.fixture
-def door():
-    """A function that opens a Door on this machine."""
+def listener():
+    """A function that opens a Listener on this machine."""
     with contextlib.ExitStack() as stack:
         def make(**changes):
             listener = stack.enter_context(listen("127.0.0.1"))
-            return stack.enter_context(Door(listener, SECRET, **changes))
+            return stack.enter_context(Listener(listener, SECRET, **changes))
         yield make
 
 
 @pytest.fixture
 def connect():
-    """A function that connects with a door, from an address of this machine, and sends something."""
+    """A function that connects with a listener, from an address of this machine, and sends something."""
     with contextlib.ExitStack() as stack:
-        def make(door, data=b"", source="127.0.0.1"):
-            newcomer = stack.enter_context(socket.create_connection(door.listener.getsockname(), 10, (source, 0)))
-            newcomer.sendall(data)
-            return newcomer
+        def make(listener, data=b"", source="127.0.0.1"):
+            peer = stack.enter_context(socket.create_connection(listener.socket.getsockname(), 10, (source, 0)))
+            peer.sendall(data)
+            return peer
         yield make
 
 
-def prove(newcomer, secret=SECRET, first=b""):
+def prove(peer, secret=SECRET, first=b""):
     """What `dial` sends, and more."""
-    theirs = newcomer.recv(32, socket.MSG_WAITALL)
-    newcomer.sendall(b"n" * 32 + proof(secret, "front", theirs + b"n" * 32) + first)
+    theirs = peer.recv(32, socket.MSG_WAITALL)
+    peer.sendall(b"n" * 32 + proof(secret, "front", theirs + b"n" * 32) + first)
 
 
-def test_only_the_secret_admits_a_connection(door):
-    door = door()
+def test_only_the_secret_admits_a_connection(listener):
+    listener = listener()
     with ThreadPoolExecutor(1) as thread:
-        host, port = door.listener.getsockname()
-        assert door.admit(0.01) is None
+        host, port = listener.socket.getsockname()
+        assert listener.accept(0.01) is None
         dialed = thread.submit(dial, host, port, b"b" * 32)
-        assert door.admit(0.5) is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
+        assert listener.accept(0.5) is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
         dialed = thread.submit(dial, host, port, SECRET)
-        admitted, first = door.admit(10)
+        admitted, first = listener.accept(10)
         with admitted, dialed.result() as peer:
             peer.sendall(b"x")
             assert admitted.recv(9) == b"x" and admitted.gettimeout() is peer.gettimeout() is first is None
 
 
-def test_who_knows_the_secret_waits_for_nobody(door, connect):
-    """Who knows the secret waits for nobody who stands in the door."""
-    door = door()
-    idle = [connect(door, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
+def test_who_knows_the_secret_waits_for_nobody(listener, connect):
+    """Who knows the secret waits for nobody who has not proven it."""
+    listener = listener()
+    idle = [connect(listener, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
     with ThreadPoolExecutor(1) as thread:
-        dialed = thread.submit(dial, *door.listener.getsockname(), SECRET)
-        admitted, _ = door.admit(door.PROOF_S / 2)
+        dialed = thread.submit(dial, *listener.socket.getsockname(), SECRET)
+        admitted, _ = listener.accept(listener.PROOF_S / 2)
         admitted.close(), dialed.result().close()
-    assert len(door.newcomers) == len(idle)
+    assert len(listener.handshakes) == len(idle)
 
 
-def test_single_bytes_keep_no_newcomer_in_the_door(door, connect, monkeypatch, caplog):
+def test_single_bytes_keep_no_peer_in_the_handshake(listener, connect, monkeypatch, caplog):
     """Bytes come as often as you like; the clock, which each look moves on, is all that counts."""
-    door, clock, sent = door(), iter(range(0, 10**6, 2)), 0
-    dripping = connect(door)
+    listener, clock, sent = listener(), iter(range(0, 10**6, 2)), 0
+    dripping = connect(listener)
     monkeypatch.setattr(connect_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    door.PROOF_S = 60
-    assert door.admit(3) is None and len(door.newcomers) == 1
-    while door.newcomers:
+    listener.PROOF_S = 60
+    assert listener.accept(3) is None and len(listener.handshakes) == 1
+    while listener.handshakes:
         dripping.sendall(b"x")
         sent += 1
-        assert door.admit(3) is None
+        assert listener.accept(3) is None
     assert 5 < sent < 30 and caplog.messages == ["a connection was refused: no proof within 60 s"]
 
 
-def test_the_address_with_most_newcomers_makes_room(door, connect):
-    """Where newcomers crowd, the address with the most makes room."""
-    door = door()
-    door.MOST = 8
-    honest = connect(door, source="127.0.0.2")
-    assert door.admit(0.05) is None
-    crowd = [connect(door) for _ in range(40)]
-    while crowd[-1].getsockname() not in [each.getpeername() for each in door.newcomers]:
-        assert door.admit(0.05) is None
-    assert len(door.newcomers) == 8
+def test_the_address_with_most_handshakes_makes_room(listener, connect):
+    """Where peers crowd, the address with the most makes room."""
+    listener = listener()
+    listener.MOST = 8
+    honest = connect(listener, source="127.0.0.2")
+    assert listener.accept(0.05) is None
+    crowd = [connect(listener) for _ in range(40)]
+    while crowd[-1].getsockname() not in [each.getpeername() for each in listener.handshakes]:
+        assert listener.accept(0.05) is None
+    assert len(listener.handshakes) == 8
     prove(honest)
-    assert door.admit(10)[0].getpeername() == honest.getsockname()
+    assert listener.accept(10)[0].getpeername() == honest.getsockname()
 
 
 ARRIVAL = ARRIVAL_PIPE.packed(RankArrival(1, "a", 0, 1))
@@ -372,34 +372,34 @@ GARBAGE = {name: HEADER.pack(0, len(body)) + body for name, body in {
 
 
 @pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE)
-def test_a_first_frame_of_garbage_is_one_line(frame, door, connect, caplog):
+def test_a_first_frame_of_garbage_is_one_line(frame, listener, connect, caplog):
     """Who sends one is refused."""
-    door = door(first=ARRIVAL_PIPE)
-    prove(connect_and_see(door, connect), first=frame)
-    assert door.admit(0.05) is None and not door.newcomers
+    listener = listener(first=ARRIVAL_PIPE)
+    prove(connect_and_see(listener, connect), first=frame)
+    assert listener.accept(0.05) is None and not listener.handshakes
     [line] = caplog.messages
     assert line.startswith("a connection was refused: ") and "\n" not in line and "Traceback" not in caplog.text
-    prove(connect_and_see(door, connect), first=ARRIVAL)
-    connection, arrival = door.admit(10)
+    prove(connect_and_see(listener, connect), first=ARRIVAL)
+    connection, arrival = listener.accept(10)
     connection.close()
     assert arrival == RankArrival(1, "a", 0, 1)
 
 
-def connect_and_see(door, connect):
-    """A newcomer that the door has sent its nonce."""
-    newcomer = connect(door)
-    while newcomer.getsockname() not in [each.getpeername() for each in door.newcomers]:
-        assert door.admit(0.02) is None
-    return newcomer
+def connect_and_see(listener, connect):
+    """A peer that the listener has sent its nonce."""
+    peer = connect(listener)
+    while peer.getsockname() not in [each.getpeername() for each in listener.handshakes]:
+        assert listener.accept(0.02) is None
+    return peer
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * 99, bytes(range(64)), b"\x16\x03\x01" + bytes(200)])
-def test_who_leaves_without_proof_is_one_line(data, door, connect, caplog):
+def test_who_leaves_without_proof_is_one_line(data, listener, connect, caplog):
     """Who sends no proof and leaves is refused in one line."""
-    door = door(first=ARRIVAL_PIPE)
-    newcomer = connect(door, data)
-    newcomer.shutdown(socket.SHUT_WR)
-    assert door.admit(0.05) is None and not door.newcomers
+    listener = listener(first=ARRIVAL_PIPE)
+    peer = connect(listener, data)
+    peer.shutdown(socket.SHUT_WR)
+    assert listener.accept(0.05) is None and not listener.handshakes
     assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, error_text, printable, shown
-from chatlm.common.hub.adapters import is_other_base
+from chatlm.common.hub.adapter_folders import is_other_base
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import kind_of, same
 from chatlm.worker.weights.changes import Change, Copy

@@ -100,7 +100,7 @@ def test_an_adapter_of_all_matrices_is_merged_as_by_peft(tmp_path):
 
 
 def test_an_adapter_of_keys_and_values_is_only_merged(tmp_path):
-    """Served beside its base, an adapter of heads' keys and values is refused with its name."""
+    """ModelOrAdapter beside its base, an adapter of heads' keys and values is refused with its name."""
     model = make_model("deepseek3")
     base = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
     adapt(model, tmp_path / "adapter", ["kv_b_proj"], size=0.05)

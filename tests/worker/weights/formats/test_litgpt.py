@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import Changed, files_of, refuse_changed
-from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.doctor.patient import Patient

@@ -16,7 +16,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, error_text, shown
 from chatlm.common.files import MOST_OBJECT, parse_json, read_small, truncated
-from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenizers
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.weights.files.torch_file import PlainUnpickler, load_checkpoint

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import require_folder
-from chatlm.common.hub.adapters import CONFIG, WEIGHTS
+from chatlm.common.hub.adapter_folders import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     AS_TRAINED, CheckpointPlace, checkpoints_in, is_wanted, meta_of, nanochat_tokenizers, step_of)
-from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
+from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainers import foreign, is_build_nanogpt
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, is_litgpt
 from chatlm.common.records import record
@@ -22,7 +22,7 @@ CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Tra
 
 
 @record
-class RunStep(Sighting):
+class CheckpointFiles(FoundFiles):
     """A checkpoint as its files are now, complete or not."""
 
     step: int = 0
@@ -48,17 +48,17 @@ class RunStep(Sighting):
         return settings.source is None and settings.model_tag in (None, self.run.name)
 
 
-def find_steps(folder: Path) -> list[RunStep]:
+def find_steps(folder: Path) -> list[CheckpointFiles]:
     """Checkpoints of nanochat and build-nanogpt, Hugging Face folders `checkpoint-N` and litgpt's `step-N` at
     most MOST_DEPTH below a folder, by run and step; files of other trainers with what is to be done with
     them. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
-    steps = seen_below(folder, RunStep, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
+    steps = seen_below(folder, CheckpointFiles, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
     return sorted(steps, key=lambda step: (
         AS_TRAINED.index(step.place.stage) if step.place else -1, str(step.run), step.step))
 
 
-def steps_in(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
+def steps_in(folder: Path, names: Seq[str]) -> Iterator[CheckpointFiles]:
     if CHECKPOINT.fullmatch(folder.name):
         weights = [name for name in names if name.endswith(".safetensors")]
         adapts = CONFIG in names and "config.json" not in names
@@ -78,7 +78,7 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
         yield from unlinked(checkpoint.path, checkpoint.step, files, missing, place=checkpoint.place)
 
 
-def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
+def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[CheckpointFiles]:
     """litgpt's folder `step-N`, build-nanogpt's files, and what is to be done with files of others."""
     if re.fullmatch(r"step-\d{1,15}", folder.name) and LITGPT_FILE in names:
         missing = "" if LITGPT_CONFIG in names else LITGPT_CONFIG
@@ -92,7 +92,7 @@ def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[RunStep]:
         if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
             yield from unlinked(path, step, files_of(path), "")
         elif error := foreign(path):
-            yield RunStep(path, trouble=f"not served: {error}")
+            yield CheckpointFiles(path, trouble=f"not served: {error}")
 
 
 def names_of_parts(weights: Seq[str]) -> list[str]:
@@ -104,7 +104,7 @@ def names_of_parts(weights: Seq[str]) -> list[str]:
 
 
 def unlinked(path: Path, step: int, files: Seq[Path], missing: str, adapts: bool = False,
-             place: CheckpointPlace | None = None) -> list[RunStep]:
+             place: CheckpointPlace | None = None) -> list[CheckpointFiles]:
     """No step if one of its files is a link."""
     linked = any(map(Path.is_symlink, files))
-    return [] if linked else [RunStep(path, stamp_of(files), "", step, missing, adapts, place)]
+    return [] if linked else [CheckpointFiles(path, stamp_of(files), "", step, missing, adapts, place)]

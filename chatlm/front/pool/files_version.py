@@ -12,7 +12,7 @@ from chatlm.common.hub.stamps import Changed, which_changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import TextSpec
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
-class Version:
+class FilesVersion:
     """Which version of the model's files a pool serves. Files may change at any time, but no answer ever
     continues with other weights, and no prompt is rendered for files that the workers do not have.
 
@@ -77,7 +77,7 @@ class Version:
             if not placement.renews:
                 return Changed(which_changed(placement.source or source))
             holders = [other for other in self.workers if other is not worker
-                       and other.state in (State.LOADING, State.READY)]
+                       and other.state in (WorkerState.LOADING, WorkerState.READY)]
             if not (holders and self.dispatcher.is_needed):
                 self.renew(source)
                 break
@@ -100,8 +100,8 @@ class Version:
                           "version: ask again"), *self.dispatcher.jobs.values())
         for worker in self.workers:
             worker.placement.source = source
-            if worker.state in (State.LOADING, State.READY):
-                worker.become(State.UNLOADED)
+            if worker.state in (WorkerState.LOADING, WorkerState.READY):
+                worker.become(WorkerState.UNLOADED)
                 worker.kill()
 
     def refuse(self, worker: Worker) -> ConfigError | None:
@@ -110,7 +110,7 @@ class Version:
         placement = worker.placement
         if not placement.renews and placement.source:
             return Changed(which_changed(placement.source))
-        if any(other.state is State.READY for other in self.workers):
+        if any(other.state is WorkerState.READY for other in self.workers):
             return ConfigError("its model files differ from those of the other workers")
         self.renew(None)
         return None

@@ -15,18 +15,18 @@ from chatlm.common.errors import Overloaded
 from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.annexes import BATCHES
-from chatlm.front.server import access, batch_turns, connections, ledger
+from chatlm.front.server import access, connections, ledger, line_queue
 from chatlm.front.server.access import Owners
-from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
-from chatlm.front.store import batches, files
-from chatlm.front.store.files import LineRow
+from chatlm.front.server.line_queue import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, LineQueue, WaitingLine
+from chatlm.front.store import batches, file_rows
+from chatlm.front.store.file_rows import LineRow
 from chatlm.front.store.store import Store
 from fake_pool import FakePool
 from nightly import by_day
 
 
 class Server:
-    """Turns over simulated time: a line takes a while, or is refused, as its client is told."""
+    """A LineQueue over simulated time: a line takes a while, or is refused, as its client is told."""
 
     def __init__(self, seed):
         self.dice = random.Random(seed)
@@ -36,7 +36,7 @@ class Server:
         self.concurrent = {}                    # client -> how many of its lines run at most
         self.refusing = {}                      # (client, batch) -> until when every line of it is refused
         self.stuck = set()                      # models without memory: their lines begin and never end
-        self.turns = Turns(self.room.__getitem__, lambda client: max(self.blocked.get(client, 0) - self.now_s, 0), lambda: self.now_s)
+        self.turns = LineQueue(self.room.__getitem__, lambda client: max(self.blocked.get(client, 0) - self.now_s, 0), lambda: self.now_s)
         self.running = []                       # (end, lane, line, is it refused?)
         self.done, self.seen, self.attempts = [], 0, 0
 
@@ -133,7 +133,7 @@ def test_a_new_client_soon_has_its_turn():
 
 def test_a_client_begins_though_no_slot_is_free():
     """Another client has all of them for hours."""
-    turns = Turns(lambda model: 4, lambda client: 0, lambda: 0.0)
+    turns = LineQueue(lambda model: 4, lambda client: 0, lambda: 0.0)
     for number in range(50):
         turns.add("long", "b", "m", WaitingLine(number, 1))
     assert [turns.take() is not None for _ in range(5)] == [True] * 4 + [False]
@@ -185,7 +185,7 @@ def test_a_refused_line_does_not_hold_up_its_batch():
 def test_after_a_refusal_lines_begin_one_by_one():
     """After a refusal one line tries and each that ends lets one more begin."""
     now_s = 0.0
-    turns = Turns(lambda model: 10, lambda client: 0, lambda: now_s)
+    turns = LineQueue(lambda model: 10, lambda client: 0, lambda: now_s)
     for number in range(100):
         turns.add("a", "b", "m", WaitingLine(number, 1))
     taken = [turns.take() for _ in range(10)]
@@ -202,7 +202,7 @@ def test_after_a_refusal_lines_begin_one_by_one():
 
 def test_a_removed_batch_begins_nothing():
     """Its lines that run still end."""
-    turns = Turns(lambda model: 10, lambda client: 0, lambda: 0.0)
+    turns = LineQueue(lambda model: 10, lambda client: 0, lambda: 0.0)
     for batch in "xy":
         for number in range(9):
             turns.add("a", batch, "m", WaitingLine(number, 1))
@@ -230,14 +230,14 @@ class Place:
         """A batch of `count` lines, put into the store; returns its name."""
         def create(connection):
             owner = Owners(self.settings).of_texts(client)
-            source = files.create(connection, owner, "in.jsonl", "batch", 1)
+            source = file_rows.create(connection, owner, "in.jsonl", "batch", 1)
             rows = [LineRow(number, json.dumps({
                 "custom_id": str(number), "method": "POST", "url": CHAT, "body": {
                     "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens, "n": n}}).encode() + b"\n", str(number), CHAT, model)
                 for number in range(1, count + 1)]
-            files.add_lines(connection, source.id, rows)
+            file_rows.add_lines(connection, source.id, rows)
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (source.id,))
-            return batches.create(connection, owner, client, files.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
+            return batches.create(connection, owner, client, file_rows.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
         name = await self.store.run(create)
         return name
 
@@ -251,7 +251,7 @@ class Place:
 
     async def lines(self, name):
         return await self.store.run(lambda connection: [text for text, in connection.execute(
-            "SELECT text FROM lines WHERE file = ? ORDER BY number", (files.file_named(connection, name).id,))])
+            "SELECT text FROM lines WHERE file = ? ORDER BY number", (file_rows.file_named(connection, name).id,))])
 
     async def get(self, path, key, method="GET"):
         async with aiohttp.ClientSession(self.url) as session:
@@ -370,8 +370,8 @@ async def test_after_midnight_a_batch_goes_on_by_itself(tmp_path, monkeypatch):
     """It is the batch of a key that has new tokens."""
     clock = SimpleNamespace(time=lambda: 1_700_000_000.0)       # 22:13:20
     monkeypatch.setattr(ledger, "time", clock)
-    monkeypatch.setattr(batch_turns, "LEAST_REST_S", 0.01)
-    monkeypatch.setattr(batch_turns, "LONGEST_REST_S", 0.01)
+    monkeypatch.setattr(line_queue, "LEAST_REST_S", 0.01)
+    monkeypatch.setattr(line_queue, "LONGEST_REST_S", 0.01)
     settings = Settings(keys=(key_called("k", tokens_per_day=55, refused=True), key_called("free")))
     async with place_of(tmp_path / "store.db", settings, pool_called("open")) as place:
         name = await place.begun("k", "open", 10, 3)            # of ten tokens each

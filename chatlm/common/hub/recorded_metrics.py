@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from chatlm.common.hub.nanochat import (
+from chatlm.common.hub.nanochat_checkpoints import (
     checkpoint_at, is_told_a_depth, part_of, read_meta, step_of)
 
 SMOOTHING = 0.9       # of the average that training keeps of its loss
@@ -28,20 +28,20 @@ REWARD = re.compile(rb"^Step (\d{1,15})/\d+ \| Average reward: (\S{1,40}) \|", r
 LOSS = re.compile(rb"^step (\d{1,15}) \([^)\n]{1,20}\) \| loss: (\S{1,40}) \|", re.MULTILINE)
 
 
-class Written(NamedTuple):
+class RecordedMetrics(NamedTuple):
     """What is known of a checkpoint without computing anything."""
 
     metrics: dict[str, float]
     stale: tuple[str, ...] = ()  # names of metrics that belong to an earlier step
 
 
-def written_beside(model: Path) -> Written:
+def written_beside(model: Path) -> RecordedMetrics:
     """What the meta file of `model_<step>.pt` says of it. Nothing of other files."""
     step = step_of(model.name)
-    return Written({}) if step is None else written_in(read_meta(model), step)
+    return RecordedMetrics({}) if step is None else written_in(read_meta(model), step)
 
 
-def written_in(meta: Mapping[str, Any], step: int) -> Written:
+def written_in(meta: Mapping[str, Any], step: int) -> RecordedMetrics:
     """What the object in the meta file of a step says of it."""
     loop = part_of(meta, "loop_state")
     found: dict[str, Any] = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
@@ -51,7 +51,7 @@ def written_in(meta: Mapping[str, Any], step: int) -> Written:
     if is_number(batch := meta.get("total_batch_size")):
         found["tokens"] = batch * step
     metrics = {name: value for name, value in found.items() if is_number(value)}
-    return Written(metrics, ("val_bpb",) if "val_bpb" in metrics and is_stale(meta, step) else ())
+    return RecordedMetrics(metrics, ("val_bpb",) if "val_bpb" in metrics and is_stale(meta, step) else ())
 
 
 def unbiased(average: Any, step: int) -> float | None:

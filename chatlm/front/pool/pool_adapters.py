@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, without_folders
-from chatlm.common.hub.adapters import adapter_at, adapters_in, named_adapters
+from chatlm.common.hub.adapter_folders import adapter_at, adapters_in, named_adapters
 from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter, LoadAdapter
-from chatlm.front.pool.sightings import Sightings
-from chatlm.front.pool.worker import State
+from chatlm.front.pool.folder_scanner import FolderScanner
+from chatlm.front.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.adapters import AdapterFiles
+    from chatlm.common.hub.adapter_folders import AdapterFiles
     from chatlm.common.hub.stamps import Stamp
     from chatlm.front.pool.worker import Worker
 
@@ -113,7 +113,7 @@ class PoolAdapters:
         older version that they could use."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
-        ready = [worker for worker in self.workers if worker.state is State.READY]
+        ready = [worker for worker in self.workers if worker.state is WorkerState.READY]
         older = self.serving.get(adapter.name)
         if not ready or older and not any(worker.gpu in older.loaded for worker in ready):
             self._switch(adapter)
@@ -156,7 +156,7 @@ class PoolAdapters:
         for adapter in (adapter for adapter in retired if adapter.id not in self.uses):
             del self.all[adapter.id]
             for worker in self.workers:
-                if worker.state is State.READY:
+                if worker.state is WorkerState.READY:
                     worker.send(DropAdapter(adapter.id))
 
     def send_all(self, worker: Worker):
@@ -171,7 +171,8 @@ class PoolAdapters:
         adapter = self.all.get(adapter_id)
         if adapter is None or worker.gpu in adapter.loaded:
             return True
-        return not any(other.gpu in adapter.loaded for other in self.workers if other.state is State.READY)
+        ready = [other for other in self.workers if other.state is WorkerState.READY]
+        return not any(other.gpu in adapter.loaded for other in ready)
 
     def note(self, worker: Worker, message: AdapterLoaded) -> ConfigError | None:
         """Note what a worker reports about an adapter. Returns a ConfigError if the server cannot start."""
@@ -218,7 +219,7 @@ class PoolAdapters:
         older = self.serving.get(adapter.name)
         stays = bool(older and older is not adapter and older.loaded)
         stamp = adapter.files.stamp
-        if self.watch.sightings.refuse(stamp, for_good=adapter_stamp(folder) == stamp):
+        if self.watch.scanner.refuse(stamp, for_good=adapter_stamp(folder) == stamp):
             log.error("the adapter %s cannot be served%s: %s", adapter.name,
                       " (its older version stays)" if stays else "", problem)
         if stays:
@@ -240,10 +241,10 @@ class AdapterWatch:
 
     def __init__(self, adapters: PoolAdapters):
         self.adapters = adapters
-        self.sightings = Sightings(lambda: adapters_in(*adapters.folders), self._versions, self.WATCH_S)
+        self.scanner = FolderScanner(lambda: adapters_in(*adapters.folders), self._versions, self.WATCH_S)
         if adapters.folders:
-            self.sightings.compare(adapters_in(*adapters.folders))
-        for files in self.sightings.there.values():
+            self.scanner.compare(adapters_in(*adapters.folders))
+        for files in self.scanner.there.values():
             if files.name not in adapters.serving:
                 adapters.serve(files, watched=True)
 
@@ -252,11 +253,11 @@ class AdapterWatch:
                 if not adapter.retired and (adapter.loaded or not adapter.problems)]
 
     async def run(self):
-        await self.sightings.run(self.update)
+        await self.scanner.run(self.update)
 
     async def update(self, settled: Iterable[AdapterFiles]):
         adapters = self.adapters
-        there = self.sightings.there
+        there = self.scanner.there
         for adapter in [adapter for adapter in adapters.serving.values() if adapter.watched]:
             if adapter.files.path not in there:
                 log.info("the adapter %s was removed", adapter.name)
@@ -274,7 +275,7 @@ class AdapterWatch:
         adapters = self.adapters
         now = adapter_at(adapter.files.path, adapter.name)
         if (not now.stamp or adapters.settings.ray_address or now.stamp == adapter.files.stamp
-                or self.sightings.refused.get(now.stamp)):
+                or self.scanner.refused.get(now.stamp)):
             return False
         if all(other.files.stamp != now.stamp for other in adapters.all.values()):
             if not self.fits(now):
@@ -286,7 +287,7 @@ class AdapterWatch:
     def fits(self, files: AdapterFiles) -> bool:
         """Is there room for an adapter beside what is served? If not, that is logged once."""
         problem = self.adapters.no_room(files.nbytes)
-        if problem and self.sightings.refuse(files.stamp, for_good=False):
+        if problem and self.scanner.refuse(files.stamp, for_good=False):
             stays = " (its older version stays)" if files.name in self.adapters.serving else ""
             log.error("the adapter %s is not served%s: %s", files.name, stays, problem)
         return not problem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from chatlm.front.admission.admission import SharedAdmission
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from chatlm.front.pool.prefixes import Prefixes
 
 
-class User(Protocol):
+class ResourceUser(Protocol):
     """A pool, or what makes pools."""
 
     async def close(self):
-        """End, and leave the commons."""
+        """End, and leave the shared."""
 
 
-class Commons:
+class SharedResources:
     """What the pools of a server share: the sandboxes and what is known of requests there, the limits of the
     queue, the order in which clients are served, and the memory for prefixes.
 
@@ -30,9 +30,9 @@ class Commons:
         self.admission = SharedAdmission()
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = prefixes
-        self.users = set[User]()
+        self.users = set[ResourceUser]()
 
-    def join(self, user: User):
+    def join(self, user: ResourceUser):
         self.users.add(user)
 
     def start(self):
@@ -40,7 +40,7 @@ class Commons:
         if self.prefixes:
             self.prefixes.start(lambda: any(dispatcher.jobs for dispatcher in self.dispatchers))
 
-    async def leave(self, user: User):
+    async def leave(self, user: ResourceUser):
         """`user` will not use it any more. The last one closes it."""
         if user not in self.users:
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from chatlm.common.config import Settings
-from chatlm.common.hub.nanochat import checkpoint_at, meta_of
+from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, meta_of
 from chatlm.common.text.load import in_characters
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.mixes import Matrix, Shape, order_of

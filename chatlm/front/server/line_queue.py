@@ -1,4 +1,4 @@
-"""Turns: which line of which batch begins next, so that nobody's lines hold up those of others.
+"""Which line of which batch begins next, so that nobody's lines hold up those of others.
 
 A line that is under way has a slot. One that is refused (its key's budget is used up, a queue is full, memory
 is short) gives its slot back and waits here; it costs nothing until it may try again.
@@ -53,7 +53,7 @@ class Lane:
         return bool(self.waiting) and self.running < self.window and self.rests_until_s <= now_s
 
 
-class Turns:
+class LineQueue:
     """The lines that wait, of all batches. `room` says how many lines of a model may be under way,
     `blocked_s` for how many seconds a client may begin nothing, and `clock` the time in seconds."""
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings, strategies
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.adapters import adapters_below, adapters_in
+from chatlm.common.hub.adapter_folders import adapters_below, adapters_in
 from chatlm.common.hub.folder import find_models
-from chatlm.common.hub.stamps import Sighting
-from chatlm.common.hub.steps import find_steps
-from chatlm.front.pool.adapters import AdapterWatch
+from chatlm.common.hub.stamps import FoundFiles
+from chatlm.common.hub.run_checkpoints import find_steps
+from chatlm.front.pool.pool_adapters import AdapterWatch
 from chatlm.front.pool.pool import make_pool
-from chatlm.front.pool.sightings import Sightings
+from chatlm.front.pool.folder_scanner import FolderScanner
 from families import make_model, save
 from fake_pool import serving
 from forked import DYING
@@ -32,12 +32,12 @@ def version(name, number):
     return ((f"/f/{name}", number, number),) if number else ()
 
 
-def sighting(name, number):
-    return Sighting(Path("/f") / name, version(name, number), "" if number else f"{name} cannot be read")
+def found_files(name, number):
+    return FoundFiles(Path("/f") / name, version(name, number), "" if number else f"{name} cannot be read")
 
 
-def sightings(taken=(), find=list):
-    watched = Sightings(find, lambda: taken, 0.0)
+def scanner(taken=(), find=list):
+    watched = FolderScanner(find, lambda: taken, 0.0)
     watched.compare([])
     return watched
 
@@ -47,10 +47,10 @@ def sightings(taken=(), find=list):
 def test_each_still_version_is_offered_once(looks, bad):
     """A model of the rule: nothing else is kept than the last known version of each file, and which ones the caller has."""
     taken, known, refused = {}, {}, set()
-    watched = Sightings(list, lambda: taken.values(), 0.0)
+    watched = FolderScanner(list, lambda: taken.values(), 0.0)
     watched.compare([])
     for look in looks:
-        offered = watched.compare(sighting(name, number) for name, number in look.items() if number is not None)
+        offered = watched.compare(found_files(name, number) for name, number in look.items() if number is not None)
         expected = {name for name, number in look.items() if number and known.get(name) == number
                     and taken.get(name) != version(name, number) and (name, number) not in refused}
         assert {each.path.name for each in offered} == expected and len(offered) == len(expected)
@@ -72,28 +72,28 @@ def test_old_files_stand_still_at_the_first_look(tmp_path):
     for name, age_s in (("old", 60), ("new", 0)):
         (tmp_path / f"{name}.gguf").write_bytes(b"1")
         os.utime(tmp_path / f"{name}.gguf", (tmp_path.stat().st_mtime - age_s,) * 2)
-    watched = Sightings(lambda: find_models(tmp_path), list, 0.0)
+    watched = FolderScanner(lambda: find_models(tmp_path), list, 0.0)
     assert [each.name for each in watched.compare(watched.find())] == ["old"]
     assert [each.name for each in watched.compare(watched.find())] == ["new", "old"]
 
 
 def test_a_version_without_room_is_offered_again():
     """It is told once."""
-    watched = sightings()
-    watched.compare([sighting("a", 1)])
+    watched = scanner()
+    watched.compare([found_files("a", 1)])
     news = []
     for _ in range(3):
-        [offered] = watched.compare([sighting("a", 1)])
+        [offered] = watched.compare([found_files("a", 1)])
         news.append(watched.refuse(offered.stamp, for_good=False))
     assert news == [True, False, False]
-    assert watched.refuse(offered.stamp) and not watched.compare([sighting("a", 1)])       # that it is broken too is news
+    assert watched.refuse(offered.stamp) and not watched.compare([found_files("a", 1)])       # that it is broken too is news
 
 
 def test_trouble_is_told_once(caplog):
     """It is told again when it changes or comes back."""
-    watched = sightings()
+    watched = scanner()
     for trouble in ("one", "one", "two", "two", "", "two"):
-        watched.compare([Sighting(Path("/f/a"), trouble=trouble)])
+        watched.compare([FoundFiles(Path("/f/a"), trouble=trouble)])
     watched.note("the folder", {"": "two"})     # about something else
     assert caplog.messages == ["one", "two", "two", "two"]
 
@@ -106,7 +106,7 @@ async def test_an_unreadable_folder_is_told_once(caplog):
     def find():
         if outcome := outcomes.pop(0):
             raise outcome
-        return [sighting("a", 1), sighting("b", 0)]
+        return [found_files("a", 1), found_files("b", 0)]
 
     async def update(offered):
         seen.append([each.path.name for each in offered])
@@ -115,7 +115,7 @@ async def test_an_unreadable_folder_is_told_once(caplog):
         if not outcomes:
             raise asyncio.CancelledError
 
-    watched = Sightings(find, list, 0.0)
+    watched = FolderScanner(find, list, 0.0)
     with pytest.raises(asyncio.CancelledError):
         await watched.run(update, pause)
     assert seen == [["a"]] * 3 and [path.name for path in watched.there] == ["a"]
@@ -147,7 +147,7 @@ def test_what_an_unreadable_folder_holds_stays(find, make, name, tmp_path, caplo
     """Its mode forbids it for a while; what goes meanwhile elsewhere has gone."""
     for folder in ("one", "two"):
         make(tmp_path / "watched" / folder)
-    watched = Sightings(lambda: find(tmp_path / "watched"), list, 0.0)
+    watched = FolderScanner(lambda: find(tmp_path / "watched"), list, 0.0)
     watched.compare(watched.find())
     before = {**watched.there}
     assert len(before) == 2
@@ -171,7 +171,7 @@ async def test_nothing_goes_with_the_watched_folder(find, make, name, tmp_path, 
     """It goes away, or is a link to nothing."""
     make(tmp_path / "watched" / "one")
     looks, counts = [], []
-    watched = Sightings(lambda: find(tmp_path / "watched"), list, 0.0)
+    watched = FolderScanner(lambda: find(tmp_path / "watched"), list, 0.0)
 
     async def pause(seconds):
         looks.append(len(looks))
@@ -198,7 +198,7 @@ async def test_nothing_goes_with_the_watched_folder(find, make, name, tmp_path, 
 def test_an_adapter_with_an_empty_file_is_there(empty, tmp_path):
     """One with a link to nothing is too; neither is offered."""
     adapter_in(tmp_path / "one")
-    watched = Sightings(lambda: adapters_in(tmp_path), list, 0.0)
+    watched = FolderScanner(lambda: adapters_in(tmp_path), list, 0.0)
     watched.compare(watched.find())
     [known] = watched.compare(watched.find())
     (tmp_path / "one" / empty).write_text("")

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS
@@ -19,28 +19,28 @@ from chatlm.common.errors import (
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.batch_lines import Line, lasting_body, read_line, bad_line_result
+from chatlm.front.api.batch_lines import BatchLine, bad_line_result, lasting_body, read_line
 from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.api.spoken import answer_encoder, place_of
-from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import default_sampling
-from chatlm.terminal.batch_files import OutputFile, BatchResult, InputFile
+from chatlm.terminal.batch_files import BatchResult, InputFile, OutputFile
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
-from chatlm.terminal.streams import strict_object, whole_body
+from chatlm.terminal.remote_streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.opened_body import OpenedBody
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
 
 T = TypeVar("T")
-Answered = tuple[Line, int, dict]  # with the status and the body of its answer
+Answered = tuple[BatchLine, int, dict]  # with the status and the body of its answer
 Answer = Callable[[int, bytes], Awaitable[Answered]]  # (number, text) of a line
 TOGETHER = 64         # lines under way: more than a worker's rows, so that none is empty
 PATIENCE_S = 600      # how long a line that there is no room for is sent again
@@ -184,21 +184,21 @@ class Local:
     async def answer(self, number: int, text: bytes) -> Answered:
         caller = Caller(route="", client=f"line {number}", owner="")
         try:
-            arrival = await patiently(lambda: self.intake.open(caller, text, number=number))
+            opened_body = await patiently(lambda: self.intake.open(caller, text, number=number))
         except EngineFailure as error:  # a line that ends sandboxes must not stop the others
             raise RequestError(str(error), status=error.status, code=error.code) from None
-        line = arrival.envelope.line
+        line = opened_body.envelope.line
         assert line
         try:
-            async with self.pixels.taken(len(arrival.envelope.lift.files) * 3 * LIMITS.kept_pixels):
-                return line, 200, await patiently(lambda: self._answer(arrival))
+            async with self.pixels.taken(len(opened_body.envelope.lift.files) * 3 * LIMITS.kept_pixels):
+                return line, 200, await patiently(lambda: self._answer(opened_body))
         except ChatServerError as error:
             return line, *failed_answer(error)
 
-    async def _answer(self, arrival: Arrival) -> dict:
-        with Holding(self.intake.budget, arrival.caller.client) as holding:
+    async def _answer(self, opened_body: OpenedBody) -> dict:
+        with Holding(self.intake.budget, opened_body.caller.client) as holding:
             served = await self.intake.resolve("", (), holding)
-            parsed = await self.intake.line(arrival, served, holding)
+            parsed = await self.intake.line(opened_body, served, holding)
             encoder = answer_encoder(parsed, self.pool.model_name, loaded_tokenizer(self.pool))
             async with aclosing(self.pool.answer(parsed.request)) as events:
                 return json.loads(await encoder.collect_all(events, lambda size: None))
@@ -226,7 +226,7 @@ class Remote:
         lines = place_of(path).in_batches
         return lines is not None and lines.has_seed and (self.is_ours or not lines.seed_is_ours)
 
-    async def _answer(self, line: Line) -> tuple[int, dict]:
+    async def _answer(self, line: BatchLine) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if self.takes_seed(line.url) else {}
         body = seeds | line.body_alone() | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,

@@ -1,22 +1,22 @@
 """What all models of a server have in common, and who closes it."""
 
 from chatlm.front.admission.admission import Admission, SharedAdmission
-from chatlm.front.pool.commons import Commons
+from chatlm.front.pool.shared_resources import SharedResources
 from pools import one_and_two, played_pool, started     # noqa: F401  fixtures
 
 READ = "read", "/detokenize", None, (), [], "", "text", ["/detokenize"]
 
 
 async def test_what_models_share_is_closed_with_the_last_of_them():
-    commons = Commons()
-    one = played_pool(commons=commons)
-    two = played_pool(commons=commons)
+    shared = SharedResources()
+    one = played_pool(shared=shared)
+    two = played_pool(shared=shared)
     await one.close()
     await one.close()
-    sandboxes = commons.admission.sandboxes.values()
-    assert not any(sandbox.closed for sandbox in sandboxes) and commons.dispatchers == [two.dispatcher]
+    sandboxes = shared.admission.sandboxes.values()
+    assert not any(sandbox.closed for sandbox in sandboxes) and shared.dispatchers == [two.dispatcher]
     await two.close()
-    assert all(sandbox.closed for sandbox in sandboxes) and not commons.dispatchers
+    assert all(sandbox.closed for sandbox in sandboxes) and not shared.dispatchers
 
 
 async def test_templates_have_a_process_as_long_as_a_model_has_one():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from chatlm.common.config import counted_path
@@ -26,18 +26,18 @@ from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, resu
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.run_log import RunLog
 from chatlm.front.evals.run_results import (
-    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, StepResult, RunResults, StepOfRun, judged_metrics, prompts_key,
-    suite_key, text_key, text_result)
+    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, CheckpointResult, EvaluatedCheckpoint, RunResults, judged_metrics,
+    prompts_key, suite_key, text_key, text_result)
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.models import Served
+from chatlm.front.pool.models import ModelOrAdapter
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import RunStep
+    from chatlm.common.hub.run_checkpoints import CheckpointFiles
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
-    from chatlm.front.pool.models import Model
+    from chatlm.front.pool.models import ServedModel
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.run_names import RunName
 
@@ -51,32 +51,32 @@ class Postponed(ChatServerError):
 
 
 @dataclass
-class DutyWork:
-    """What a duty works with."""
+class EvaluationInput:
+    """What a evaluation works with."""
 
-    model: Model
+    model: ServedModel
     pool: WorkerPool
-    yields: Callable[[], None]  # a duty calls it often; it may raise an exception to end the work
+    yields: Callable[[], None]  # a evaluation calls it often; it may raise an exception to end the work
 
 
-class Duty(Protocol):
+class CheckpointEvaluation(Protocol):
     """Something to find out once about each checkpoint."""
 
     kind: str  # the kind and the key of its results
     key: str
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         ...
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: CheckpointResult):
         """Let the model show a result, be it new or an old one."""
         ...
 
-    async def find(self, work: DutyWork) -> StepResult:
+    async def find(self, work: EvaluationInput) -> CheckpointResult:
         ...
 
 
-class TextDuty:
+class TextEvaluation:
     """Scores --watch-text."""
 
     kind = TEXT
@@ -86,14 +86,14 @@ class TextDuty:
         self.text = text
         self.key = text_key(text)
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.bits_per_byte is not None
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: CheckpointResult):
         if result.score:
             model.bits_per_byte = result.score.bits_per_byte
 
-    async def find(self, work: DutyWork) -> StepResult:
+    async def find(self, work: EvaluationInput) -> CheckpointResult:
         work.model.scoring = True
         try:
             scorer = PoolScorer(work.pool, work.yields)
@@ -104,7 +104,7 @@ class TextDuty:
         return text_result(self.key, score)
 
 
-class PromptsDuty:
+class PromptsEvaluation:
     """Continues the prompts of --watch-prompts."""
 
     kind = SAMPLES
@@ -113,20 +113,20 @@ class PromptsDuty:
         self.prompts = prompts
         self.key = prompts_key(prompts)
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return bool(model.samples)
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: CheckpointResult):
         model.samples = result.samples
 
-    async def find(self, work: DutyWork) -> StepResult:
+    async def find(self, work: EvaluationInput) -> CheckpointResult:
         scorer = PoolScorer(work.pool, work.yields)
         samples = [{"prompt": prompt, "text": await scorer.complete(prompt, SAMPLE_TOKENS)}
                    for prompt in self.prompts]
-        return StepResult(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
+        return CheckpointResult(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
 
 
-class SuiteDuty:
+class SuiteEvaluation:
     """Runs --watch-suite. It keeps the answers to the items, so that an evaluation that broke off can go
     on."""
 
@@ -143,14 +143,14 @@ class SuiteDuty:
         for task in suite.tasks:
             drawn_items(task, most)  # raises now if an item is broken
 
-    def done(self, model: Model) -> bool:
+    def done(self, model: ServedModel) -> bool:
         return model.judged is not None
 
-    def show(self, model: Model, result: StepResult):
+    def show(self, model: ServedModel, result: CheckpointResult):
         model.judged = dict(result.metrics)
         model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
-    async def find(self, work: DutyWork) -> StepResult:
+    async def find(self, work: EvaluationInput) -> CheckpointResult:
         suite = self.suite
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
@@ -170,33 +170,33 @@ class SuiteDuty:
         del body["seconds"]
         verdicts = {one.task.label: one.verdicts for one in results}
         about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": self.most}
-        return StepResult(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
+        return CheckpointResult(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
                       verdicts=verdicts)
 
 
-class StepWork:
-    """Does its duties for one checkpoint after another, the newest first, with rows and memory that nothing
-    else needs. Results are kept in the checkpoint's model and in the results of its run."""
+class CheckpointEvaluator:
+    """Evaluates one checkpoint after another, the newest first, with rows and memory that nothing else needs.
+    Results are kept in the checkpoint's model and in the results of its run."""
 
-    def __init__(self, many: ManyModels, models: Mapping[RunStep, Model]):
+    def __init__(self, many: ManyModels, models: Mapping[CheckpointFiles, ServedModel]):
         self.many = many
         self.models = models
         settings = many.settings
-        self.failed: set[tuple[RunStep, str]] = set()  # (step, kind of duty)
-        # what `describe_step` says of each model
-        self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()
-        self.duties: list[Duty] = [ForwardCheck()]
+        self.failed: set[tuple[CheckpointFiles, str]] = set()  # (step, kind of evaluation)
+        # what `describe_checkpoint` says of each model
+        self.described: WeakKeyDictionary[ServedModel, tuple[EvaluatedCheckpoint, str]] = WeakKeyDictionary()
+        self.evaluations: list[CheckpointEvaluation] = [ForwardCheck()]
         run_log = RunLog(settings.run_log) if settings.run_log is not None else None
         self.results = RunResults(kept_folder(settings), run_log)
         if settings.watch_text is not None:
-            self.duties.append(TextDuty(read_text_of(settings.watch_text, "--watch-text")))
+            self.evaluations.append(TextEvaluation(read_text_of(settings.watch_text, "--watch-text")))
         if settings.watch_prompts is not None:
-            self.duties.append(PromptsDuty(watched_prompts(settings.watch_prompts)))
+            self.evaluations.append(PromptsEvaluation(watched_prompts(settings.watch_prompts)))
         if settings.watch_suite is not None:
             word, most = counted_path(settings.watch_suite)
             suite = chat_suite(runs_code=False) if word == "chat" else read_suite(word, "--watch-suite")
-            self.duties.append(SuiteDuty(suite, most, self.results.folder, self.results.warn))
-        self.results.asked |= {duty.kind: duty.key for duty in self.duties}
+            self.evaluations.append(SuiteEvaluation(suite, most, self.results.folder, self.results.warn))
+        self.results.asked |= {evaluation.kind: evaluation.key for evaluation in self.evaluations}
 
     async def begin(self):
         await self.results.load()
@@ -204,85 +204,87 @@ class StepWork:
     async def removed(self, watched: Path, runs: Mapping[str, RunName],
                       there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
         """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them."""
-        served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
+        described = [self.described[model] for model in self.models.values() if model in self.described]
+        served = {checkpoint.digest for checkpoint, _ in described}
         return await asyncio.to_thread(self.results.removed, watched, runs, there, served)
 
-    async def opened(self, step: RunStep, model: Model):
+    async def opened(self, checkpoint: CheckpointFiles, model: ServedModel):
         """Note that a checkpoint is served now: keep what its training wrote, and show what is known about
         its weights."""
         if not model.pool:
             return
-        self.steps[model] = await asyncio.to_thread(describe_step, step, model, model.pool)
+        self.described[model] = await asyncio.to_thread(describe_checkpoint, checkpoint, model, model.pool)
         await self.note_written(model)
-        for duty in self.duties:
-            await self._recall(duty, model)
+        for evaluation in self.evaluations:
+            await self._recall(evaluation, model)
 
-    async def note_written(self, model: Model):
+    async def note_written(self, model: ServedModel):
         """Keep what a checkpoint's training wrote about it, beside it and in logs."""
-        if model in self.steps:
+        if model in self.described:
             found = {**model.logged, **model.written}
             fields = {"written": found} if found else {}
-            await self.results.add(self.steps[model][0], StepResult(WRITTEN, "", fields, found))
+            await self.results.add(self.described[model][0], CheckpointResult(WRITTEN, "", fields, found))
 
-    async def _recall(self, duty: Duty, model: Model):
+    async def _recall(self, evaluation: CheckpointEvaluation, model: ServedModel):
         """Show a result that is known of these weights, and keep it as a result of this step too."""
-        step, made_by = self.steps[model]
-        found = self.results.find(step.digest, duty.kind, duty.key, made_by)
+        checkpoint, made_by = self.described[model]
+        found = self.results.find(checkpoint.digest, evaluation.kind, evaluation.key, made_by)
         if found:
-            await self.results.add(step, found._replace(made_by=made_by))
-            duty.show(model, found)
+            await self.results.add(checkpoint, found._replace(made_by=made_by))
+            evaluation.show(model, found)
 
     async def run(self):
         try:
-            while self.duties or self.results.folder:
+            while self.evaluations or self.results.folder:
                 await self._do_next()
         finally:
             self.results.write_now()
 
     async def _do_next(self):
         left = []
-        for step, model in self.models.items():
-            if model in self.steps and model.pool and self._may_load(model):
-                left += [(step, duty) for duty in self._duties_left(step, model)]
+        for checkpoint, model in self.models.items():
+            if model in self.described and model.pool and self._may_load(model):
+                left += [(checkpoint, evaluation) for evaluation in self._evaluations_left(checkpoint, model)]
         if left:
             # check the forward first, since evaluations say nothing if it is wrong; then the newest step
-            step, duty = max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s))
-            await self._do(step, duty)
+            checkpoint, evaluation = max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s))
+            await self._do(checkpoint, evaluation)
         else:
             await asyncio.sleep(0.5)
         await self.results.write_again()
 
-    def _duties_left(self, step: RunStep, model: Model) -> list[Duty]:
-        return [duty for duty in self.duties
-                if not duty.done(model) and (step, duty.kind) not in self.failed]
+    def _evaluations_left(self, checkpoint: CheckpointFiles,
+                          model: ServedModel) -> list[CheckpointEvaluation]:
+        return [evaluation for evaluation in self.evaluations
+                if not evaluation.done(model) and (checkpoint, evaluation.kind) not in self.failed]
 
-    async def _do(self, step: RunStep, duty: Duty):
-        model = self.models[step]
-        of_run, made_by = self.steps[model]
-        await self.results.refresh(of_run)  # another server may have done the duty
-        await self._recall(duty, model)
-        if duty.done(model) or not model.pool:
+    async def _do(self, checkpoint: CheckpointFiles, evaluation: CheckpointEvaluation):
+        model = self.models[checkpoint]
+        of_run, made_by = self.described[model]
+        await self.results.refresh(of_run)  # another server may have done the evaluation
+        await self._recall(evaluation, model)
+        if evaluation.done(model) or not model.pool:
             return
 
         def check_room():
             if not self._may_load(model):
                 raise Postponed("other models need the memory")
 
-        pool = Served(model).pool
+        pool = ModelOrAdapter(model).pool
         was_loaded = model.state == "ready"
         try:
-            result = await duty.find(DutyWork(model, pool, check_room))
+            result = await evaluation.find(EvaluationInput(model, pool, check_room))
             await self.results.add(of_run, result._replace(made_by=made_by))
-            duty.show(model, result)
+            evaluation.show(model, result)
         except Postponed:
             return
         except ChatServerError as error:
-            self.failed.add((step, duty.kind))
+            self.failed.add((checkpoint, evaluation.kind))
             log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
         if not (was_loaded or pool.dispatcher.jobs or pool.dispatcher.in_use):
             model.unload()
 
-    def _may_load(self, model: Model) -> bool:
+    def _may_load(self, model: ServedModel) -> bool:
         """Whether a model is loaded, or fits into free memory that no other model waits for."""
         residency = self.many.residency
         share = residency.share_of(model.pool)
@@ -310,12 +312,13 @@ def kept_folder(settings: Settings) -> Path | None:
         return None
 
 
-def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
+def describe_checkpoint(checkpoint: CheckpointFiles, model: ServedModel,
+                        pool: WorkerPool) -> tuple[EvaluatedCheckpoint, str]:
     """The names of a checkpoint in its results, and a digest of what decides these beside its weights and the
     question: its other files, and how it is computed here."""
     files = []
     saved_ns = [0]
-    for name, size, time_ns in step.stamp:
+    for name, size, time_ns in checkpoint.stamp:
         if name.endswith(WEIGHTS):
             saved_ns.append(time_ns)
         elif size <= SMALL_FILE:
@@ -327,8 +330,9 @@ def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOf
                       settings.quantize, settings.kv_cache_dtype, settings.softcap])
     made_by = hashlib.sha256(key.encode()).hexdigest()[:24]
     assert model.run
-    return StepOfRun(model.run.run, model.run.lineage, model.run.stage, step.step, os.path.realpath(step.run),
-                     max(saved_ns) / 1e9, card.facts.digest), made_by
+    return EvaluatedCheckpoint(
+        model.run.run, model.run.lineage, model.run.stage, checkpoint.step, os.path.realpath(checkpoint.run),
+        max(saved_ns) / 1e9, card.facts.digest), made_by
 
 
 def watched_prompts(path: str) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from chatlm.common.config import ADAPTER_NAME
 from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.folder import seen_below
-from chatlm.common.hub.nanochat import object_in
-from chatlm.common.hub.stamps import ADAPTER_FILES, Sighting, adapter_stamp
+from chatlm.common.hub.nanochat_checkpoints import object_in
+from chatlm.common.hub.stamps import ADAPTER_FILES, FoundFiles, adapter_stamp
 from chatlm.common.records import record
 
 CONFIG, WEIGHTS = ADAPTER_FILES
@@ -19,7 +19,7 @@ HUGE_PAGE = 2 << 20
 
 
 @record
-class AdapterFiles(Sighting):
+class AdapterFiles(FoundFiles):
     """An adapter below a folder."""
 
     name: str = ""

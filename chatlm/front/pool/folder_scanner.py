@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from chatlm.common.errors import ConfigError, error_text, line_of
-from chatlm.common.hub.stamps import Sighting, Stamp
+from chatlm.common.hub.stamps import FoundFiles, Stamp
 from chatlm.common.log import log
 
-T = TypeVar("T", bound=Sighting)
+T = TypeVar("T", bound=FoundFiles)
 
 
-class Sightings(Generic[T]):
+class FolderScanner(Generic[T]):
     """The models, checkpoints or adapters below a folder. A stamp identifies a version of an entry's files. A
     version that has not changed between two scans is offered to the caller, at each scan until the caller
     serves or refuses it.

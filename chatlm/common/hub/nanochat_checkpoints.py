@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
 from pathlib import Path
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_object
@@ -272,7 +272,7 @@ def refuse_unreadable(path: Path):
 # --- which of them is meant --------------------------------------------------------------------------------
 
 
-def explicit_choice(settings: Settings) -> str:
+def checkpoint_flags(settings: Settings) -> str:
     """The flags -i, -g and -s as the operator gave them; "" if there were none."""
     flags = {"-i": settings.source, "-g": settings.model_tag, "-s": settings.step}
     return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
@@ -291,8 +291,8 @@ def choose_checkpoint(where: Path, found: Seq[Checkpoint], settings: Settings) -
         chosen = [each for each in chosen if (each.place.stage, each.place.tag) == (stage, tag)
                   and settings.step in (None, each.step)]
     if not chosen:
-        choice = explicit_choice(settings) or experiment_words()
-        raise ConfigError(f"no nanochat checkpoint for {choice} in {where}; "
+        flags = checkpoint_flags(settings) or experiment_words()
+        raise ConfigError(f"no nanochat checkpoint for {flags} in {where}; "
                           f"available: {', '.join(map(str, found)) or 'none'}")
     best = chosen[-1]
     others = ", ".join(str(each) for each in found if each != best)

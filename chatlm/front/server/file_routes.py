@@ -26,16 +26,16 @@ from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
-    DAY_S, now_s, number_in, query_value, send_page, send_part, require_store, take_room)
+    DAY_S, now_s, number_in, query_value, require_store, send_page, send_part, take_room)
 from chatlm.front.server.streams import BODY_BYTES_PER_S
-from chatlm.front.store import batches, files, quota
-from chatlm.front.store.files import File, LineRow
-from chatlm.front.store.pages import Listed, ListPage, page_of
+from chatlm.front.store import batches, file_rows, quota
+from chatlm.front.store.file_rows import File, LineRow
+from chatlm.front.store.pages import ListPage, Listed, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatlm.front.intake.arrival import Caller
+    from chatlm.front.intake.opened_body import Caller
     from chatlm.front.intake.intake import Intake
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
@@ -102,19 +102,19 @@ class FileRoutes:
         limit = query_value(http, FILES_LIMIT, 10_000)
         ascending = query_value(http, ORDER, "desc") == "asc"
         purpose = query_value(http, PURPOSE, "")
-        chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
+        chosen = f" AND state = {file_rows.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
         owner = self.bodies.owner
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
-            rows = files.list_rows(connection, "files", File._fields, owner, after, ascending, chosen)
+            rows = file_rows.list_rows(connection, "files", File._fields, owner, after, ascending, chosen)
             bodies = (File(*row).body for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
         return await send_page(http, self.bodies, await store.run(read))
 
     async def found(self, http: web.Request) -> File:
         return await require_store(self.store).run(partial(
-            files.file_of_owner, name=http.match_info["id"], owner=self.bodies.owner))
+            file_rows.file_of_owner, name=http.match_info["id"], owner=self.bodies.owner))
 
     async def handle_file(self, http: web.Request) -> web.Response:
         return json_response((await self.found(http)).body)
@@ -124,11 +124,11 @@ class FileRoutes:
         owner = self.bodies.owner
 
         def delete(connection) -> File:
-            file = files.file_of_owner(connection, name, owner)
+            file = file_rows.file_of_owner(connection, name, owner)
             if batch := batches.reads(connection, file):
                 raise RequestError(f"{batch} still needs this file: cancel it first, or wait for its end",
                                    status=409, code="file_in_use", param="id")
-            files.delete(connection, file)
+            file_rows.delete(connection, file)
             return file
         file = await require_store(self.store).run(delete)
         self.removed()
@@ -137,9 +137,9 @@ class FileRoutes:
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
         store = require_store(self.store)
         file = await self.found(http)
-        longest = await store.run(partial(files.longest_line, file=file.id))
+        longest = await store.run(partial(file_rows.longest_line, file=file.id))
         with self.bodies.holding() as holding:
-            await take_room(holding, 2 * longest + files.PART_BYTES)
+            await take_room(holding, 2 * longest + file_rows.PART_BYTES)
             return await self._send_content(http, store, file)
 
     async def _send_content(self, http: web.Request, store: Store, file: File) -> web.StreamResponse:
@@ -150,7 +150,7 @@ class FileRoutes:
         last = 0
         sent = 0
         while http.method == "GET" and sent < file.bytes:
-            part, last = await store.run(partial(files.content, file=file.id, after=last))
+            part, last = await store.run(partial(file_rows.content, file=file.id, after=last))
             if not part:  # it was deleted meanwhile: the client sees that the body is too short
                 raise ConnectionResetError("the file was deleted")
             sent += len(part)
@@ -207,7 +207,7 @@ class Upload:
         """Make its file. RequestError if its owner has no room left."""
         def create(connection):
             quota.check(connection, self.caller.texts, client=self.caller.client)
-            self.id = files.create(connection, self.caller.texts, "", "batch", now_s()).id
+            self.id = file_rows.create(connection, self.caller.texts, "", "batch", now_s()).id
         await self.store.run(create, adds_bytes=LINE_BYTES)
 
     async def receive(self, http: web.Request) -> dict[str, str]:
@@ -261,7 +261,7 @@ class Upload:
         rest = bytearray()
         async for chunk in self._chunks(part, most):
             rest += chunk
-            if len(rest) >= files.PART_BYTES:
+            if len(rest) >= file_rows.PART_BYTES:
                 self._add_part(bytes(rest))
                 await self._store()
                 rest.clear()
@@ -282,13 +282,13 @@ class Upload:
         self.number = 0
 
         def create(connection):
-            self.id = files.create(connection, self.caller.texts, "", "batch", now_s()).id
+            self.id = file_rows.create(connection, self.caller.texts, "", "batch", now_s()).id
         await self.store.run(create, adds_bytes=LINE_BYTES)
 
         async def parts() -> AsyncIterator[bytes]:
             last = 0
             while True:
-                part, last = await self.store.run(partial(files.content, file=self.raw, after=last))
+                part, last = await self.store.run(partial(file_rows.content, file=self.raw, after=last))
                 if not part:
                     return
                 yield part
@@ -310,7 +310,7 @@ class Upload:
         await self._store()
 
     async def _chunks(self, part, most: int) -> AsyncIterator[bytes]:
-        while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 8)):
+        while chunk := await self._timed(part.read_chunk(file_rows.PART_BYTES // 8)):
             self.size += len(chunk)
             if self.size > most:
                 raise too_large(most, "the file", "file_too_large", "file")
@@ -328,9 +328,9 @@ class Upload:
             self.caller, [line._replace(text=line.text.strip()) for line in lines])
         for line, checked in zip(lines, found):
             self.rows.append(self._row(line, checked))
-            if len(self.rows) >= files.PART_LINES:
+            if len(self.rows) >= file_rows.PART_LINES:
                 await self._store()
-        if sum(len(each.text) for each in self.rows) > files.PART_BYTES:
+        if sum(len(each.text) for each in self.rows) > file_rows.PART_BYTES:
             await self._store()
         await asyncio.sleep(0)  # others get a turn
 
@@ -338,7 +338,7 @@ class Upload:
         rows = self.rows
         self.rows = []
         if rows:
-            await self.store.run(partial(files.add_lines, file=self.id, rows=rows),
+            await self.store.run(partial(file_rows.add_lines, file=self.id, rows=rows),
                                  adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))
 
     def _row(self, line: NumberedLine, checked: CheckedLine) -> LineRow:
@@ -387,7 +387,7 @@ class Upload:
         connection.execute(
             "UPDATE files SET filename = ?, purpose = ?, state = ?, note = ?, expires = created + ? "
             "WHERE id = ?",
-            (self.filename, purpose, files.THERE, note or None, lasts, self.id))
+            (self.filename, purpose, file_rows.THERE, note or None, lasts, self.id))
         row = connection.execute("SELECT name FROM files WHERE id = ?", (self.id,)).fetchone()
         log.debug("file %s: %d lines, %d bad", row[0], self.requests, self.bad)
-        return files.file_named(connection, row[0])
+        return file_rows.file_named(connection, row[0])

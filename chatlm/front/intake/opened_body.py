@@ -27,7 +27,7 @@ class Caller:
 
 
 @dataclass
-class Arrival:
+class OpenedBody:
     """A body that has been opened, in this process or in a sandbox."""
 
     caller: Caller
