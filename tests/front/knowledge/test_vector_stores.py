@@ -578,7 +578,7 @@ async def test_other_purposes_are_refused(tmp_path, purpose):
 
 
 async def test_documents_have_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("chatlm.front.server.files.LIMITS", replace(LIMITS, document_bytes=1000))
+    monkeypatch.setattr("chatlm.front.server.file_routes.LIMITS", replace(LIMITS, document_bytes=1000))
     async with knowing(tmp_path / "k.db") as ask:
         for fields in ({"purpose": "assistants"}, {}):
             form = aiohttp.FormData(fields)
