@@ -63,9 +63,5 @@ def loaded(spec, tensors):
         tensors: dict
         block: int = 16
         adaptable: None = None
-        part: object = None
-
-        def __post_init__(self):
-            self.architecture = self.part or self.architecture
 
     return Loaded(model_of(spec), {name: unread(tensor) for name, tensor in tensors.items()})

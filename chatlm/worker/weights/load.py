@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import mmproj_of
@@ -24,10 +24,10 @@ from chatlm.worker.weights.model_of import model_of
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.formats.sources import Sources
     from chatlm.worker.weights.formats.stored_model import Storage, StoredModel
-    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> LoadedModel:
@@ -64,8 +64,8 @@ def load(stored: StoredModel, settings: Settings, device: str) -> LoadedModel:
         unread_keys(spec), tied=merged.tied)
     sizes = f"{stored.title}, {spec.layers} layers, width {spec.width}"
     return LoadedModel(
-        spec, tensors, purpose.text, stored.source.name, sizes + report.details + merged.described,
-        storage.dtype, **report.sampling, family=stored.family, grows=report.grows, block=report.block,
+        spec, model_of(spec), tensors, purpose.text, stored.source.name,
+        sizes + report.details + merged.described, storage.dtype, **report.sampling, family=stored.family, grows=report.grows, block=report.block,
         adaptable=adaptable, head=purpose.head, vocabulary=vocabulary, draft_head=draft_head,
         ranking=purpose.ranking, quantization=report.quantization)
 
@@ -112,7 +112,8 @@ def load_draft_head(stored: StoredModel, settings: Settings, storage: Storage,
     if head is None:
         return None
     tensors = head.tensors(settings, name_tensors(head), {}, storage)
-    return LoadedModel(head.spec, tensors, text, head.source.name, "", storage.dtype, family=head.family)
+    return LoadedModel(head.spec, model_of(head.spec), tensors, text, head.source.name, "", storage.dtype,
+                       family=head.family)
 
 
 class Format(NamedTuple):
@@ -172,9 +173,8 @@ def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device
         log.warning("%s reads texts alone: %s", model.name, error)
         return
     if eyes:
-        model.spec = replace(
-            model.spec, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
-            picture_pad=eyes.pad)
+        restate(model, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
+                picture_pad=eyes.pad)
         model.text = replace(model.text, vision=eyes.vision)
         model.eyes = eyes
 
@@ -200,15 +200,22 @@ def set_context(model: LoadedModel, path: Path, stated: int | None):
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
                           "own rope scaling included")
-    model.spec = replace(model.spec, embeds=model.text.embedder is not None)
+    restate(model, embeds=model.text.embedder is not None)
     if stated:
-        model.spec = replace(model.spec, max_positions=length, answer_positions=0)  # no longer than needed
-    check_rotary_memory(path, model.spec, model.spec.max_positions)
+        restate(model, max_positions=length, answer_positions=0)  # no longer than needed
+    check_rotary_memory(path, model.architecture)
 
 
-def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
-    """ConfigError if the rotary tables of this context, in float64, do not fit into memory."""
-    tables = {attn.rope for attn in model_of(spec).attentions}
+def restate(model: LoadedModel, **fields: Any):
+    """Have the recipe of a model say something else in these fields, and so its blocks."""
+    model.spec = replace(model.spec, **fields)
+    model.architecture = model_of(model.spec)
+
+
+def check_rotary_memory(path: Path, model: Model):
+    """ConfigError if the rotary tables of its context, in float64, do not fit into memory."""
+    context_length = model.max_positions
+    tables = {attn.rope for attn in model.attentions}
     needed = 32 * context_length * sum(len(rope.frequencies) for rope in tables)
     free = available_memory()
     if needed > free:

@@ -7,7 +7,6 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
@@ -25,6 +24,7 @@ class LoadedModel:
     `architecture.tensors()`, without a tied head."""
 
     spec: ModelSpec
+    architecture: Model  # what computes it: the whole model, or the part of a rank or a stage
     tensors: dict[str, "Unread | MappedRows"]
     text: TextSpec
     name: str
@@ -43,12 +43,6 @@ class LoadedModel:
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
     eyes: "Eyes | None" = None   # what it sees pictures with
     quantization: str = ""       # what its file calls it, such as Q4_K_M; "": nothing
-    part: "Model | None" = None  # a rank's share of it, or that of a stage
-
-    @property
-    def architecture(self) -> Model:
-        """What computes it: the whole model, or the part of a rank or a stage."""
-        return self.part or model_of(self.spec)
 
     @property
     def context_length(self) -> int:

@@ -93,7 +93,7 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
             tensors[name] = numpy.zeros(shape, numpy.float32)  # pyright: ignore[reportArgumentType]  a tensor is packed as well
         elif part.ranges and name in tensors:  # a tied head is not
             tensors[name] = tensors[name].less(Cut(shapes[name], shape, part.axis, part.ranges))
-    return replace(model, part=own, tensors=tensors)
+    return replace(model, architecture=own, tensors=tensors)
 
 
 def layers_of(model: Model, stage: int, stages: int) -> range:
@@ -145,4 +145,4 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
         if name in ("resid_lambdas", "x0_lambdas"):
             tensors[name] = tensors[name].less(Cut((len(whole.layers),), shape, 0, (mine,)))
     adaptable = model.adaptable and replace(model.adaptable, first_layer=first)
-    return replace(model, part=own, tensors=tensors, adaptable=adaptable)
+    return replace(model, architecture=own, tensors=tensors, adaptable=adaptable)
