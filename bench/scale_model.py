@@ -134,6 +134,7 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.common.hub.find import resolve_model
     from chatlm.common.messages.requests import AnswerParams, SamplingParams
     from chatlm.worker.build import build_engine
+    from chatlm.worker.model.core_sizes import core_sizes
     from chatlm.worker.engine.sequence import Assignment
     from chatlm.worker.engine.warm_up import WarmUp
     from chatlm.worker.ranks.messages import RANK_PIPE
@@ -166,8 +167,8 @@ def measured_steps(model, threads, rows, context, steps):
         while engine.busy:
             engine.step()
         found[count], broadcast[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
-    return {"step_ms": found, "broadcast_ms": broadcast, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
-            "uneven": {str(tp): round(unevenness(model.spec, tp), 3) for tp in (2, 4, 8)}}
+    return {"step_ms": found, "broadcast_ms": broadcast, "layers": len(model.architecture.layers), "hidden": model.architecture.width, "vocabulary": model.architecture.vocab_size,
+            "uneven": {str(tp): round(unevenness(core_sizes(model.architecture), tp), 3) for tp in (2, 4, 8)}}
 
 
 def telling_ms(batch, rows):
@@ -188,8 +189,9 @@ def telling_ms(batch, rows):
 
 def unevenness(spec, tp):
     """The weights of the rank with the most KV heads, divided by an even share."""
-    attention = 2 * spec.width * spec.head_size * (spec.heads + spec.kv_heads) * spec.layers
-    even = 3 * spec.width * spec.ffn_size * spec.layers + spec.width * spec.vocab_size
+    layers = len(spec.by_layer)
+    attention = 2 * spec.width * spec.head_size * (spec.heads + spec.kv_heads) * layers
+    even = 3 * spec.width * spec.ffn_size * layers + spec.width * spec.vocab_size
     return (attention * max(-(-spec.kv_heads // tp), 1) / spec.kv_heads * tp + even) / (attention + even)
 
 

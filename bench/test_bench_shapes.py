@@ -52,8 +52,8 @@ def test_a_small_file_of_each_shape_opens(small_file):
     if shape.arch not in GGUF_FAMILIES:
         pytest.skip(f"{shape.arch} is not read yet")
     model = load(path)
-    prompt = np.random.default_rng(0).integers(0, model.spec.vocab_size, 40).tolist()
-    computed = transformer(model, kernels_of("reference", model.spec))
+    prompt = np.random.default_rng(0).integers(0, model.architecture.vocab_size, 40).tolist()
+    computed = transformer(model, kernels_of("reference", model.architecture))
     logits = torch.cat([forward_logits(computed, make_batch((prompt, start, 10, [0, 1, 2]))) for start in range(0, 40, 10)])
     assert logits.isfinite().all() and 1 < logits.std(-1).min() and logits.std(-1).max() < 5
     assert logits.argmax(-1).unique().numel() > 1 and (logits.argmax(-1) != torch.tensor(prompt[9::10])).any()

@@ -37,6 +37,7 @@ from chatlm.worker.weights.rules import LAYER_TYPES
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.formats.stored_model import Merged
 
 CLASSES = {  # a model_type that can be written -> its class in transformers
@@ -236,17 +237,17 @@ def weights_of(merged: Merged, settings: Settings, dtype: str) -> list[Weights]:
     row = stored.row
     spec = stored.spec
     tensors = stored.tensors(settings, merged.sources, merged.added, storage_of(dtype))
-    named = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    named = tensor_sources(stored.model, row.all_tensors, spec.vocab_size)
     weights = []
     for ours, (_, theirs) in named.items():
         unread = tensors[ours]
         assert isinstance(unread, Unread)  # a family whose tables stay in their files is not in CLASSES
-        read = partial(rows_of, unread, theirs, row, spec, dtype)
+        read = partial(rows_of, unread, theirs, row, stored.model, dtype)
         weights.append(Weights(dict(theirs), dtype, read))
     return weights
 
 
-def rows_of(unread: Unread, theirs: Mapping[str, tuple[int, ...]], row: Family, spec: ModelSpec,
+def rows_of(unread: Unread, theirs: Mapping[str, tuple[int, ...]], row: Family, model: Model,
             dtype: str) -> Iterator[numpy.ndarray]:
     """One of our tensors, cut into the folder's tensors whose rows it is made of."""
     made = unread.read()
@@ -254,7 +255,7 @@ def rows_of(unread: Unread, theirs: Mapping[str, tuple[int, ...]], row: Family, 
     parts = list(made) if isinstance(made, tuple) else [made]
     for name, shape in theirs.items():
         own = take_rows(parts, shape)
-        own = in_folder_order(row, spec, name, own)
+        own = in_folder_order(row, model, name, own)
         if is_one_more(row, name):
             own = floats(own) - 1
         yield as_kind(own.reshape(shape), dtype)
@@ -272,9 +273,9 @@ def take_rows(parts: list[numpy.ndarray], shape: tuple[int, ...]) -> numpy.ndarr
     return first[:count]
 
 
-def in_folder_order(row: Family, spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+def in_folder_order(row: Family, model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The inverse of `in_our_order`."""
-    order = in_our_order(row, spec, name, numpy.arange(len(rows)))
+    order = in_our_order(row, model, name, numpy.arange(len(rows)))
     if (order == numpy.arange(len(rows))).all():
         return rows
     place = numpy.empty_like(order)

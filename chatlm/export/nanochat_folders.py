@@ -69,18 +69,21 @@ def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change
 
 def sizes_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
     """What both kinds of folders say alike."""
-    spec = stored.spec
+    model = stored.model
+    attention = attentions_of(stored)[0]
+    assert model.head and model.norm and model.feed
     return {
-        "dtype": dtype or widest(stored.state.values()), "vocab_size": spec.vocab_size,
-        "hidden_size": spec.width, "intermediate_size": spec.ffn_size, "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_size,
-        "hidden_act": "relu2", "max_position_embeddings": spec.answer_positions,
-        "rms_norm_eps": spec.norm_eps, "final_logit_softcapping": spec.softcap, "tie_word_embeddings": False}
+        "dtype": dtype or widest(stored.state.values()), "vocab_size": model.vocab_size,
+        "hidden_size": model.width, "intermediate_size": model.feed.width,
+        "num_hidden_layers": len(model.layers), "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_size,
+        "hidden_act": "relu2", "max_position_embeddings": model.answer_positions,
+        "rms_norm_eps": model.norm.eps, "final_logit_softcapping": model.head.softcap,
+        "tie_word_embeddings": False}
 
 
 def features_of(stored: CheckpointModel, number: int) -> dict[str, Any]:
     """What sets a generation apart, in the words of hub_code/configuration_nanochat_generations.py."""
-    spec = stored.spec
     generation = GENERATIONS[number]
     channels, scale = generation.value_gate or (0, 0.0)
     attentions = attentions_of(stored)
@@ -95,11 +98,11 @@ def features_of(stored: CheckpointModel, number: int) -> dict[str, Any]:
         "value_embed_layers": [layer for layer, attention in enumerate(attentions) if attention.embed],
         "value_gate_channels": channels, "value_gate_scale": scale, "qk_scale": generation.qk_scale,
         "smear_channels": generation.smear_channels,
-        "backout_layer": spec.layers // 2 if generation.backs_out else None}
+        "backout_layer": len(attentions) // 2 if generation.backs_out else None}
 
 
 def attentions_of(stored: CheckpointModel) -> list[Attention]:
-    return [layer.mixer for layer in stored.spec.own_layers if isinstance(layer.mixer, Attention)]
+    return [layer.mixer for layer in stored.model.layers if isinstance(layer.mixer, Attention)]
 
 
 def rope_base(stored: CheckpointModel) -> float:
@@ -120,7 +123,7 @@ def weights_of(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]]
         kind = target_kind(tensor, name in added, dtype)
         shape = tensor.shape
         if is_of_vocabulary(name):
-            shape = stored.spec.vocab_size, *shape[1:]
+            shape = stored.model.vocab_size, *shape[1:]
         called = name_of(name)
         read = partial(tensor_of, tensor, added.get(name, ()), shape, kind)
         weights.append(Weights({called: tuple(shape)}, kind, read))

@@ -14,7 +14,6 @@ from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import load
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -35,7 +34,7 @@ def difference(stored: CheckpointModel, settings: Settings) -> str:
 
     The model is in memory once at a time."""
     ids = [stored.tokenizer.bos_token or 0, *open_tokenizer(stored.tokenizer).encode(TEXT)]
-    ids = ids[:min(TEXT_TOKENS, stored.spec.answer_positions)]
+    ids = ids[:min(TEXT_TOKENS, stored.model.answer_positions)]
     settings = replace(settings, dtype="float32")
     rounded, exact = (logits_of(with_rounding(stored, rounds), settings, ids) for rounds in (True, False))
     largest = float(numpy.abs(rounded - exact).max())
@@ -46,12 +45,12 @@ def difference(stored: CheckpointModel, settings: Settings) -> str:
 
 def with_rounding(stored: CheckpointModel, rounds: bool) -> CheckpointModel:
     layers = []
-    for layer in stored.spec.own_layers:
+    for layer in stored.model.layers:
         attention = layer.mixer
         assert isinstance(attention, Attention)
         rope = replace(attention.rope, bfloat16=rounds)
         layers.append(replace(layer, mixer=replace(attention, rope=rope)))
-    return replace(stored, spec=replace(stored.spec, own_layers=tuple(layers)))
+    return replace(stored, model=replace(stored.model, layers=tuple(layers)))
 
 
 def logits_of(stored: CheckpointModel, settings: Settings, ids: list[int]) -> numpy.ndarray:
@@ -60,7 +59,7 @@ def logits_of(stored: CheckpointModel, settings: Settings, ids: list[int]) -> nu
     count = len(ids)
     pages = -(-count // PAGE_SIZE)
     transformer = Transformer(
-        model_of(model.spec), dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=count,
+        model.architecture, dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=count,
         device="cpu", dtype="float32")
     batch = Batch(token_ids=ids, previous_token_ids=[-1, *ids[:-1]], starts=[0, count], lengths=[count],
                   tables=[list(range(pages))], logit_rows=list(range(count)))

@@ -56,7 +56,6 @@ class Eyes(NamedTuple):
     axes: tuple[int, ...] = ()  # rope_axes of the model
     two_sided: str = ""         # layers of the model in which rows of a picture see all of its rows
     pad: int | None = None      # picture_pad of the model
-    recipe: Any = None          # from which its loader makes the architecture
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +63,11 @@ class Eyes(NamedTuple):
         sizes = self.architecture.buffer_sizes(self.patches, 1, "float32").values()
         return sum(tensor.nbytes for tensor in self.tensors.values()) + sum(
             rows * columns * item_bytes(kind) for rows, columns, kind in sizes)
+
+    @property
+    def head_size(self) -> int:
+        attentions = self.architecture.attentions
+        return attentions[0].head_size if attentions else 0
 
     @property
     def patches(self) -> int:

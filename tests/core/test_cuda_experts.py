@@ -273,7 +273,7 @@ def test_a_file_s_experts_stay_packed(emulated, expert_files, monkeypatch, name,
     ids = np.random.default_rng(3).integers(0, 256, 80).tolist()
     steps = [[(first, 8, [3, 1, 4])] for first in range(0, 40, 8)] + [[(40, 1, [3, 1, 4]), (0, 7, [0])], [(41, 1, [3, 1, 4]), (7, 1, [0])]]
     logits = []
-    for each, kernels in ((exact, load_kernels("cpu")), (model, emulated.kernels(model.spec))):
+    for each, kernels in ((exact, load_kernels("cpu")), (model, emulated.kernels(model.architecture))):
         ours = Transformer(each.architecture, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype="float32")
         with torch.inference_mode():
             logits.append([ours.forward(make_batch(*((ids, first, count, pages) for first, count, pages in step))).clone() for step in steps])
@@ -291,7 +291,7 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
     model = opened(expert_files[name], monkeypatch, emulated.backend)
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
     works = [assignment(f"w{i}", tuple(range(10 + i, 10 + prompt)), SamplingParams(seed=i), count + i % 3, ignore_eos=True) for i in range(min(rows, 3))]
-    results, kernels = [], emulated.kernels(model.spec)
+    results, kernels = [], emulated.kernels(model.architecture)
     for prepare in (False, True):
         transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=num_pages, max_tokens=64, max_rows=rows)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=rows, context_length=64, prefill_chunk=48)
@@ -310,7 +310,7 @@ def test_wrong_experts_become_bfloat16(emulation_library, expert_files, monkeypa
     ops = backends.wrong_ops(multiply_experts=lambda out: out.mul_(1.1))
     emulated = backends.Emulated(emulation_library, ops, faults=["experts"])
     model = opened(expert_files["gpt-oss"], monkeypatch, emulated.backend)
-    kernels = emulated.kernels(model.spec)
+    kernels = emulated.kernels(model.architecture)
     ours = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype="float32")
     assert kernels.experts is experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
     assert isinstance(ours.weights["0.qkv"], PackedMatrix) and "decode_core's experts on cpu: " in caplog.text
@@ -330,7 +330,7 @@ def test_answers_of_experts_go_on_on_another_gpu(emulated, expert_files, monkeyp
     works = [assignment(f"w{i}", (5, 6, 7, 8, 10 + i) * 3, SamplingParams(temperature=i / 2, seed=i), 10, ignore_eos=True) for i in range(3)]
 
     def told(works, graphs):
-        kernels = emulated.kernels(model.spec)
+        kernels = emulated.kernels(model.architecture)
         transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=3)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=12, max_batch=3, context_length=64, prefill_chunk=48)
         if graphs:

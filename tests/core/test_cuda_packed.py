@@ -335,7 +335,7 @@ def test_a_file_s_matrices_stay_packed(emulated, mixed_file, monkeypatch):
     assert sum(weight.nbytes for weight in tensors.values() if isinstance(weight, PackedMatrix)) == packed_bytes
     assert tensors["1.qkv"].kind == "q4_k with q5_1 with q6_k" and "head" not in tensors
     for dtype, few, many in (("float32", 1e-4, 2e-2), (None, 3e-2, 3e-2)):
-        ours = transformer_of(model, emulated.kernels(model.spec), dtype)
+        ours = transformer_of(model, emulated.kernels(model.architecture), dtype)
         assert ours.dtype == (dtype or "bfloat16") and "q4_k with q5_1 with q6_k, " in ours.weight_types
         held = {id(weight): weight.nbytes for weight in ours.weights.values()}.values()
         assert ours.weight_types.endswith(f" ({round(sum(held) / 2**20)} MiB)")
@@ -352,7 +352,7 @@ def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypa
     works = [assignment(f"w{i}", tuple(range(10 + i, 40)), SamplingParams(seed=i), 6 + i % 3, ignore_eos=True) for i in range(12)]
     results = []
     for prepare in (False, True):
-        kernels = emulated.kernels(model.spec)
+        kernels = emulated.kernels(model.architecture)
         transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=16, context_length=64,
                         prefill_chunk=48)
@@ -370,7 +370,7 @@ def test_a_wrong_product_makes_weights_bfloat16(emulation_library, mixed_file, m
     path, packed_bytes = mixed_file
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(multiply=lambda out: out.mul_(1.1)), faults=["linear"])
     model = opened(path, monkeypatch, emulated.backend)
-    kernels = emulated.kernels(model.spec)
+    kernels = emulated.kernels(model.architecture)
     ours = transformer_of(model, kernels, None)
     assert kernels.linear is linear_reference and ours.weight_types.startswith("bfloat16 (")
     exact = transformer_of(opened(path, monkeypatch, references, "float32"), load_kernels("cpu"), "float32")
@@ -382,7 +382,7 @@ def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
     tensors = {name: tensor.astype(np.float16) if tensor.ndim == 2 else tensor for name, tensor in tiny_gguf.random_llama().items()}
     model = opened(tiny_gguf.write_gguf(tmp_path / "f16.gguf", tensors, tiny_gguf.LLAMA_NUMBERS), monkeypatch, emulated.backend)
     assert {tensor.dtype for tensor in tensors_of(model).values() if tensor.ndim == 2} == {torch.bfloat16}
-    ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
+    ours = transformer_of(model, emulated.kernels(model.architecture), model.dtype)
     assert ours.dtype == "bfloat16" and ours.weight_types.startswith("bfloat16 (")
 
 
@@ -390,7 +390,7 @@ def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
 def test_packed_safetensors_stay_packed_too(emulated, tmp_path, monkeypatch, name):
     folder, _ = packed_model(make_model("llama2", hidden_size=128, intermediate_size=256, num_hidden_layers=1), tmp_path, name)
     model = opened(folder, monkeypatch, emulated.backend)
-    ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
+    ours = transformer_of(model, emulated.kernels(model.architecture), model.dtype)
     assert PACKED[name].tiles in ours.matrix_types
     exact = transformer_of(opened(folder, monkeypatch, references, "float32"), load_kernels("cpu"), "float32")
     for want, got in zip(logits_of(exact), logits_of(ours)):

@@ -117,7 +117,7 @@ def test_a_wrong_kernel_gives_way_to_its_reference(
 
 
 def test_a_kernel_wrong_in_one_type_alone_is_found(emulation_library, nanochat_fixtures):
-    spec = engines.load(nanochat_fixtures / "gen3").spec
+    spec = engines.load(nanochat_fixtures / "gen3").architecture
     ops = backends.wrong_ops(paged_attention=only_in_bfloat16)
     backend = backends.Emulated(emulation_library, ops).backend(spec)
     backend.ops(0, 0, None)
@@ -126,14 +126,14 @@ def test_a_kernel_wrong_in_one_type_alone_is_found(emulation_library, nanochat_f
 
 @pytest.mark.parametrize("generation", ["gen1", "gen3", "gen5"])
 def test_kernels_that_are_right_are_kept(emulation_library, nanochat_fixtures, generation, caplog):
-    backends.Emulated(emulation_library).kernels(engines.load(nanochat_fixtures / generation).spec)
+    backends.Emulated(emulation_library).kernels(engines.load(nanochat_fixtures / generation).architecture)
     assert caplog.text == ""
 
 
 def test_several_kernels_may_be_wrong_at_once(emulation_library, nanochat_fixtures, monkeypatch):
     fixture, wrong = engines.load(nanochat_fixtures / "gen3"), ("rope_append", "paged_attention")
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**dict.fromkeys(wrong, refuse)), faults=wrong)
-    engine = engine_of(emulated.kernels(fixture.spec), fixture, monkeypatch)
+    engine = engine_of(emulated.kernels(fixture.architecture), fixture, monkeypatch)
     assert engine.steps.graphs          # references are captured too
     assert_reference_answers(engine, fixture, monkeypatch)
     assert engine.steps.queue.replays > 5
@@ -158,7 +158,7 @@ def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures
                                             most, failed):
     """Steps whose graph cannot be captured run op by op."""
     fixture, queue = engines.load(nanochat_fixtures / "gen5"), FailingQueue(most)
-    engine = engine_of(backends.Emulated(emulation_library).kernels(fixture.spec), fixture, monkeypatch, queue)
+    engine = engine_of(backends.Emulated(emulation_library).kernels(fixture.architecture), fixture, monkeypatch, queue)
     fault = engine.kernels.backend.faults["graphs"]
     assert fault == f"{failed} of 3 cannot be captured (RuntimeError: operation not permitted when stream is capturing)"
     assert caplog.text.count(fault) == 1 and {rows for rows, _ in engine.steps.graphs} == {1, 2, 4} & {*range(most + 1)}
@@ -168,7 +168,7 @@ def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures
 
 def test_a_lost_device_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
-    spec = engines.load(nanochat_fixtures / "gen1").spec
+    spec = engines.load(nanochat_fixtures / "gen1").architecture
     backend = backends.CudaBackend(backends.sizes_of(spec), None, device="meta")
     said = "^decode_core's linear raises .*CHAT_SERVER_KERNELS=reference serves"
     with pytest.raises(ConfigError, match=said):

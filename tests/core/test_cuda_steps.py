@@ -42,7 +42,6 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
 from engines import draft_eagerly, load, make_batch, pieces, run, tensors_of
 from generations import GENERATIONS
@@ -54,6 +53,7 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="th
 compiled = backends.compiled
 from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_steps, devices, proof  # noqa: E402
 from chatlm.worker.kernels.proof import prove_prompts  # noqa: E402
+from attention_kinds import blocks_of
 from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402
 
 
@@ -75,7 +75,7 @@ def llama_like(head_size=16):
                      qkv_bias=True, tied_head=True, rope_size=8, qk_norm="before_rope", qk_norm_weights=True)
     random = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
-               for name, shape in model_of(spec).shapes().items()}
+               for name, shape in blocks_of(spec).shapes().items()}
     return spec, tensors
 
 
@@ -98,7 +98,7 @@ def hybrid(name):
     """A small random model most of whose layers keep states, of widths that decode_core's CPU ops do not take."""
     spec = ModelSpec(**dict(vocab_size=284, layers=3, width=48, heads=6, kv_heads=2, head_size=16, ffn_size=64, max_positions=512) | HYBRIDS[name])
     random = torch.Generator().manual_seed(4)
-    tensors = {key: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for key, shape in model_of(spec).shapes().items()}
+    tensors = {key: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for key, shape in blocks_of(spec).shapes().items()}
     return spec, {key: -tensor.exp() if key.endswith("decay") else tensor for key, tensor in tensors.items()}
 
 
@@ -106,7 +106,7 @@ def some_model(name, fixtures):
     """(spec, tensors, tokenizer) of a nanochat fixture, of the llama-like model or of a hybrid."""
     made = llama_like() if name == "llama" else hybrid(name) if name in HYBRIDS else None
     fixture = load(fixtures / ("gen5" if made else name))
-    spec, tensors = made or (fixture.spec, tensors_of(fixture))
+    spec, tensors = made or (fixture.architecture, tensors_of(fixture))
     return spec, dict(tensors), open_tokenizer(fixture.text)
 
 
@@ -116,7 +116,7 @@ def some_model(name, fixtures):
 def adapted(engine, spec):
     """Two adapters of the llama-like model in an engine: of rank 3 on all of both layers, and of rank 1 on the second's `down`."""
     random = torch.Generator().manual_seed(8)
-    shapes = {name: shape for name, shape in model_of(spec).shapes().items() if name.rpartition(".")[2] in ("qkv", "output", "gate_up", "down")}
+    shapes = {name: shape for name, shape in blocks_of(spec).shapes().items() if name.rpartition(".")[2] in ("qkv", "output", "gate_up", "down")}
     for slot, (rank, names) in enumerate([(3, shapes), (1, ["1.down"])], 1):
         matrices = {name: AdapterMatrix(*(0.2 * torch.randn(size, generator=random) for size in ((rank, shapes[name][1]), (shapes[name][0], rank))),
                                         torch.full((rank,), 1.5)) for name in names}
@@ -285,8 +285,8 @@ def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkey
         scheduler.queue.running[0].computed, scheduler.queue.running[0].draft = 3, Draft("lookup", (1, 2))
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
     assert drafted == {True: [(1, 2), ()], False: [(), ()]}
-    gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate
-    llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").spec
+    gen5 = load(nanochat_fixtures / "gen5").architecture                # torch multiplies the smear's gate
+    llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").architecture
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
         backend = backends.CudaBackend(backends.sizes_of(spec), None, device="cpu")
@@ -532,7 +532,7 @@ def test_logits_of_all_kinds_match_references(backend, name, nanochat_fixtures):
     pa, pb, pc = pages[:20], pages[20:30], pages[30:31]
     logits = {}
     for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
-        model = Transformer(model_of(spec), {n: t.to(device) for n, t in tensors.items()}, kernels, num_pages=60, max_tokens=400,
+        model = Transformer(blocks_of(spec), {n: t.to(device) for n, t in tensors.items()}, kernels, num_pages=60, max_tokens=400,
                             dtype="float32", device=device)
         steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
                  [(a, 289, 1, pa), (c, 7, 1, pc)]]
@@ -550,7 +550,7 @@ def test_sinks_and_caps_score_little_at_once(backend, monkeypatch):
     tokens, logits, most = np.random.default_rng(4).integers(0, spec.vocab_size, 100).tolist(), [], 6 * 100 * 30
     monkeypatch.setattr(cuda_prompts, "SCRATCH", most)
     for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
-        model = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
+        model = Transformer(blocks_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
                             dtype="float32", device=device)
         if logits:
             attend = cuda_prompts.attend_prompt
@@ -683,7 +683,7 @@ def test_bfloat16_follows_float32(backend, nanochat_fixtures):
     rounded = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     results = []
     for dtype in ("float32", "bfloat16"):
-        model = Transformer(model_of(spec), {name: t.to(backend.device, getattr(torch, dtype)) if t.ndim > 1 else t.to(backend.device)
+        model = Transformer(blocks_of(spec), {name: t.to(backend.device, getattr(torch, dtype)) if t.ndim > 1 else t.to(backend.device)
                                    for name, t in rounded.items()},
                             backend.kernels(spec), num_pages=8, max_tokens=64, dtype=dtype, device=backend.device)
         prompt = model.forward(make_batch((tokens, 0, 59, [3, 1, 4, 2])))[0].clone()
@@ -712,17 +712,17 @@ def test_load_kernels_takes_cuda_where_models_fit(monkeypatch):
     spec = llama_like()[0]
     monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
-    kernels = load_kernels("cuda", model_of(spec))
+    kernels = load_kernels("cuda", blocks_of(spec))
     names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"linear", "rope_append", "paged_attention", "sample"}
     assert names["rms_norm"] == "torch/reference" and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1),
                   replace(spec, experts=1025, experts_per_token=2), replace(spec, experts=8, experts_per_token=2, ffn_size=60)):
-        assert set(load_kernels("cuda", model_of(unfit)).names.values()) == {"torch/reference", "numpy/reference"}
+        assert set(load_kernels("cuda", blocks_of(unfit)).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
-        load_kernels("cuda", model_of(spec), quantize="q8_0")
+        load_kernels("cuda", blocks_of(spec), quantize="q8_0")
     monkeypatch.setattr(devices, "cuda_ops", lambda _: None)       # no driver, or no device
-    assert load_kernels("cuda", model_of(spec)).names["sample"] == "numpy/reference"
+    assert load_kernels("cuda", blocks_of(spec)).names["sample"] == "numpy/reference"
 
 
 def test_the_core_says_whether_cuda_can_be_used():

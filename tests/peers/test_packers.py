@@ -42,7 +42,7 @@ def test_transformers_computes_the_same(peer, tmp_path):
         want = load_file(folder / "logits.safetensors")["logits"]
         (folder / "logits.safetensors").unlink()
         ours = load(folder)
-        made = transformer(ours, kernels_of("reference", ours.spec))
+        made = transformer(ours, kernels_of("reference", ours.architecture))
         logits = forward_logits(made, make_batch((list(range(40)), 0, 40, list(range(4)))))[0]
         assert (logits - want[-1]).abs().max() < 1e-4
 

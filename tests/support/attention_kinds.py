@@ -9,6 +9,7 @@ from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.weights.model_of import model_of
@@ -32,6 +33,11 @@ KINDS = {  # as Gemma 4 has them, and all that may differ
         (SLIDING, 2), (SLIDING, 2), (FULL, 3)))),
     "heads": (PLAIN, SLIDING, LARGE, FULL, dataclasses.replace(LARGE, source=2), dataclasses.replace(SLIDING, source=1)),
     "all": (PLAIN, SLIDING, WIDE, FULL, SLIDING, dataclasses.replace(WIDE, source=2))}
+
+
+def blocks_of(model):
+    """The blocks of a spec; blocks are their own."""
+    return model if isinstance(model, Model) else model_of(model)
 
 
 def with_attentions(attentions):

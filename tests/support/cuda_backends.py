@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.ops.basic import linear_reference
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
+from attention_kinds import blocks_of
 from emulated_core import EmulatedCore
 from nightly import WHOLE
 
@@ -187,8 +188,8 @@ def with_windows(spec, windows):
 
 
 def sizes_of(spec):
-    """What decode_core is told of a model: a spec's, or CoreSizes themselves."""
-    return core_sizes(model_of(spec)) if isinstance(spec, ModelSpec) else spec
+    """What decode_core is told of a model: of a spec or blocks, or CoreSizes themselves."""
+    return core_sizes(blocks_of(spec)) if isinstance(spec, ModelSpec | Model) else spec
 
 
 def prove_experts_of_some_types(backend, device):
@@ -258,7 +259,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
 
     def kernels(self, spec):
-        return load_kernels(self.device, model_of(spec))
+        return load_kernels(self.device, blocks_of(spec))
 
     def queue(self):
         return CountingQueue(self.device)

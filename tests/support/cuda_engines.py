@@ -11,8 +11,8 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.kernels import cuda_steps
+from attention_kinds import blocks_of
 from engine_parts import parts_of
 from engines import step_pieces
 from near_tie import assert_same_tokens_or_near_tie
@@ -26,7 +26,7 @@ def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, max_r
     nothing, fewer graphs are captured."""
     spec, tensors, tokenizer = model
     max_rows = max_rows or max(max_batch, FREE_ROWS)
-    transformer = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
+    transformer = Transformer(blocks_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
                               device=device, dtype="float32", max_tokens=prefill_chunk + max_rows, max_rows=max_rows,
                               num_slots=max_batch + FREE_ROWS + 12, kv=kv)
     return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,

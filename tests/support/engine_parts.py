@@ -11,7 +11,7 @@ SERVING = Settings(adapter=("served",))
 
 def parts_of(transformer, tokenizer, model=None, settings=SERVING, rows=None):
     """Of an engine of this transformer; adapters may be loaded, and drafts come from texts."""
-    model = model or LoadedModel(None, None, {}, tokenizer.spec, "", "", None)
+    model = model or LoadedModel(None, {}, tokenizer.spec, "", "", None)
     return make_parts(Making(settings, model, transformer, tokenizer, Device("cpu"), 64), rows)
 
 

@@ -20,7 +20,7 @@ from chatlm.worker.weights.adapters.serving import adapter_reader
 from chatlm.worker.weights.formats.gguf.description import gguf_spec
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.model_of import model_of
+from attention_kinds import blocks_of
 from engines import forward_logits, make_batch
 from nightly import WHOLE
 
@@ -426,8 +426,8 @@ def check(found, cases, count=TOKENS, tolerance=TOLERANCE):
 
 
 def kernels_of(backend, spec):
-    kernels = load_kernels("cpu", model_of(spec) if backend == "decode_core" else None, max_tokens=128, max_rows=8)
-    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(model_of(spec)))
+    kernels = load_kernels("cpu", blocks_of(spec) if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(blocks_of(spec)))
     return kernels
 
 

@@ -246,10 +246,11 @@ def packed_model(model, place, name, **options):
 def default_model_folder(place):
     """The default model as a folder of bfloat16."""
     from chatlm.common.hub.default_model import fetch_default_model
+    from chatlm.worker.model.core_sizes import core_sizes
     from engines import tensors_of
     from families import load
     model = load(fetch_default_model())
-    spec, tensors, state = model.spec, tensors_of(model), {}
+    spec, tensors, state = core_sizes(model.architecture), tensors_of(model), {}
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -268,7 +269,7 @@ def default_model_folder(place):
     ends = sorted(model.text.stop_tokens)
     (place / "config.json").write_text(json.dumps({
         "model_type": "llama", "vocab_size": spec.vocab_size, "hidden_size": spec.width, "intermediate_size": spec.ffn_size,
-        "num_hidden_layers": spec.layers, "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_size,
+        "num_hidden_layers": len(model.architecture.layers), "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_size,
         "max_position_embeddings": spec.max_positions, "rope_theta": 1e5, "rms_norm_eps": spec.norm_eps, "hidden_act": "silu",
         "tie_word_embeddings": True, "bos_token_id": model.text.bos_token, "eos_token_id": ends}))
     return place

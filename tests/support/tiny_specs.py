@@ -1,4 +1,4 @@
-"""Specs of tiny models of every family and shape: those of transformers, nanochat's, encoders, towers, draft heads, models that see, ranks, stages."""
+"""Tiny models of every family and shape: those of transformers, nanochat's, encoders, towers, draft heads, models that see, ranks, stages."""
 
 import functools
 import json
@@ -13,10 +13,11 @@ from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.weights.formats.draft_heads import head_spec
 from chatlm.worker.weights.formats.folder.description import hf_spec
-from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, nanochat_spec
+from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, nanochat_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.towers.families import gemma4_layer, siglip_layer, tower_recipe
+from chatlm.worker.weights.towers.families import gemma4_layer, siglip_layer, tower
+from attention_kinds import blocks_of
 from families import GROWING, MODELS, tiny_config
 
 ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
@@ -55,14 +56,9 @@ def odd_specs(name):
 
 
 @functools.cache
-def tiny_spec(name):
-    """The spec of one of SHAPES."""
-    return SHAPES[name]()
-
-
-@functools.cache
 def tiny_model(name):
-    return model_of(tiny_spec(name))
+    """The blocks of one of SHAPES."""
+    return blocks_of(SHAPES[name]())
 
 
 def encoder_spec(name):
@@ -72,18 +68,18 @@ def encoder_spec(name):
     return spec_of(config.to_dict() | {"model_type": kind})
 
 
-def tower_spec(clamped=None):
+def tower_model(clamped=None):
     """The tower of Gemma 4, or if `clamped` is None one like SigLIP's."""
     if clamped is None:
         norm = LayerNorm(1e-6, bias=True)
         layer = siglip_layer(4, 16, 96, norm, "gelu_tanh", Rope(0))
-        return tower_recipe(64, 4, 4, 16, 96, 64, (layer, layer), norm)
+        return tower(64, 64, (layer, layer), norm)
     layer = gemma4_layer(4, 2, 16, 96, 1e-5, 100.0, clamped)
-    return tower_recipe(64, 4, 2, 16, 96, 64, (layer, layer), layer.ffn_norm)
+    return tower(64, 64, (layer, layer), layer.ffn_norm)
 
 
 SIGHT = {       # family -> what differs where it sees
-    "gemma3": dict(two_sided="all"), "gemma4": dict(two_sided="windows", picture_pad=0), "gemma4moe": dict(two_sided="windows"),
+    "gemma3": dict(two_sided="all"), "gemma4": dict(two_sided="windows", pad=0), "gemma4moe": dict(two_sided="windows"),
     "qwen3": dict(deep_rows=2, rope_axes=(3, 3, 2)), "qwen3.5": dict(rope_axes=(3, 3, 2)), "lfm2": {}, "llama3.2": {}}
 
 ODD_SHAPES = {  # families whose sizes decode_core pads
@@ -95,17 +91,17 @@ ODD_SHAPES = {  # families whose sizes decode_core pads
 
 
 def made_of_others():
-    """name -> a function that makes the spec, of all that have no config of their own."""
-    made = {f"gen{number}": functools.partial(nanochat_spec, NANOCHAT | {"short_seq_len": None}, number, 15.0) for number in GENERATIONS}
+    """name -> a function that makes the spec or the blocks, of all that have no config of their own."""
+    made = {f"gen{number}": functools.partial(nanochat_model, NANOCHAT | {"short_seq_len": None}, number, 15.0) for number in GENERATIONS}
     made |= {f"encoder {name}": functools.partial(encoder_spec, name) for name in encoders.MODELS}
     made["encoder nomic-moe"] = lambda: spec_of(nomic_experts.CONFIG)
-    made |= {"tower siglip": tower_spec, "tower gemma4": lambda: tower_spec(False), "tower gemma4 clamped": lambda: tower_spec(True)}
+    made |= {"tower siglip": tower_model, "tower gemma4": lambda: tower_model(False), "tower gemma4 clamped": lambda: tower_model(True)}
     for name in ("qwen3.5", "qwen3.5moe", "qwen3next"):
         made[f"{name} draft head"] = lambda name=name: head_spec(family_spec(name), False)
     for name in ("qwen3.5moe", "qwen3next"):
         made[f"{name} dense draft head"] = lambda name=name: replace(head_spec(family_spec(name), True), dense_size=96)
-    made |= {f"{name} sees": lambda name=name, own=own: replace(family_spec(name), sees=True, **own) for name, own in SIGHT.items()}
-    made["llama3.1 embeds"] = lambda: replace(family_spec("llama3.1"), embeds=True)
+    made |= {f"{name} sees": lambda name=name, own=own: model_of(family_spec(name)).with_sight(**own) for name, own in SIGHT.items()}
+    made["llama3.1 embeds"] = lambda: replace(model_of(family_spec("llama3.1")), waits=True)
     made |= {f"{name} odd": lambda name=name, own=own: spec_of(family_config(name) | own) for name, own in ODD_SHAPES.items()}
     made["granite post norms"] = lambda: replace(family_spec("granite"), post_norms=True)
     made["ministral3 growing"] = lambda: spec_of(family_config("ministral3", rope_parameters=GROWING), 512)

@@ -182,7 +182,7 @@ def test_what_is_not_the_original_s_is_named(tmp_path):
     with bytes_of(other, "blk.0.ffn_down.weight") as rows:
         rows.view(numpy.float32)[:] = rows.view(numpy.float32)[::-1].copy()
     said = against(other, original)
-    assert said[0] == ("error", "rope_base is 5,000; the original's is 10,000")
+    assert said[0] == ("error", "layers.0.mixer.rope.base is 5,000; the original's is 10,000")
     assert said[1][0] == "error" and said[1][1].startswith("0.down is 14") and "of its length away" in said[1][1]
 
 

@@ -26,6 +26,7 @@ from chatlm.worker.weights.formats.folder.model import read_folder_model
 from chatlm.worker.weights.formats.gguf.description import gguf_spec
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL
 from chatlm.worker.weights.load import name_tensors
+from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -197,5 +198,5 @@ def refuse_other_arithmetic(source: ModelSource, model: FolderModel, stated: Map
             name=matrix.name, tensor_type=TYPES["F32"], shape=numpy.array(matrix.sizes),
             n_elements=values.size, data=values.reshape(-1))
     _, spec = gguf_spec(source.path, stated, stored, None)
-    for name, ours, theirs in differences(spec, model.spec):
+    for name, ours, theirs in differences(model_of(spec), model.model):
         raise ConfigError(f"{source.path}: {name} would be {ours} in a GGUF file and is {theirs}; {INSTEAD}")

@@ -33,6 +33,8 @@ KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 def written_nanochat(source: ModelSource, softcap: float | None = None) -> Written:
     """ConfigError for a checkpoint that would not load either."""
     model = read_nanochat_model(source, Settings(softcap=softcap))
+    head = model.model.head
+    assert head
     name_tensors(model)  # refuses tensors that are missing or unknown
     number = nanochat_generation(model.state)
     config = read_nanochat_config(source.path)
@@ -43,7 +45,7 @@ def written_nanochat(source: ModelSource, softcap: float | None = None) -> Writt
         tensors.append(written_tensor(own, array[:config["vocab_size"]] if is_padded else array))
     ordered = tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name)))
     architecture = f"nanochat{number}"
-    pairs = metadata_of(source, architecture, config, model.spec.softcap)
+    pairs = metadata_of(source, architecture, config, head.softcap)
     pairs["general.size_label"] = encoding.of_text(size_label(tensor.matrix for tensor in ordered))
     pairs |= tokenizer_pairs(model.tokenizer, config["vocab_size"])
     shape = Shape(architecture, config["n_layer"], config["n_head"], config["n_kv_head"])

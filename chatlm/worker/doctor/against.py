@@ -84,7 +84,7 @@ def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
 
 def other_arithmetic(own: LoadedModel, original: LoadedModel) -> Findings:
     """The settings of the arithmetic about which the files of the two models disagree."""
-    for name, ours, theirs in differences(own.spec, original.spec):
+    for name, ours, theirs in differences(own.architecture, original.architecture):
         yield error(f"{name} is {ours}; the original's is {theirs}", where=name,
                     advice="correct the file, or convert the original again")
     if own.context_length != original.context_length:

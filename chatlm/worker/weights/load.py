@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import mmproj_of
@@ -19,7 +19,6 @@ from chatlm.worker.kernels.choice import choose_backend
 from chatlm.worker.weights.formats.sources import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.formats.stored_model import Adaptable, Merged
 from chatlm.worker.weights.loaded.model import LoadedModel
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -47,7 +46,7 @@ def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> 
 def load(stored: StoredModel, settings: Settings, device: str) -> LoadedModel:
     """A model in its files becomes one that has only its weights left to read."""
     sources = name_tensors(stored)
-    storage = stored.storage(settings, choose_backend(device, model_of(stored.spec)))
+    storage = stored.storage(settings, choose_backend(device, stored.model))
     merged = merge_adapters(settings, stored, sources)
     stored = merged.stored
     sources = merged.sources
@@ -57,23 +56,25 @@ def load(stored: StoredModel, settings: Settings, device: str) -> LoadedModel:
     draft_head = draft_head_of(
         settings, stored.source.path, lambda: load_draft_head(stored, settings, storage, text))
     report = stored.report(sources, tensors, storage)
-    spec = stored.spec
+    model = stored.model
     targets = stored.targets(sources)
+    adapted = tuple(name for name, tensor in model.tensors().items() if tensor.adapted)
     adaptable = Adaptable(
         (*settings.served_model_name, *stored.names), sources, targets.slices, targets.turned,
-        unread_keys(spec), tied=merged.tied)
-    sizes = f"{stored.title}, {spec.layers} layers, width {spec.width}"
+        unread_keys(model), adapted, tied=merged.tied)
+    sizes = f"{stored.title}, {len(model.layers)} layers, width {model.width}"
     return LoadedModel(
-        spec, model_of(spec), tensors, purpose.text, stored.source.name,
-        sizes + report.details + merged.described, storage.dtype, **report.sampling, family=stored.family, grows=report.grows, block=report.block,
-        adaptable=adaptable, head=purpose.head, vocabulary=vocabulary, draft_head=draft_head,
-        ranking=purpose.ranking, quantization=report.quantization)
+        model, tensors, purpose.text, stored.source.name,
+        sizes + report.details + merged.described, storage.dtype, **report.sampling,
+        family=stored.family, grows=report.grows, block=report.block, adaptable=adaptable,
+        head=purpose.head, vocabulary=vocabulary, draft_head=draft_head, ranking=purpose.ranking,
+        quantization=report.quantization)
 
 
 def name_tensors(stored: StoredModel) -> Sources:
     """Which rows of the files' tensors make each of ours. ConfigError unless the files have these tensors and
     no others."""
-    sources = tensor_sources(stored.spec, stored.table, stored.vocabulary_rows)
+    sources = tensor_sources(stored.model, stored.table, stored.vocabulary_rows)
     check_names_and_shapes(stored.source.path, stored.shapes(), sources)
     return sources
 
@@ -82,7 +83,7 @@ def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) ->
     """Read the adapters of --lora. Where they make a tied head and the embedding different matrices, the
     model gets a head of its own, which in the files is still the embedding."""
     targets = stored.targets(sources)
-    tied = targets.tied if stored.spec.tied_head else ()
+    tied = targets.tied if stored.model.tied else ()
     if not settings.lora:
         return Merged(stored, sources, {}, "", tied)
     from chatlm.worker.weights.adapters.merging import merge
@@ -112,7 +113,7 @@ def load_draft_head(stored: StoredModel, settings: Settings, storage: Storage,
     if head is None:
         return None
     tensors = head.tensors(settings, name_tensors(head), {}, storage)
-    return LoadedModel(head.spec, model_of(head.spec), tensors, text, head.source.name, "", storage.dtype,
+    return LoadedModel(head.model, tensors, text, head.source.name, "", storage.dtype,
                        family=head.family)
 
 
@@ -173,8 +174,8 @@ def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device
         log.warning("%s reads texts alone: %s", model.name, error)
         return
     if eyes:
-        restate(model, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
-                picture_pad=eyes.pad)
+        model.architecture = model.architecture.with_sight(
+            len(eyes.deep), eyes.axes, eyes.two_sided, eyes.pad)
         model.text = replace(model.text, vision=eyes.vision)
         model.eyes = eyes
 
@@ -189,7 +190,7 @@ def eyes_of(model: LoadedModel, source: ModelSource, settings: Settings, device:
         return gguf_eyes(path, source.path, settings, model, device)
     if source.kind == "hf":
         from chatlm.worker.weights.towers.folder import folder_eyes
-        return folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
+        return folder_eyes(source.path, settings, model.architecture, model.dtype or "float32")
     return None
 
 
@@ -200,16 +201,10 @@ def set_context(model: LoadedModel, path: Path, stated: int | None):
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
                           "own rope scaling included")
-    restate(model, embeds=model.text.embedder is not None)
+    model.architecture = replace(model.architecture, waits=model.text.embedder is not None)
     if stated:
-        restate(model, max_positions=length, answer_positions=0)  # no longer than needed
+        model.architecture = model.architecture.with_context(length)  # no longer than needed
     check_rotary_memory(path, model.architecture)
-
-
-def restate(model: LoadedModel, **fields: Any):
-    """Have the recipe of a model say something else in these fields, and so its blocks."""
-    model.spec = replace(model.spec, **fields)
-    model.architecture = model_of(model.spec)
 
 
 def check_rotary_memory(path: Path, model: Model):

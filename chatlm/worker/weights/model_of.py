@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.experts import Experts, Router
-from chatlm.worker.model.blocks.extras import Keep, PictureRows
+from chatlm.worker.model.blocks.extras import Keep
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input, Join
 from chatlm.worker.model.blocks.layer import Layer
@@ -29,29 +29,10 @@ def model_of(recipe: ModelSpec) -> Model:
     norm = recipe.own_norm
     if norm is None and not recipe.sum_norms:
         norm = norm_of(recipe, stream_eps(recipe))
-    model = Model(
+    return Model(
         recipe.vocab_size, recipe.width, recipe.max_positions, recipe.own_input or input_of(recipe), layers,
-        norm, head, recipe.answer_positions, recipe.of_texts, recipe.embeds,
-        distances=recipe.heads if recipe.distance_buckets else 0, rope_axes=recipe.rope_axes,
-        residual_scale=recipe.residual_scale)
-    return with_sight(model, recipe) if recipe.sees else model
-
-
-def with_sight(model: Model, recipe: ModelSpec) -> Model:
-    """The same model for texts with rows of pictures among them."""
-    assert isinstance(model.input, Input)
-    layer_inputs = model.input.layers and replace(model.input.layers, pad=recipe.picture_pad)
-    layers = []
-    for number, layer in enumerate(model.layers):
-        mixer = layer.mixer
-        after = layer.after
-        if isinstance(mixer, Attention):
-            if recipe.two_sided == "all" or recipe.two_sided == "windows" and mixer.window:
-                mixer = replace(mixer, scores=replace(mixer.scores, sees="pictures"))
-        if number < recipe.deep_rows:
-            after = (*after, PictureRows(number))
-        layers.append(replace(layer, mixer=mixer, after=after))
-    return replace(model, input=replace(model.input, sees=True, layers=layer_inputs), layers=tuple(layers))
+        norm, head, recipe.answer_positions, recipe.of_texts,
+        distances=recipe.heads if recipe.distance_buckets else 0, residual_scale=recipe.residual_scale)
 
 
 def stream_eps(recipe: ModelSpec) -> float:

@@ -55,7 +55,6 @@ class ModelSpec:
     sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
     of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
                                       # layer's window on either side; there is no head
-    embeds: bool = False              # texts are all that it computes: layers wait while others write answers
     first_norm: bool = True           # False: layer 0 has no attention_norm
     input_norm: bool = False          # embed_norm: of the sum of all embeddings
     distance_buckets: bool = False    # scores get a bias for each head and bucket of distances (MPNet)
@@ -110,13 +109,6 @@ class ModelSpec:
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
-    sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there,
-    deep_rows: int = 0                # others of them after each of so many first layers
-    rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
-    two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
-                                      # those with "windows", or none
-    picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
-                                      # previous_token_ids are then it in such rows, elsewhere V
     own_layers: tuple[Layer, ...] = ()  # what a family of another structure has built itself: then the fields
     own_input: Input | None = None    # say nothing of layers, of the input
     own_norm: AnyNorm | None = None   # or of the last norm

@@ -78,10 +78,11 @@ def test_embeddings_are_transformers_hidden_states(saved, name, reference):
 def test_upstream_s_logits_follow_from_the_last_state(name, nanochat_fixtures):
     """Its final norm has no weights, so a state has the length sqrt(C), whatever the embedding's."""
     path = nanochat_fixtures / name
-    engine, spec, head = make_engine(path, num_pages=200, max_batch=8), load(path).spec, tensors_of(load(path))["head"].double().numpy()
+    engine, spec, head = make_engine(path, num_pages=200, max_batch=8), load(path).architecture, tensors_of(load(path))["head"].double().numpy()
     for case in json.loads((path / "oracle.json").read_text())["cases"]:
         state = alone(engine, embedding("last", case["prompt_ids"], "last")) * spec.width ** 0.5
-        logits = spec.softcap * np.tanh(head @ state / spec.softcap)
+        softcap = spec.head.softcap
+        logits = softcap * np.tanh(head @ state / softcap)
         assert np.abs(logits[:len(case["next_logits"])] - case["next_logits"]).max() < 2e-3
 
 

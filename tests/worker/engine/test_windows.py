@@ -147,7 +147,7 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     folder, cases = made_model(name)
     model = load(folder)
     groups = group_layers(model.architecture.by_layer, 512)
-    kernels = emulated.kernels(model.spec)
+    kernels = emulated.kernels(model.architecture)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype="float32",
                               device=emulated.device, groups=groups)
     engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64,

@@ -14,8 +14,8 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
+from attention_kinds import blocks_of
 from engines import forward_logits, make_batch
 from generations import GENERATIONS
 from nightly import by_day
@@ -27,18 +27,18 @@ def llama_like(seed=0, **changes):
                      max_positions=512, qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
     random = torch.Generator().manual_seed(seed)
     return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
-                  for name, shape in model_of(spec).shapes().items()}
+                  for name, shape in blocks_of(spec).shapes().items()}
 
 
 def nanochat_like(folder, name):
     settings = Settings(model=str(folder / name), dtype="float32")
     model = open_model(resolve_model(settings), settings)
-    return model.spec, model.tensors
+    return model.architecture, model.tensors
 
 
 def transformer(spec, tensors, kernels=None, num_pages=80, dtype="float32"):
     kernels = kernels or load_kernels("cpu")
-    return Transformer(model_of(spec), dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
+    return Transformer(blocks_of(spec), dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
 
 
 def some_tokens(count, vocab_size, seed=1):
@@ -196,7 +196,7 @@ def test_a_tied_head_is_the_embedding():
     spec, tensors = llama_like(tied_head=True)
     tensors["head"] = tensors["embed"]
     given = dict(tensors)
-    model = Transformer(model_of(spec), given, load_kernels("cpu"), num_pages=4, max_tokens=8, dtype="float32")
+    model = Transformer(blocks_of(spec), given, load_kernels("cpu"), num_pages=4, max_tokens=8, dtype="float32")
     assert not given and model.weights["head"] is model.weights["embed"]
 
 
@@ -210,5 +210,5 @@ def test_expected_tensors_are_smollm2_s():
     """expected_tensors counts the parameters of SmolLM2."""
     spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                      max_positions=8192, tied_head=True)
-    shapes = {name: shape for name, shape in model_of(spec).shapes().items() if name != "head"}
+    shapes = {name: shape for name, shape in blocks_of(spec).shapes().items() if name != "head"}
     assert sum(map(math.prod, shapes.values())) == 134_515_008

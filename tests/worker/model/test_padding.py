@@ -25,7 +25,7 @@ def odd(request):
 def test_a_padded_folder_matches_transformers(odd, tmp_path):
     """A folder computes what transformers computes."""
     cases, model = clear_cases(odd), load(save(odd, tmp_path))
-    kernels = kernels_of("decode_core", model.spec)
+    kernels = kernels_of("decode_core", model.architecture)
     assert kernels.row_invariant and model.architecture.padded() != model.architecture
     check(answers(transformer(model, kernels), cases), cases)
 
@@ -36,12 +36,12 @@ def test_a_gguf_with_odd_heads_computes_its_floats(quantized, tmp_path):
     model = make_model("llama2", hidden_size=96, head_dim=24)
     cases = clear_cases(model, lengths=(9, 40))
     ours = load(as_gguf(tmp_path / "tiny.gguf", model, quantized=quantized), dtype=None if quantized else "float32")
-    made = transformer(ours, kernels_of("decode_core", ours.spec))
+    made = transformer(ours, kernels_of("decode_core", ours.architecture))
     if not quantized:
         return check(answers(made, cases), cases)
     assert made.matrix_types == ["q8_0"] and made.model.attentions[0].head_size == 32
     reference = load(tmp_path / "tiny.gguf", dtype="float32")       # multiplied out: no error but that of 8 bits
-    wanted = answers(transformer(reference, kernels_of("reference", reference.spec)), cases, count=1)
+    wanted = answers(transformer(reference, kernels_of("reference", reference.architecture)), cases, count=1)
     for (_, logits), (_, theirs) in zip(answers(made, cases, count=1), wanted):
         assert (logits - theirs).norm() < 0.08 * theirs.norm()      # activations are int8; a wrong row would make it 1
 
@@ -52,4 +52,4 @@ def test_a_fault_in_a_padded_matrix_is_named(tmp_path):
         model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.nan
     ours = load(save(model, tmp_path))
     with pytest.raises(Exception, match="o_proj"):
-        transformer(ours, kernels_of("decode_core", ours.spec))
+        transformer(ours, kernels_of("decode_core", ours.architecture))

@@ -108,10 +108,11 @@ def test_ranks_match_one_process_in_every_family(layout, names, folders, monkeyp
     kernels(name)
     with group(monkeypatch, tp, pp) as ranks:
         for name, kind in [*((name, "auto") for name in names), *((name, "q8_0") for name in names if name in PACKED)]:
-            whole = load(folders(name)).spec
+            whole = load(folders(name)).architecture
             if tp == 4 and name.startswith(("qwen3.5", "qwen3next")):
                 continue        # they have two heads of keys in their linear attention
-            if whole.layers < pp or whole.qk_norm_sizes and whole.kv_heads < tp:
+            attn = whole.attentions[0]
+            if len(whole.layers) < pp or attn.norms and attn.norms.whole and attn.kv_heads < tp:
                 continue        # refused: too few layers, or heads that are normalized together
             engine = ranks.engine(folders(name), dtype="float32", kv_cache_dtype=kind)
             expected, tokens = alone(folders(name), kind)

@@ -52,8 +52,8 @@ def test_every_format_goes_through_the_same_story(kind, model_of_format):
     source = resolve_model(Settings(model=str(path)))
     model = opened(path)
     assert source.kind == kind
-    assert f", {model.spec.layers} layers, width {model.spec.width}" in model.description
-    assert model.tensors.keys() == {*model.architecture.shapes()} - ({"head"} if model.spec.tied_head else set())
+    assert f", {len(model.architecture.layers)} layers, width {model.architecture.width}" in model.description
+    assert model.tensors.keys() == {*model.architecture.shapes()} - ({"head"} if model.architecture.tied else set())
     assert model.text.kind and model.family and model.adaptable.names[0] == model.name
 
 

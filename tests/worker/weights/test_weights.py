@@ -261,7 +261,7 @@ def test_nanochat_checkpoints_answer_as_upstream(nanochat_fixtures, generation):
 
 
 def test_a_nanochat_softcap_can_be_overridden(nanochat_fixtures):
-    assert load(nanochat_fixtures / "gen3").spec.softcap == 15 and load(nanochat_fixtures / "gen3", softcap=20.0).spec.softcap == 20
+    assert load(nanochat_fixtures / "gen3").architecture.head.softcap == 15 and load(nanochat_fixtures / "gen3", softcap=20.0).architecture.head.softcap == 20
 
 
 def test_the_context_can_only_be_shortened(nanochat_fixtures):
@@ -530,7 +530,7 @@ def test_the_default_model_has_the_expected_tensors(default_model_path):
     assert shapes | {"head": shapes["embed"]} == model.architecture.shapes()
     assert {name: given.read().nbytes for name, given in model.tensors.items()} == {
         name: given.nbytes for name, given in model.tensors.items()}
-    assert model.context_length == 8192 and model.spec.rope_base == 100_000 and "210 Q4_1" in model.description
+    assert model.context_length == 8192 and model.architecture.attentions[0].rope.base == 100_000 and "210 Q4_1" in model.description
     assert mapped_bytes(default_model_path) > before
     del model
     assert mapped_bytes(default_model_path) == before, "the file is still mapped: weights are held twice"
@@ -543,7 +543,7 @@ def test_a_model_split_into_several_files_is_one(tmp_path):
     assert sorted(tmp_path.glob("split*")) == parts
     for path in (parts[0], parts[2]):
         model, theirs = load(path), tensors_of(whole)
-        assert model.name == "split" and model.spec == whole.spec
+        assert model.name == "split" and model.architecture == whole.architecture
         for name, tensor in tensors_of(model).items():
             assert torch.equal(tensor, theirs[name]), name
     data = parts[1].read_bytes()

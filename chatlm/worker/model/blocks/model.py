@@ -206,6 +206,39 @@ class Model:
     def experts(self) -> Experts | ExpertsBesideDense | None:
         return self.feed if isinstance(self.feed, Experts | ExpertsBesideDense) else None
 
+    # ---- what a server makes of it
+
+    def with_sight(self, deep_rows: int = 0, rope_axes: tuple[int, ...] = (), two_sided: str = "",
+                   pad: int | None = None) -> Model:
+        """The same model for texts with rows of pictures among them, which are added to the embeddings.
+
+        deep_rows: after each of so many first layers, others are added
+        rope_axes: how many pairs turn by a picture's time, row and column, interleaved
+        two_sided: the layers in which a picture's rows see all of its rows: "all", those with "windows", none
+        pad: in rows of pictures, layers get the inputs of this token"""
+        assert isinstance(self.input, Input)
+        layers = []
+        for number, layer in enumerate(self.layers):
+            mixer = layer.mixer
+            after = layer.after
+            if isinstance(mixer, Attention):
+                if two_sided == "all" or two_sided == "windows" and mixer.window:
+                    mixer = replace(mixer, scores=replace(mixer.scores, sees="pictures"))
+            if number < deep_rows:
+                after = (*after, PictureRows(number))
+            layers.append(replace(layer, mixer=mixer, after=after))
+        layer_inputs = self.input.layers and replace(self.input.layers, pad=pad)
+        return replace(self, input=replace(self.input, sees=True, layers=layer_inputs), layers=tuple(layers),
+                       rope_axes=rope_axes)
+
+    def with_own_head(self) -> Model:
+        """The same model with a head that is a matrix of its own, no longer the embedding."""
+        return replace(self, head=self.head and replace(self.head, tied=False))
+
+    def with_context(self, length: int) -> Model:
+        """The same model for texts of at most `length` tokens, answers included."""
+        return replace(self, max_positions=length, answer_positions=0)
+
     # ---- padding
 
     def padded(self) -> Model:

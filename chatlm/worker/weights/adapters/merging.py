@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def merge(settings: Settings, stored: StoredModel, sources: Sources, targets: AdapterTargets,
           tied: Seq[str]) -> Merged:
     """Like `merge_adapters`, of adapters that there are."""
-    shapes = file_shapes(sources) | unread_keys(stored.spec)
+    shapes = file_shapes(sources) | unread_keys(stored.model)
     slices = targets.slices()
     if not tied:
         return Merged(stored, sources, *read_adapters(settings, shapes, slices, stored.names), tied)

@@ -19,7 +19,6 @@ from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.weights.adapters.lora import read_adapter, whole_shapes
 from chatlm.worker.weights.changes import Change
 from chatlm.worker.weights.formats.sources import file_shapes
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.formats.stored_model import Adaptable
@@ -43,8 +42,7 @@ class AdapterReader:
         self.adaptable = adaptable
         self.slices = adaptable.slices()
         first = adaptable.first_layer
-        whole = model_of(model.spec).tensors()
-        self.adapted = {name for name, tensor in whole.items() if tensor.adapted}
+        self.adapted = {*adaptable.adapted}
         self.cuts: dict[str, tuple[str, Cut]] = {}  # ours -> the whole model's name, the rank's part
         for own, tensor in model.tensors.items():
             layer, dot, part = own.partition(".")

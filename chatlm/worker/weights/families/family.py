@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
@@ -95,8 +96,8 @@ class Family(NamedTuple):
     has_draft_head: bool = False  # its files may have one, see weights/formats/draft_heads.py
     has_rerankers: bool = False   # its files may be rerankers, see weights/purposes/rerankers.py
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
-    # (spec, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
-    ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None
+    # (model, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
+    ordered: Callable[[Model, str, numpy.ndarray], numpy.ndarray] | None = None
     activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
     needed: tuple[str, ...] = ()  # keys that must be stated: transformers' default is another model
@@ -118,12 +119,12 @@ class Family(NamedTuple):
     queries_grow: bool = False  # rotary parameters may have llama_4_scaling_beta
     fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, the matrices of its rows)
     # what adapters call a tensor of `tensors`: they use the modules' names, where files have others
-    in_adapters: Callable[[ModelSpec, str], Seq[str]] = lambda spec, name: (name,)
+    in_adapters: Callable[[Model, str], Seq[str]] = lambda model, name: (name,)
 
-    def named_by_adapters(self, spec: ModelSpec,
+    def named_by_adapters(self, model: Model,
                           slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
         """`slices` by the names of a folder's tensors -> the same by the names that adapters use."""
-        return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
+        return {called: at for name, at in slices.items() for called in self.in_adapters(model, name)}
 
     def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
         """The recipe with the blocks that the family builds itself. Such layers have their mixers in them."""

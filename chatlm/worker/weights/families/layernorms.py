@@ -17,7 +17,7 @@ from chatlm.worker.weights.rules import (
 
 if TYPE_CHECKING:
     import numpy
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 NORMS = {"layer_norms": True, "norm_biases": True}
 BIASES = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
@@ -70,7 +70,7 @@ def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
             turned(name, tensor) for name, tensor in state.items()}
 
 
-def contiguous_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+def contiguous_rows(model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """Kernels read whole rows, so a matrix that is stored as (in, out) is copied."""
     return contiguous(rows)
 
@@ -91,11 +91,12 @@ NEOX_TENSORS = both({
         ("down", "mlp.dense_4h_to_h"))}})
 
 
-def neox_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+def neox_rows(model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """GPT-NeoX' folders group the rows of q, k and v by head."""
     if ".query_key_value." not in name:
         return rows
-    by_head = rows.reshape(spec.heads, 3, spec.head_size, *rows.shape[1:])
+    attn = model.attentions[0]
+    by_head = rows.reshape(attn.heads, 3, attn.head_size, *rows.shape[1:])
     return by_head.swapaxes(0, 1).reshape(rows.shape)
 
 

@@ -23,6 +23,7 @@ from chatlm.worker.weights.rules import (
 
 if TYPE_CHECKING:
     import numpy
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.recipe import ModelSpec
 
 # the names of a part -> Mamba, attention, or a dense or sparse feed-forward part
@@ -201,7 +202,7 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
         "use_conv_bias": header.has("ssm_conv1d.bias"), "use_bias": header.has("ssm_in.bias")} | found | own
 
 
-def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
+def in_adapters(model: Model, name: str) -> tuple[str]:
     """What adapters call a tensor of TENSORS. Their layers are parts, each with a `mixer`."""
     match = re.fullmatch(r"layers\.(\d+)\.(mixer|mlp)(_norm)?\.(.*)", name)
     if not match:
@@ -210,8 +211,8 @@ def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
     is_fed = match[2] == "mlp"
     is_norm = bool(match[3])
     rest = match[4]
-    mixers = [each.mixer for each in spec.own_layers[:layer + is_fed] if each.mixer]
-    feeds = [each.feed for each in spec.own_layers[:layer] if each.feed]
+    mixers = [each.mixer for each in model.layers[:layer + is_fed] if each.mixer]
+    feeds = [each.feed for each in model.layers[:layer] if each.feed]
     part = len(mixers) + len(feeds)
     return (f"model.layers.{part}.{'norm' if is_norm else 'mixer'}.{rest}",)
 

@@ -18,7 +18,7 @@ from chatlm.worker.weights.families.layernorms import EPSILON, gguf_epsilon
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, checked
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
 def without_heads(state: Mapping[str, numpy.ndarray], prefix: str) -> dict[str, numpy.ndarray]:
@@ -168,7 +168,7 @@ def repack_gte(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
                    for name, tensor in kept.items() if name.endswith("mlp.up_gate_proj.weight")}
 
 
-def gates_first(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+def gates_first(model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """GTE stores the rows of ups before those of gates."""
     if "up_gate_proj" not in name:
         return rows

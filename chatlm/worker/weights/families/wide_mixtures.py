@@ -26,7 +26,7 @@ FAMILIES = {
             "attention_norm_bias": ("model.layers.{}.input_layernorm.bias",),
             "ffn_norm_bias": ("model.layers.{}.post_attention_layernorm.bias",)},
         keys={"num_experts_per_tok": Rule(int, 2, 2), "router_jitter_noise": JITTER},
-        in_adapters=lambda spec, name: (name, name.replace("block_sparse_moe.gate.", "mlp.router.")),
+        in_adapters=lambda model, name: (name, name.replace("block_sparse_moe.gate.", "mlp.router.")),
         gguf=Gguf("phimoe", strips_specials=True), rope_of=rope_of_phi3, fields_of=lambda path, config: {
             "router_jitter": config["router_jitter_noise"] or 0.0, "head_bias": config["lm_head_bias"]}),
     "hunyuan_v1_moe": HUNYUAN._replace(

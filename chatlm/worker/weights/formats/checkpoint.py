@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.changes import Change, Copy
     from chatlm.worker.weights.formats.sources import Sources
-    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
@@ -40,12 +40,12 @@ AdapterNames = Callable[[str, tuple[int, ...]], Iterable[str]]
 class CheckpointModel:
     """A model whose trainer saved a state dict of plain tensors.
 
-    The tokenizer is read along with it: the checkpoint has to fit it, and some recipes need its size."""
+    The tokenizer is read along with it: the checkpoint has to fit it, and some models need its size."""
 
     source: ModelSource
     family: str
     title: str
-    spec: ModelSpec
+    model: Model
     table: Mapping[str, tuple[str, ...]]
     vocabulary_rows: int
     state: dict[str, numpy.ndarray]
@@ -67,7 +67,7 @@ class CheckpointModel:
                       Pair.of(self.table))
 
     def with_own_head(self) -> Self:
-        return replace(self, spec=replace(self.spec, tied_head=False),
+        return replace(self, model=self.model.with_own_head(),
                        state=with_head_of(self.state, Pair.of(self.table)))
 
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],

@@ -17,12 +17,19 @@ from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.lm_head import LmHead
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.weights.families.table import FAMILIES
 from chatlm.worker.weights.files.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.formats.checkpoint import CheckpointModel, plain_state, without_tied_head
 from chatlm.worker.weights.formats.folder.description import hf_text
 from chatlm.worker.weights.formats.folder.tensors import UNREAD
-from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked,
     read_json)
@@ -50,12 +57,11 @@ def read_nanogpt_model(source: ModelSource, settings: Settings) -> CheckpointMod
         args = model_args(source.path, checkpoint.get("model_args"), "model_args")
     state = own_tensors(source.path, checkpoint.get("model"))
     text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
-    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, HEAD not in state)
-    if is_build:
-        spec = replace(spec, activation="gelu_tanh")
+    model = nanogpt_model(args, open_tokenizer(text).vocab_size, HEAD not in state,
+                          "gelu_tanh" if is_build else "gelu_erf")
     trainer = BUILD_NANOGPT if is_build else "nanoGPT"
     names = FAMILIES["gpt2"].tensors | {"head": (HEAD,)}
-    return CheckpointModel(source, "nanogpt", trainer, spec, names, args["vocab_size"], state, text,
+    return CheckpointModel(source, "nanogpt", trainer, model, names, args["vocab_size"], state, text,
                            names_in_adapters)
 
 
@@ -96,16 +102,19 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
     return plain_state(path, without_tied_head(own))
 
 
-def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
-    """`vocab_size` is the tokenizer's. Rows beyond it are padding, whose ids are never drawn."""
+def nanogpt_model(args: Mapping, vocab_size: int, tied: bool, activation: str) -> Model:
+    """GPT-2's blocks: LayerNorms, and positions from a table. `vocab_size` is the tokenizer's. Rows beyond it
+    are padding, whose ids are never drawn."""
     C = args["n_embd"]
     H = args["n_head"]
+    D = C // H
+    positions = args["block_size"]
     biased = args["bias"]
-    return ModelSpec(
-        vocab_size=vocab_size, layers=args["n_layer"], width=C, heads=H, kv_heads=H, head_size=C // H,
-        ffn_size=4 * C, max_positions=args["block_size"], positions=args["block_size"], rope_size=0,
-        norm_eps=1e-5, layer_norms=True, norm_biases=biased, qkv_bias=biased, output_bias=biased,
-        ffn_bias=biased, activation="gelu_erf", tied_head=tied)
+    norm = LayerNorm(1e-5, biased)
+    attention = Attention(H, H, D, D, Rope(0), biases=("qkv", "output") if biased else ())
+    layer = Layer(attention, FeedForward(4 * C, activation, biased), attention_norm=norm, ffn_norm=norm)
+    return Model(vocab_size, C, positions, Input(positions=positions), (layer,) * args["n_layer"], norm,
+                 LmHead(tied))
 
 
 def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.worker.arrays.packed import RopePairs
 from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mixer
 from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.weights.families.family import KV_UP
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     import numpy
     from chatlm.worker.model.blocks.step import Block
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 # our tensor -> (its shape, {the files' tensors whose rows it is made of: their shapes})
 Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
@@ -50,24 +52,25 @@ def check_names_and_shapes(path: Path, state: Mapping[str, tuple], sources: Sour
                           f"{'; '.join(problems[:MOST_PROBLEMS])}{more}")
 
 
-def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
+def tensor_sources(model: Model, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
     """The sources of a model whose files have the names in `table`. Their vocabulary tensors have `padded`
     rows."""
-    model = model_of(spec)
     sources: Sources = {}
     for ours, shape in model.shapes().items():
         layer, _, part = ours.rpartition(".")
-        if part == "head" and spec.tied_head:
+        if part == "head" and model.tied:
             continue
         names = table.get(part, (part,))
-        mixer = model.layers[int(layer)].mixer if layer else None
+        own = model.layers[int(layer)] if layer else Layer()
+        mixer = own.mixer
         if part.startswith("expert_"):
-            sources[ours] = shape, expert_sources(names, layer, shape, spec.experts)
+            assert isinstance(own.feed, Experts | ExpertsBesideDense)
+            sources[ours] = shape, expert_sources(names, layer, shape, own.feed.count)
         elif part in KV_UP and table["k_up"] == table["v_up"]:
             assert isinstance(mixer, Mla)
             rows = mixer.heads * (mixer.plain + mixer.head_values)
             sources[ours] = shape, {names[0].format(layer): (rows, mixer.kept)}
-        elif columns := columns_of_flat(part, mixer, spec):
+        elif columns := columns_of_flat(part, mixer, model):
             sources[ours] = shape, {names[0].format(layer): (shape[0] // columns, columns)}
         else:
             rows = rows_of_parts(part, shape, mixer, padded)
@@ -95,13 +98,13 @@ def expert_sources(names: tuple[str, ...], layer: str, shape: tuple[int, ...],
     return theirs
 
 
-def columns_of_flat(part: str, mixer: Block | None, spec: ModelSpec) -> int:
+def columns_of_flat(part: str, mixer: Block | None, model: Model) -> int:
     """The columns that the files have of a table which is flat here, since no product uses it as a matrix; 0
     for any other tensor."""
     if part in ("positions", "types"):
-        return spec.width
+        return model.width
     if part == "buckets":
-        return spec.heads
+        return model.distances
     if part == "taps":
         assert isinstance(mixer, Mixer)
         return mixer.size
@@ -128,15 +131,23 @@ def qkv_rows(attention: Block | None) -> tuple[int, ...]:
     return q.length * (1 + attention.gated), *(run.length for run in kv)
 
 
-def layers_without_keys(spec: ModelSpec) -> dict[int, Attention]:
+def pairs_of(model: Model) -> RopePairs:
+    """Which rows of q and k turn together in files where these are adjacent."""
+    if not model.attentions:
+        return RopePairs(0, 0)
+    size = model.attentions[0].head_size
+    return RopePairs(size, max(attn.rope.size for attn in model.attentions) or size)
+
+
+def layers_without_keys(model: Model) -> dict[int, Attention]:
     """The layers that read the keys and values of another layer, by number: how they attend."""
-    return {layer: attn for layer, attn in enumerate(model_of(spec).by_layer)
+    return {layer: attn for layer, attn in enumerate(model.by_layer)
             if isinstance(attn, Attention) and attn.source is not None}
 
 
-def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
+def without_shared(model: Model, state: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tensors without the keys and values of layers that read another's, which some files have."""
-    layers = {str(l) for l in layers_without_keys(spec)}
+    layers = {str(l) for l in layers_without_keys(model)}
     if not layers:
         return {**state}
     keys = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\.")
@@ -148,27 +159,27 @@ def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def unread_keys(model: Model) -> dict[str, tuple[int, ...]]:
     """Hugging Face's key and value matrices of layers that read another's; an adapter may contain them."""
-    return {f"model.layers.{l}.self_attn.{part}_proj.weight": (attn.kv_heads * size, spec.width)
-            for l, attn in layers_without_keys(spec).items()
+    return {f"model.layers.{l}.self_attn.{part}_proj.weight": (attn.kv_heads * size, model.width)
+            for l, attn in layers_without_keys(model).items()
             for part, size in (("k", attn.head_size), ("v", attn.value_size))}
 
 
-def shape_of_both(spec: ModelSpec, ours: str) -> tuple[int, int]:
+def shape_of_both(model: Model, ours: str) -> tuple[int, int]:
     """Of the matrix that has a layer's keys and values of heads."""
-    block = spec.own_layers[int(ours.partition(".")[0])].mixer
+    block = model.layers[int(ours.partition(".")[0])].mixer
     assert isinstance(block, Mla)
     return block.heads * (block.plain + block.head_values), block.kept
 
 
-def made_by(spec: ModelSpec, ours: str) -> Made | None:
+def made_by(model: Model, ours: str) -> Made | None:
     """What makes one of our tensors of a matrix (H * (plain + Dv), kept) that has each head's keys and then
     its values; None if it is not made of it."""
     layer, _, part = ours.rpartition(".")
     if part not in KV_UP:
         return None
-    block = spec.own_layers[int(layer)].mixer
+    block = model.layers[int(layer)].mixer
     assert isinstance(block, Mla)
     sizes = block.plain, block.head_values
 

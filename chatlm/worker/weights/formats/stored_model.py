@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.changes import Change, Copy
     from chatlm.worker.weights.changes import FileSlice
     from chatlm.worker.weights.formats.sources import Sources
     from chatlm.worker.weights.formats.tied_heads import Pair
-    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
@@ -58,6 +58,7 @@ class Adaptable:
     # (a file's matrix, its rows) -> the rows in our order
     turned: Callable[[str, numpy.ndarray], numpy.ndarray]
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads; see unread_keys
+    adapted: tuple[str, ...]  # our tensors of the whole model that adapters may change
     first_layer: int = 0    # of a stage
     tied: Seq[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
@@ -98,7 +99,7 @@ class StoredModel(Protocol):
         ...
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def model(self) -> Model: ...
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,11 +113,11 @@ class StoredModel(Protocol):
 
     @property
     def vocabulary_rows(self) -> int:
-        """The rows of the files' embedding. Those beyond spec.vocab_size are padding."""
+        """The rows of the files' embedding. Those beyond model.vocab_size are padding."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The files' tensors that belong to the model, which must be those of the recipe."""
+        """The files' tensors that belong to the model, which must be those that its blocks have."""
         ...
 
     def storage(self, settings: Settings, backend: Backend) -> Storage: ...

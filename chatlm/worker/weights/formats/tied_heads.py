@@ -14,6 +14,7 @@ from chatlm.worker.arrays.kinds import floats
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.families.family import Family
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.recipe import ModelSpec
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
@@ -31,9 +32,9 @@ class Pair(NamedTuple):
         return cls(table["embed"][0], table["head"][0])
 
     @classmethod
-    def in_adapters(cls, row: Family, spec: ModelSpec) -> Pair:
+    def in_adapters(cls, row: Family, model: Model) -> Pair:
         """As adapters call them."""
-        return cls(*(row.in_adapters(spec, name)[0] for name in cls.of(row.all_tensors)))
+        return cls(*(row.in_adapters(model, name)[0] for name in cls.of(row.all_tensors)))
 
 
 def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str, Any],

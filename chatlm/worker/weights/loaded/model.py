@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.formats.stored_model import Adaptable
-    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
@@ -23,7 +22,6 @@ class LoadedModel:
     """A model whose weights are still in its files. `tensors` has the names and shapes of
     `architecture.tensors()`, without a tied head."""
 
-    spec: ModelSpec
     architecture: Model  # what computes it: the whole model, or the part of a rank or a stage
     tensors: dict[str, "Unread | MappedRows"]
     text: TextSpec
@@ -46,4 +44,4 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        return self.spec.context_length
+        return self.architecture.context_length

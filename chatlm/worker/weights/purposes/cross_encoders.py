@@ -14,7 +14,7 @@ from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.model.head import Dense, Head
-from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.weights.rules import Rule, checked, read_json
 
 SCORES = "classifier.weight", "classifier.out_proj.weight"  # with one row for each label
@@ -25,12 +25,12 @@ def classifies(state: Mapping[str, Any]) -> bool:
     return any(name in state for name in SCORES)
 
 
-def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str, Any]) -> Head:
+def folder_head(path: Path, config: Mapping, model: Model, state: Mapping[str, Any]) -> Head:
     """The head of a folder's cross-encoder, whose tensors are in `state`. ConfigError if it has another form,
     or more than one label."""
     def dense(name: str, activation: str = "identity", **norm: Any) -> Dense:
-        rows = spec.width if name.endswith("dense") else 1
-        weight = one(f"{name}.weight", (rows, spec.width))
+        rows = model.width if name.endswith("dense") else 1
+        weight = one(f"{name}.weight", (rows, model.width))
         bias = maybe(f"{name}.bias", (rows,))
         return Dense(weight, bias, activation, **norm)
 
@@ -48,8 +48,9 @@ def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str
                         Rule(str, choices=("cls", "mean")))
         activation = checked(path, "classifier_activation", config.get("classifier_activation", "gelu"),
                              Rule(str, choices=("gelu",)))
-        norm = {"norm": one("head.norm.weight", (spec.width,)), "eps": spec.norm_eps,
-                "norm_bias": maybe("head.norm.bias", (spec.width,))}
+        assert model.norm
+        norm = {"norm": one("head.norm.weight", (model.width,)), "eps": model.norm.eps,
+                "norm_bias": maybe("head.norm.bias", (model.width,))}
         return Head((dense("head.dense", activation, **norm), last), pools)
     pooler = next((name for name in state if name.endswith("pooler.dense.weight")), "")
     if not pooler:
@@ -77,7 +78,7 @@ def makes_probabilities(path: Path, config: Mapping) -> bool:
     return kind == "Sigmoid"
 
 
-def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
+def gguf_head(path: Path, metadata: Mapping, model: Model, pooling: str,
               stored: Mapping[str, Any]) -> Head:
     """The head of a GGUF file's encoder, from the tensors in `stored`: a cross-encoder's classifier, or dense
     layers.
@@ -92,7 +93,7 @@ def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
 
     if pooling != "rank":
         layers = []
-        width = spec.width
+        width = model.width
         for name in sorted(name for name in stored if re.fullmatch(r"dense_\d\.weight", name)):
             layers.append(Dense(one(name, (int(stored[name].shape[1]), width))))
             width = int(stored[name].shape[1])
@@ -104,7 +105,7 @@ def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
     if metadata.get("tokenizer.ggml.model") == "bert" or "cls.weight" not in stored:
         raise ConfigError(f"{path}: {own}pooling_type is 4 (rank), but the file lacks a part of the head, as "
                           "llama.cpp's files of BERT rerankers do: use the model's folder")
-    C = spec.width
+    C = model.width
     first = Dense(one("cls.weight", (C, C)), one("cls.bias", (C,)), "tanh")
     return Head((first, Dense(one("cls.output.weight", (1, C)), one("cls.output.bias", (1,)))), "cls")
 

@@ -20,7 +20,7 @@ from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
 TWO_SIDED = "bert", "nomic-bert", "nomic-bert-moe", "modern-bert", "gemma-embedding"  # GGUF architectures
@@ -73,18 +73,18 @@ def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
 
 
 def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
-                  spec: ModelSpec) -> Embedder | None:
+                  model: Model) -> Embedder | None:
     """How a GGUF file's model embeds texts; None if it chats or ranks.
 
     Older files of Qwen3-Embedding do not say add_eos_token, but the token that is pooled must be the end
     token."""
     pooling = pooling_of_gguf(path, f"{metadata['general.architecture']}.", metadata)
-    if spec.of_texts:
+    if model.of_texts:
         begins, between, ends = frame_of(path, pipeline_of(path, text))
         if not (begins or ends):  # of a vocabulary whose makers have no frame, as Gemma's
             begins = as_frame(text.bos_token, text.add_bos)
             ends = as_frame(text.eos_token, metadata.get("tokenizer.ggml.add_eos_token", True))
-        return Embedder(pooling, 1 if pooling == "rank" else spec.width, spec.max_positions,
+        return Embedder(pooling, 1 if pooling == "rank" else model.width, model.max_positions,
                         LEAST.get(family, 0), begins, ends, between,
                         usual_prompts(str(metadata.get("general.name")), path.name))
     if pooling not in CAUSAL:
@@ -95,7 +95,7 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
     if family == "qwen3" and "<|endoftext|>" in tokens:  # whichever token its answers would end with
         end = tokens.index("<|endoftext|>")
     is_qwens = re.search("qwen3.?embedding", f"{metadata.get('general.name')} {path.name}".lower())
-    return Embedder(pooling, spec.width, spec.max_positions, LEAST.get(family, 0),
+    return Embedder(pooling, model.width, model.max_positions, LEAST.get(family, 0),
                     begins=as_frame(text.bos_token, text.add_bos), ends=as_frame(end, adds),
                     prompts=QWEN_PROMPTS if is_qwens else ())
 
@@ -114,7 +114,7 @@ class Modules(NamedTuple):
     normalized: bool = False
 
 
-def folder_modules(folder: Path, spec: ModelSpec) -> Modules:
+def folder_modules(folder: Path, model: Model) -> Modules:
     """What a folder's modules.json lists. ConfigError for a module or a pooling that this server does not
     have."""
     path = folder / "modules.json"
@@ -127,10 +127,10 @@ def folder_modules(folder: Path, spec: ModelSpec) -> Modules:
                               "there")
         config = folder / place / "config.json"
         if kind == "Pooling":
-            modules = modules._replace(pooling=folder_pooling(config, spec.of_texts),
+            modules = modules._replace(pooling=folder_pooling(config, model.of_texts),
                                        pools_prompt=pools_prompts(config))
         elif kind == "Dense" and not modules.normalized:
-            width = modules.dense[-1].weight.shape[0] if modules.dense else spec.width
+            width = modules.dense[-1].weight.shape[0] if modules.dense else model.width
             modules = modules._replace(dense=(*modules.dense, folder_dense(folder / place, width)))
         elif kind == "Normalize":
             modules = modules._replace(normalized=True)
@@ -142,13 +142,13 @@ def folder_modules(folder: Path, spec: ModelSpec) -> Modules:
     return modules
 
 
-def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
+def folder_embedder(folder: Path, pipeline, family: str, model: Model,
                     names: Seq[str] = ()) -> tuple[Embedder, Head]:
     """How the model of a sentence-transformers folder embeds texts, and its Dense modules.
 
     Without a modules.json it takes the mean. `pipeline` is the folder's tokenizer in the library
     `tokenizers`, `names` are what the model is called."""
-    modules = folder_modules(folder, spec)
+    modules = folder_modules(folder, model)
     begins, between, ends = frame_of(folder, pipeline)
     path = folder / "config_sentence_transformers.json"
     more = read_json(path, needed=False)
@@ -158,12 +158,12 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
     similarity = checked(path, "similarity_fn_name", more.get("similarity_fn_name") or SIMILARITIES[0],
                          Rule(str, choices=SIMILARITIES))
     head = Head(modules.dense)
-    size = head.size or spec.width
+    size = head.size or model.width
     least = fewest_numbers(folder, family, size)
     cut = checked(path, "truncate_dim", more.get("truncate_dim"), Rule(int, 1, size, optional=True)) or 0
     if cut:
         least = min(least or cut, cut)
-    longest = longest_of(folder, spec.max_positions)
+    longest = longest_of(folder, model.max_positions)
     embedder = Embedder(modules.pooling, size, longest, least, begins, ends, between, tuple(prompts.items()),
                         default or "", similarity, dimensions=cut, pools_prompt=modules.pools_prompt)
     return embedder, head

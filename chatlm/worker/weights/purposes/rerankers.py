@@ -25,7 +25,7 @@ from chatlm.worker.weights.purposes.embedders import CLASSES, WEB_SEARCH, poolin
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
 NAMED = re.compile("qwen3.{0,20}rerank", re.IGNORECASE)  # the files of the original say it in no other way
@@ -55,7 +55,7 @@ def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score:
     return score
 
 
-def of_folder(folder: Path, config: Mapping, names: Seq[str], spec: ModelSpec, text: TextSpec,
+def of_folder(folder: Path, config: Mapping, names: Seq[str], model: Model, text: TextSpec,
               state: Mapping[str, Any], score: Any) -> tuple[TextSpec, numpy.ndarray | None]:
     """The text of a folder's reranker, and the row (C,) that makes a score of a hidden state; the text and
     None of another model of a family that has rerankers. `score`: its tensor SCORE, if it has one.
@@ -65,28 +65,28 @@ def of_folder(folder: Path, config: Mapping, names: Seq[str], spec: ModelSpec, t
         return text, None
     path = folder / "config.json"
     if score is None:
-        ranking = yes_less_no(path, config, spec, text, state)
-    elif score.shape == (1, spec.width):
+        ranking = yes_less_no(path, config, model, text, state)
+    elif score.shape == (1, model.width):
         ranking = floats(score)[0].astype(numpy.float64)
     else:
         raise ConfigError(f"{folder}: {SCORE} is {tuple(score.shape)}; of a reranker it must be "
-                          f"{(1, spec.width)}")
-    return as_reranker(path, text, spec, PROMPT), ranking
+                          f"{(1, model.width)}")
+    return as_reranker(path, text, model, PROMPT), ranking
 
 
-def yes_less_no(path: Path, config: Mapping, spec: ModelSpec, text: TextSpec,
+def yes_less_no(path: Path, config: Mapping, model: Model, text: TextSpec,
                 state: Mapping[str, Any]) -> numpy.ndarray:
     """The row of the head for "yes" less that for "no", float64 (C,), by the config's own words for them."""
     words = config.get("classifier_from_token") or ["no", "yes"]
     if not (isinstance(words, list) and len(words) == 2 and all(isinstance(word, str) for word in words)):
         raise ConfigError(f"{path}: classifier_from_token is {shown(words)}; it must be a list of two "
                           "tokens, the second for relevant documents")
-    head = state["model.embed_tokens.weight" if spec.tied_head else "lm_head.weight"]
+    head = state["model.embed_tokens.weight" if model.tied else "lm_head.weight"]
     no, yes = (floats(head[token:token + 1])[0] for token in ids_of(path, text, words))
     return yes.astype(numpy.float64) - no
 
 
-def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: TextSpec,
+def of_gguf(path: Path, metadata: Mapping, family: str, model: Model, text: TextSpec,
             stored: Mapping[str, Any], classes: Any) -> tuple[TextSpec, numpy.ndarray | None]:
     """Like `of_folder`, of a GGUF file. `classes`: its tensor CLASSES. Older files of rerankers look like
     those of a chat model."""
@@ -94,7 +94,7 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
     pooling = pooling_of_gguf(path, own, metadata)
     is_named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
     if pooling != "rank" and not (pooling == "none" and is_named and FAMILIES[family].has_rerankers):
-        if classes is not None and spec.tied_head:
+        if classes is not None and model.tied:
             raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 "
                               f"(rank); {CANNOT}")
         return text, None
@@ -103,21 +103,21 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
         raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "
                           f"{able} alone")
     if classes is None:
-        head = stored["token_embd.weight" if spec.tied_head else "output.weight"]
+        head = stored["token_embd.weight" if model.tied else "output.weight"]
         rows = ids_of(path, text, ["yes", "no"])
     else:
         head = classes
         key = f"{own}classifier.output_labels"
         labels = metadata.get(key, ["yes", "no"])
-        if sorted(map(str, labels)) != ["no", "yes"] or classes.shape.tolist() != [spec.width, 2]:
+        if sorted(map(str, labels)) != ["no", "yes"] or classes.shape.tolist() != [model.width, 2]:
             shape = tuple(reversed(classes.shape.tolist()))
             raise ConfigError(f"{path}: {CLASSES} is {shape} and {key} is {shown(labels)}; "
-                              f"yes and no must have a row of {spec.width:,} each")
+                              f"yes and no must have a row of {model.width:,} each")
         rows = [labels.index("yes"), labels.index("no")]
     yes, no = (floats(dequantize(head.tensor_type, numpy.asarray(head.data[row:row + 1]))).ravel()
                for row in rows)
     template = metadata.get("tokenizer.chat_template.rerank", PROMPT)
-    return as_reranker(path, text, spec, template), yes.astype(numpy.float64) - no
+    return as_reranker(path, text, model, template), yes.astype(numpy.float64) - no
 
 
 def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
@@ -131,7 +131,7 @@ def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
     return [token for [token] in ids]
 
 
-def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> TextSpec:
+def as_reranker(path: Path, text: TextSpec, model: Model, template: Any) -> TextSpec:
     """The text of a reranker: what the template has around the query and the document. ConfigError if it is
     no such template.
 
@@ -144,7 +144,7 @@ def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> T
     end = template.index("{document}") + len("{document}")
     start = max([0, *(special.end() for special in tokenizer.special_pattern.finditer(template, 0, query))])
     form = template[start:end].replace(WEB_SEARCH, "{instruction}")
-    embedder = Embedder("rank", 1, spec.max_positions, form=form,
+    embedder = Embedder("rank", 1, model.max_positions, form=form,
                         begins=tuple(tokenizer.encode_with_specials(template[:start])),
                         ends=tuple(tokenizer.encode_with_specials(template[end:])),
                         instruction=WEB_SEARCH if "{instruction}" in form else "")

@@ -18,16 +18,15 @@ from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.clamps import MOST
 from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
 from chatlm.worker.tower import Eyes
 from chatlm.worker.weights.families.family import ACTIVATIONS, both
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, Rule
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.blocks.norms import AnyNorm
     from chatlm.worker.weights.recipe import Shapes
 
@@ -66,8 +65,8 @@ class TowerFamily(NamedTuple):
     names: Mapping[str, tuple[str, ...]]       # ours -> those of a folder, from the tower's or projector's on
     file_names: Mapping[str, tuple[str, ...]]  # ours -> those of a GGUF file
     own: Callable[[Eyes, int], Shapes]         # tensors of Eyes beside the layers'; int: the model's width
-    of_folder: Callable[[Said, ModelSpec], Eyes]   # all but the tensors
-    of_file: Callable[[Said, ModelSpec], Eyes]
+    of_folder: Callable[[Said, Model], Eyes]   # all but the tensors
+    of_file: Callable[[Said, Model], Eyes]
     token: str                                 # the models that it belongs to have this special token
     architectures: tuple[str, ...]             # and one of these, as GGUF files
     added: Mapping[str, float] = {}            # to values of a folder; those of a GGUF file have it
@@ -85,10 +84,10 @@ HALVES: Colors = ((0.5,) * 3, (0.5,) * 3)
 UNCHANGED: Colors = ((0.0,) * 3, (1.0,) * 3)
 
 
-def make_eyes(vision: Vision, spec: ModelSpec, patch: int, shuffle: int, colors: Colors, **more: Any) -> Eyes:
-    """Eyes whose layers this recipe describes. Their tensors are still to be found."""
+def make_eyes(vision: Vision, layers: Model, patch: int, shuffle: int, colors: Colors, **more: Any) -> Eyes:
+    """Eyes with these layers. Their tensors are still to be found."""
     mean, std = colors
-    return Eyes(vision, model_of(spec), {}, patch, shuffle, mean=mean, std=std, recipe=spec, **more)
+    return Eyes(vision, layers, {}, patch, shuffle, mean=mean, std=std, **more)
 
 
 # of a picture
@@ -116,21 +115,19 @@ SIGLIP_FILE = both({
     for ending, part in (("", "weight"), ("_bias", "bias"))} | {"places": ("v.position_embd.weight",)}
 
 
-def tower_recipe(width: int, heads: int, kv_heads: int, head_size: int, ffn_size: int, patches: int,
-                 layers: tuple[Layer, ...], norm: AnyNorm) -> ModelSpec:
-    """The recipe of a tower that has built its layers itself. `norm` comes after the last one."""
-    return ModelSpec(0, len(layers), width, heads, kv_heads, head_size, ffn_size, patches, of_texts=True,
-                     own_layers=layers, own_norm=norm)
+def tower(width: int, patches: int, layers: tuple[Layer, ...], norm: AnyNorm) -> Model:
+    """The blocks of a tower, whose input others compute. `norm` comes after the last layer."""
+    return Model(0, width, patches, None, layers, norm, None, of_texts=True)
 
 
 def siglip(said: Said, width: int, layers: int, heads: int, ffn_size: int, patches: int, eps: float,
-           activation: str, rotates: bool = False) -> ModelSpec:
+           activation: str, rotates: bool = False) -> Model:
     """`rotates`: heads turn by the place of their patch."""
     said.divides("the tower's width", width, heads)
     size = width // heads
     norm = LayerNorm(eps, bias=True)
     layer = siglip_layer(heads, size, ffn_size, norm, activation, Rope(size if rotates else 0))
-    return tower_recipe(width, heads, heads, size, ffn_size, patches, (layer,) * layers, norm)
+    return tower(width, patches, (layer,) * layers, norm)
 
 
 def siglip_layer(heads: int, head_size: int, ffn_size: int, norm: LayerNorm, activation: str,
@@ -143,7 +140,7 @@ def siglip_layer(heads: int, head_size: int, ffn_size: int, norm: LayerNorm, act
     return Layer(attention, feed, attention_norm=norm, ffn_norm=norm)
 
 
-def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> ModelSpec:
+def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> Model:
     """`patches`: the most in a tile. The others are defaults."""
     said.tower("num_channels", Rule(int, 3, 3), 3)
     return siglip(
@@ -153,7 +150,7 @@ def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: i
         ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")])
 
 
-def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> ModelSpec:
+def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> Model:
     return siglip(
         said, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
         said.tower("attention.head_count", HEADS), said.tower("feed_forward_length", CHANNELS), patches,
@@ -184,17 +181,17 @@ def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
 
 def of_grid(eyes: Eyes, width: int) -> Shapes:
     """A product for each patch, a row for its place, and a product for the rows of each square."""
-    C = eyes.recipe.width
+    C = eyes.architecture.width
     return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
             "project": (width, C * eyes.shuffle**2)}
 
 
-def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def idefics3_of_folder(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE, 32)
     patch = said.tower("patch_size", SIDE, 32)
     shuffle = said.model("scale_factor", Rule(int, 1, 64), 2)
     patches = square_grid(said, side, patch, shuffle)
-    spec = siglip_of_folder(said, patches, 1152, 12, 16)
+    layers = siglip_of_folder(said, patches, 1152, 12, 16)
     colors = colors_of(said)
     scaled(said, 1)
     tile = said.picture("max_image_size.longest_edge", SIDE, side)
@@ -204,19 +201,19 @@ def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("size.longest_edge", SIDE, 4 * side),
                     said.picture("do_image_splitting", Rule(bool), True))
-    return make_eyes(vision, spec, patch, shuffle, colors, filter="lanczos", projector="idefics3")
+    return make_eyes(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
-def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
+def idefics3_of_file(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64))
     patches = square_grid(said, side, patch, shuffle)
-    spec = siglip_of_file(said, patches)
+    layers = siglip_of_file(said, patches)
     colors = colors_of(said)
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("preproc_image_size", SIDE, 4 * side))
-    return make_eyes(vision, spec, patch, shuffle, colors, filter="lanczos", projector="idefics3")
+    return make_eyes(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
 IDEFICS3 = TowerFamily(
@@ -224,9 +221,9 @@ IDEFICS3 = TowerFamily(
     SIGLIP_FILE | {"project": ("mm.model.fc.weight",)}, of_grid, idefics3_of_folder, idefics3_of_file,
     "<fake_token_around_image>", ("llama",))
 
-def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
+def lfm2_eyes(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
               projector: str, hidden: int, grid: int) -> Eyes:
-    """`spec`: with the most patches of a tile."""
+    """`layers`: with the most patches of a tile."""
     unit = patch * shuffle
     colors = colors_of(said)
     tile = said.picture("tile_size", SIDE, 512)
@@ -245,11 +242,12 @@ def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], pa
         tiles=(fewest_tiles, most_tiles),
         whole_from=said.picture("max_pixels_tolerance", Rule(float, 1, 100), 2.0),
         shows_whole=said.picture("use_thumbnail", Rule(bool), True))
-    return make_eyes(vision, spec(max(most, tokens) * shuffle**2), patch, shuffle, colors, filter="bilinear",
+    patches = max(most, tokens) * shuffle**2
+    return make_eyes(vision, layers(patches), patch, shuffle, colors, filter="bilinear",
                      projector=projector, places="spread", most=most, hidden=hidden, grid=grid)
 
 
-def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def lfm2_of_folder(said: Said, model: Model) -> Eyes:
     scaled(said, 2)
     said.model("vision_feature_layer", Rule(int, -1, -1), -1)
     said.model("projector_hidden_act", Rule(str, choices=("gelu",)), "gelu")
@@ -265,7 +263,7 @@ def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
         said.tower("num_patches", Rule(int, 1, 1 << 16), 256))
 
 
-def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
+def lfm2_of_file(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     return lfm2_eyes(
@@ -276,11 +274,11 @@ def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def lfm2_own(eyes: Eyes, width: int) -> Shapes:
-    joined = eyes.recipe.width * eyes.shuffle**2
+    joined = eyes.architecture.width * eyes.shuffle**2
     H = eyes.hidden
     norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if eyes.projector == "lfm2" else {}
     return of_grid(eyes, width) | {
-        "places": (eyes.grid, eyes.recipe.width), "widen": (H, joined), "widen_bias": (H,),
+        "places": (eyes.grid, eyes.architecture.width), "widen": (H, joined), "widen_bias": (H,),
         "project": (width, H), "project_bias": (width,)} | norm
 
 
@@ -290,14 +288,14 @@ LFM2 = TowerFamily(
     SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
     lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>", ("lfm2", "lfm2moe"))
 
-def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
+def gemma3_eyes(said: Said, model: Model, layers: Model, side: int, patch: int, shuffle: int) -> Eyes:
     tokens = (side // patch // shuffle)**2
     vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
-    return make_eyes(vision, spec, patch, shuffle, colors_of(said), filter="bilinear", projector="gemma3",
+    return make_eyes(vision, layers, patch, shuffle, colors_of(said), filter="bilinear", projector="gemma3",
                      two_sided="all")
 
 
-def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def gemma3_of_folder(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE, 896)
     patch = said.tower("patch_size", SIDE, 14)
     tokens = said.model("mm_tokens_per_image", TOKENS, 256)
@@ -312,16 +310,16 @@ def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
     return gemma3_eyes(said, model, siglip_of_folder(said, patches, 1152, 27, 16), side, patch, shuffle)
 
 
-def gemma3_of_file(said: Said, model: ModelSpec) -> Eyes:
+def gemma3_of_file(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 4)
-    spec = siglip_of_file(said, square_grid(said, side, patch, shuffle))
-    return gemma3_eyes(said, model, spec, side, patch, shuffle)
+    layers = siglip_of_file(said, square_grid(said, side, patch, shuffle))
+    return gemma3_eyes(said, model, layers, side, patch, shuffle)
 
 
 def gemma3_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.recipe.width
+    C = eyes.architecture.width
     return of_grid(eyes, width) | {"project": (width, C), "mean_norm": (C,)}
 
 
@@ -360,21 +358,21 @@ GEMMA4_FILE_NAMES = {ours: (f"v.blk.{{}}.{theirs}.weight",) for ours, (_, theirs
     "mean_scale": ("v.std_scale",), "project": ("mm.input_projection.weight",)}
 
 
-def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> Vision:
+def gemma4_vision(said: Said, model: Model, unit: int, two_sided: bool) -> Vision:
     scaled(said, 3)
     tokens = said.picture("max_soft_tokens", TOKENS, 280)
     return Vision("gemma4", model.vocab_size, "<|image|>", 0, tokens, unit=unit, two_sided=two_sided)
 
 
-def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
-                eps: float, base: float, clamped: bool) -> ModelSpec:
+def gemma4_tower(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int],
+                 ffn_size: int, eps: float, base: float, clamped: bool) -> Model:
     """`heads`: of queries, of keys, and their size. `base`: of the heads' rotation by places."""
     count, kv_heads, size = heads
     said.divides("the number of heads", count, kv_heads)
     said.divides("the size of heads", size, 4)
     layer = gemma4_layer(count, kv_heads, size, ffn_size, eps, base, clamped)
     norm = RmsNorm(eps, apart=clamped)
-    return tower_recipe(width, count, kv_heads, size, ffn_size, patches, (layer,) * layers, norm)
+    return tower(width, patches, (layer,) * layers, norm)
 
 
 def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: float, base: float,
@@ -393,11 +391,11 @@ def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: 
                  clamped=clamped)
 
 
-def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
+def gemma4_eyes(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
                 grid: int, standard: bool, two_sided: bool, pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch * shuffle, two_sided)
     return make_eyes(
-        vision, spec(vision.tokens * shuffle**2), patch, shuffle, HALVES, filter="bicubic",
+        vision, layers(vision.tokens * shuffle**2), patch, shuffle, HALVES, filter="bicubic",
         projector="gemma4_standard" if standard else "gemma4", places="axes", angles="axes", grid=grid,
         two_sided="windows" if two_sided else "", pad=pad)
 
@@ -409,7 +407,7 @@ def gemma4_text(said: Said) -> tuple[bool, int]:
     return ahead == "vision", said.model("text_config.pad_token_id", Rule(int, 0, 1 << 24), 0)
 
 
-def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def gemma4_of_folder(said: Said, model: Model) -> Eyes:
     said.tower("hidden_activation", Rule(str, choices=("gelu_pytorch_tanh",)), "gelu_pytorch_tanh")
     queries = said.tower("num_attention_heads", HEADS, 12)
     keys = said.tower("num_key_value_heads", HEADS, queries)
@@ -417,7 +415,7 @@ def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
     said.tower("rope_parameters.rope_type", Rule(str, choices=("axial", "default")), "axial")
     base = said.tower("rope_parameters.rope_theta", ROPE_BASE, 100.0)
     return gemma4_eyes(
-        said, model, lambda patches: gemma4_spec(
+        said, model, lambda patches: gemma4_tower(
             said, patches, said.tower("hidden_size", CHANNELS, 768),
             said.tower("num_hidden_layers", LAYERS, 16), heads,
             said.tower("intermediate_size", CHANNELS, 3072),
@@ -428,19 +426,19 @@ def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
         said.tower("standardize", Rule(bool), False), *gemma4_text(said))
 
 
-def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
+def gemma4_of_file(said: Said, model: Model) -> Eyes:
     clamped = any(name.startswith("v.") and name.endswith(CLAMPS) for name in said.shapes)
     heads = said.tower("attention.head_count", HEADS)
     rows = said.shapes.get("v.blk.0.attn_k.weight", (0,))[0]
     size = said.shapes.get("v.blk.0.attn_q_norm.weight", (1,))[0]
     return gemma4_eyes(
-        said, model, lambda patches: gemma4_spec(
+        said, model, lambda patches: gemma4_tower(
             said, patches, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
             (heads, max(rows // size, 1), size), said.tower("feed_forward_length", CHANNELS),
             said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), 100.0, clamped),
         said.tower("patch_size", SIDE), said.tower("projector.scale_factor", Rule(int, 1, 64), 3),
         said.shapes.get("v.position_embd.weight", (2, 1))[1], "v.std_scale" in said.shapes,
-        not (model.own_input and model.own_input.layers), 0)
+        not (isinstance(model.input, Input) and model.input.layers), 0)
 
 
 def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], model: Model,
@@ -469,7 +467,7 @@ def clamps_of_product(stem: str, numbers: Mapping[str, float]) -> list[float]:
 
 
 def gemma4_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.recipe.width
+    C = eyes.architecture.width
     standard: Shapes = {"mean_bias": (C,), "mean_scale": (C,)} if eyes.projector == "gemma4_standard" else {}
     return {"patch": (C, 3 * eyes.patch**2), "places": (2, eyes.grid, C), "project": (width, C)} | standard
 
@@ -477,22 +475,22 @@ def gemma4_own(eyes: Eyes, width: int) -> Shapes:
 GEMMA4 = TowerFamily(GEMMA4_NAMES, GEMMA4_FILE_NAMES, gemma4_own, gemma4_of_folder, gemma4_of_file,
                      "<|image|>", ("gemma4",), axes=r"\bself_attn\.[qk]_|\.attn_[qk](_norm)?\.")
 
-def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, two_sided: bool,
+def bare_eyes(said: Said, model: Model, width: int, patch: int, grid: int, two_sided: bool,
               pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch, two_sided)
-    spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True)
-    return make_eyes(vision, spec, patch, 1, UNCHANGED, filter="bicubic", projector="gemma4_bare",
+    layers = tower(width, vision.tokens, (), RmsNorm(1e-5))
+    return make_eyes(vision, layers, patch, 1, UNCHANGED, filter="bicubic", projector="gemma4_bare",
                      places="axes", grid=grid, two_sided="windows" if two_sided else "", pad=pad)
 
 
-def bare_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def bare_of_folder(said: Said, model: Model) -> Eyes:
     shuffle = said.tower("pooling_kernel_size", Rule(int, 1, 64), 3)
     return bare_eyes(
         said, model, said.tower("mm_embed_dim", CHANNELS, 3840), said.tower("patch_size", SIDE, 16) * shuffle,
         said.tower("mm_posemb_size", Rule(int, 1, 1 << 20), 1120), *gemma4_text(said))
 
 
-def bare_of_file(said: Said, model: ModelSpec) -> Eyes:
+def bare_of_file(said: Said, model: Model) -> Eyes:
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 3)
     return bare_eyes(
         said, model, said.tower("embedding_length", CHANNELS), said.tower("patch_size", SIDE) * shuffle,
@@ -500,7 +498,7 @@ def bare_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def bare_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.recipe.width
+    C = eyes.architecture.width
     numbers = 3 * eyes.patch**2
     sizes = {"patch_norm": numbers, "patch_out_norm": C, "place_norm": C}
     return {"patch": (C, numbers), "patch_bias": (C,), "places": (2, eyes.grid, C), "project": (width, C)} | {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.tower import Eyes
     from chatlm.worker.weights.formats.sources import Sources
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.towers.families import TowerFamily
 
 
@@ -92,7 +92,7 @@ def value_at(raw: Any, path: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
+def folder_eyes(folder: Path, settings: Settings, model: Model, dtype: str) -> Eyes | None:
     """What the folder sees with; None if it has nothing. ConfigError if this program cannot compute it."""
     said = FolderSays(folder)
     kind = said.config.get("model_type", "")
@@ -115,7 +115,7 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
                               f"be {', '.join(FLOATS)}")
-    state = in_our_layout(state, family, eyes.recipe.head_size)
+    state = in_our_layout(state, family, eyes.head_size)
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
@@ -177,13 +177,13 @@ def unstored(eyes: Eyes) -> dict[str, Any]:
     """The tensors of a stage that no file has: a last norm, which nothing reads."""
     if PROJECTORS[eyes.projector].normed:
         return {}
-    return {"final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
+    return {"final_norm": numpy.ones(eyes.architecture.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
     """The sources of a tower's layers and of its own tensors."""
     sources: Sources = {}
-    for ours, source in tensor_sources(eyes.recipe, names, 0).items():
+    for ours, source in tensor_sources(eyes.architecture, names, 0).items():
         if ours not in unstored(eyes) and not ours.endswith(".clamps"):
             sources[ours] = source
     for ours, shape in family.own(eyes, width).items():

@@ -89,14 +89,13 @@ def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedMode
     if json.dumps(family.token).encode() not in loaded.text.payload:
         raise ConfigError(f"{path}: it belongs to another model: this one has no {family.token}")
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
-    eyes = family.of_file(FileSays(path, metadata, shapes, model), loaded.spec)
+    eyes = family.of_file(FileSays(path, metadata, shapes, model), loaded.architecture)
     return eyes._replace(tensors=file_tensors(path, settings, loaded, device, family, eyes, dict(stored)))
 
 
 def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: str, family: TowerFamily,
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of Eyes. Layers stay as stored, everything else becomes floats."""
-    spec = eyes.recipe
     stored = {name: tensor for name, tensor in stored.items()
               if not name.startswith(("a.", "mm.a.", *family.unread))}  # audio is not heard
     numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
@@ -105,7 +104,7 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         for name in stored:
             if names and re.search(names, name):
                 rows = stored[name].data
-                stored[name] = stored[name]._replace(data=rows[order_of(len(rows), spec.head_size)])
+                stored[name] = stored[name]._replace(data=rows[order_of(len(rows), eyes.head_size)])
     check_gguf_types(path, stored)
     stored = with_names_of_now(stored, eyes)
     [kernel] = family.file_names["patch"]
@@ -116,9 +115,9 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         shapes[kernel] = form[0], math.prod(form[1:])
     turned = {name for ours in family.transposed for name in family.file_names[ours]}
     shapes |= {name: shapes[name][::-1] for name in turned if name in shapes}
-    sources = tower_sources(family, family.file_names, eyes, loaded.spec.width)
+    sources = tower_sources(family, family.file_names, eyes, loaded.architecture.width)
     check_names_and_shapes(path, shapes, sources)
-    own = family.own(eyes, loaded.spec.width)
+    own = family.own(eyes, loaded.architecture.width)
     layers = {name: source for name, source in sources.items() if name not in own}
     backend = choose_backend(device, eyes.architecture)
     storage = Storage(backend, loaded.dtype, None if loaded.dtype else backend.as_stored)
@@ -146,12 +145,13 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
 def with_names_of_now(stored: dict[str, Any], eyes: Eyes) -> dict[str, Any]:
     """A file's tensors under the names that they have in new files, and deepstack by its number, not by the
     layer that it follows."""
-    spec = eyes.recipe
-    for layer in range(spec.layers):  # old files have these two exchanged
+    tower = eyes.architecture
+    width = tower.feed.width if tower.feed else 0
+    for layer in range(len(tower.layers)):  # old files have these two exchanged
         up = f"v.blk.{layer}.ffn_up"
         down = f"v.blk.{layer}.ffn_down"
         weight = stored.get(f"{up}.weight")
-        if weight is not None and spec.ffn_size != spec.width and file_shape(up, weight)[0] == spec.width:
+        if weight is not None and width != tower.width and file_shape(up, weight)[0] == tower.width:
             for part in ("weight", "bias"):
                 first = stored.pop(f"{up}.{part}")
                 second = stored.pop(f"{down}.{part}")

@@ -14,11 +14,12 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.families.family import both
 from chatlm.worker.weights.rules import ROPE_BASE, Rule
 from chatlm.worker.weights.towers.families import (
-    CHANNELS, HEADS, LAYERS, SIDE, TowerFamily, colors_of, make_eyes, scaled, tower_recipe)
+    CHANNELS, HEADS, LAYERS, SIDE, TowerFamily, colors_of, make_eyes, scaled, tower)
 
 if TYPE_CHECKING:
     from chatlm.worker.tower import Eyes
-    from chatlm.worker.weights.recipe import ModelSpec, Shapes
+    from chatlm.worker.model.blocks.model import Model
+    from chatlm.worker.weights.recipe import Shapes
     from chatlm.worker.weights.towers.families import Colors, Said
 
 # Rows of a picture, as in llama.cpp. The makers' processor allows 3,025; a tower's attention costs the square
@@ -48,11 +49,12 @@ FILE_NAMES = {
         "widen": "mm.1", "project": "mm.2"})
 
 
-def pixtral_recipe(said: Said, model: ModelSpec, width: int, layers: int, heads: int, ffn_size: int,
-                   eps: float, base: float, activation: str, patches: int) -> ModelSpec:
+def pixtral_tower(said: Said, model: Model, width: int, depth: int, heads: int, ffn_size: int,
+                  eps: float, base: float, activation: str, patches: int) -> Model:
     """RMS norms before each block, nothing with a bias, every patch sees all others of its picture.
 
     The norm that begins the projector is the tower's last one here. It has the eps of the text model."""
+    assert model.norm
     said.divides("hidden_size", width, heads)
     size = width // heads
     said.divides("the size of the tower's heads", size, 4)
@@ -60,24 +62,23 @@ def pixtral_recipe(said: Said, model: ModelSpec, width: int, layers: int, heads:
     norm = RmsNorm(eps)
     layer = Layer(attention, FeedForward(ffn_size, ACTIVATIONS[activation]), attention_norm=norm,
                   ffn_norm=norm)
-    return tower_recipe(width, heads, heads, size, ffn_size, patches, (layer,) * layers,
-                        RmsNorm(model.norm_eps))
+    return tower(width, patches, (layer,) * depth, RmsNorm(model.norm.eps))
 
 
-def pixtral_vision(model: ModelSpec, longest: int, unit: int) -> Vision:
+def pixtral_vision(model: Model, longest: int, unit: int) -> Vision:
     """`longest`: what a picture's longer side is shrunk to, in pixels."""
     rows = min(math.ceil(longest / unit)**2, MOST_ROWS)
     return Vision("pixtral", model.vocab_size, "[IMG]", 0, rows, longest, unit=unit)
 
 
-def pixtral_eyes(said: Said, vision: Vision, recipe: ModelSpec, patch: int, shuffle: int, eps: float,
+def pixtral_eyes(said: Said, vision: Vision, layers: Model, patch: int, shuffle: int, eps: float,
                  biased: bool) -> Eyes:
     return make_eyes(
-        vision, recipe, patch, shuffle, colors_of(said, COLORS), filter="bicubic",
+        vision, layers, patch, shuffle, colors_of(said, COLORS), filter="bicubic",
         projector="pixtral_biased" if biased else "pixtral", places="", angles="by_turns", first_norm=eps)
 
 
-def pixtral_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def pixtral_of_folder(said: Said, model: Model) -> Eyes:
     scaled(said, 3)
     said.tower("model_type", Rule(str, choices=("pixtral",)), "pixtral")
     said.tower("num_channels", Rule(int, 3, 3), 3)
@@ -90,16 +91,17 @@ def pixtral_of_folder(said: Said, model: ModelSpec) -> Eyes:
     heads = said.tower("num_attention_heads", HEADS, 16)
     base = said.tower("rope_parameters.rope_theta", ROPE_BASE, said.tower("rope_theta", ROPE_BASE, 1e4))
     vision = pixtral_vision(model, said.picture("size.longest_edge", SIDE, 1024), patch * shuffle)
-    recipe = pixtral_recipe(
+    layers = pixtral_tower(
         said, model, width, said.tower("num_hidden_layers", LAYERS, 24), heads,
         said.tower("intermediate_size", CHANNELS, 4096), EPS, base,
         said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu"), vision.tokens * shuffle**2)
-    said.tower("head_dim", Rule(int, recipe.head_size, recipe.head_size), recipe.head_size)
-    return pixtral_eyes(said, vision, recipe, patch, shuffle, EPS,
+    size = width // heads
+    said.tower("head_dim", Rule(int, size, size), size)
+    return pixtral_eyes(said, vision, layers, patch, shuffle, EPS,
                         said.model("multimodal_projector_bias", Rule(bool), False))
 
 
-def pixtral_of_file(said: Said, model: ModelSpec) -> Eyes:
+def pixtral_of_file(said: Said, model: Model) -> Eyes:
     if "mm.patch_merger.weight" not in said.shapes:
         said.refuse("projector_type is pixtral, and mm.patch_merger.weight is missing, as in Pixtral 12B: "
                     "only the towers of Mistral Small 3.1 and later models are supported")
@@ -107,15 +109,15 @@ def pixtral_of_file(said: Said, model: ModelSpec) -> Eyes:
     shuffle = said.tower("spatial_merge_size", Rule(int, 1, 64), 2)
     eps = said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1), EPS)
     vision = pixtral_vision(model, said.tower("image_size", SIDE), patch * shuffle)
-    recipe = pixtral_recipe(
+    layers = pixtral_tower(
         said, model, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
         said.tower("attention.head_count", HEADS), said.tower("feed_forward_length", CHANNELS), eps, 1e4,
         "gelu" if said.flag("use_gelu") else "silu", vision.tokens * shuffle**2)
-    return pixtral_eyes(said, vision, recipe, patch, shuffle, eps, "mm.1.bias" in said.shapes)
+    return pixtral_eyes(said, vision, layers, patch, shuffle, eps, "mm.1.bias" in said.shapes)
 
 
 def pixtral_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.recipe.width
+    C = eyes.architecture.width
     shapes: Shapes = {
         "patch": (C, 3 * eyes.patch**2), "first_norm": (C,), "merge": (C, C * eyes.shuffle**2),
         "widen": (width, C), "project": (width, width)}

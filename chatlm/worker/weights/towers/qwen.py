@@ -17,7 +17,8 @@ from chatlm.worker.weights.towers.families import (
 
 if TYPE_CHECKING:
     from chatlm.worker.tower import Eyes
-    from chatlm.worker.weights.recipe import ModelSpec, Shapes
+    from chatlm.worker.model.blocks.model import Model
+    from chatlm.worker.weights.recipe import Shapes
     from chatlm.worker.weights.towers.families import Said
 
 
@@ -43,18 +44,19 @@ FILE_NAMES = SIGLIP_FILE | both({
        for ours, theirs in (("deep_norm", "norm"), ("widen", "fc1"), ("project", "fc2"))}})
 
 
-def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle: int, grid: int,
+def qwen_eyes(said: Said, model: Model, layers: Model, patch: int, shuffle: int, grid: int,
               deep: tuple[int, ...], pixels: tuple[int, int]) -> Eyes:
-    """`spec` is the tower's, with any number of patches. `pixels`: the fewest and the most of a picture."""
+    """`layers` are the tower's, with any number of patches. `pixels`: fewest and most of a picture."""
     unit = patch * shuffle
     colors = colors_of(said)
-    said.divides("the size of the tower's heads", spec.head_size, 4)
+    said.divides("the size of the tower's heads", layers.attentions[0].head_size, 4)
     if round(grid**0.5)**2 != grid:
         said.refuse(f"the table of places has {grid} rows; it must be a square")
+    count = len(layers.layers)
     rises = [*deep] == sorted({*deep})
-    is_inside = not deep or 0 <= deep[0] <= deep[-1] < spec.layers
-    if len(deep) > min(MOST_DEEP, model.layers) or not rises or not is_inside:
-        said.refuse(f"deepstack is after the layers {list(deep)}; there are {spec.layers}, and {MOST_DEEP} "
+    is_inside = not deep or 0 <= deep[0] <= deep[-1] < count
+    if len(deep) > min(MOST_DEEP, len(model.layers)) or not rises or not is_inside:
+        said.refuse(f"deepstack is after the layers {list(deep)}; there are {count}, and {MOST_DEEP} "
                     "are the most")
     most = min(max(pixels[1] // unit**2, 1), MOST_ROWS)
     fewest = min(-(-pixels[0] // unit**2), most)
@@ -62,20 +64,20 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
     # sides are rounded up from the fewest, and the longest picture is at least one row high
     longest = 1 + max(2 * fewest + 1, math.isqrt(side * fewest), min(math.isqrt(side * most), side // unit))
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
-    spec = replace(spec, max_positions=max(most, longest) * shuffle**2)
+    layers = replace(layers, max_positions=max(most, longest) * shuffle**2)
     return make_eyes(
-        vision, spec, patch, shuffle, colors, filter="bicubic", projector="merger", places="bilinear",
-        angles="by_row_and_column", most=longest, hidden=spec.width * shuffle**2, grid=grid, deep=deep,
+        vision, layers, patch, shuffle, colors, filter="bicubic", projector="merger", places="bilinear",
+        angles="by_row_and_column", most=longest, hidden=layers.width * shuffle**2, grid=grid, deep=deep,
         axes=said.sections())
 
 
-def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:
+def qwen_of_folder(said: Said, model: Model) -> Eyes:
     scaled(said, 3)
     patch = said.tower("patch_size", SIDE, 16)
     shuffle = said.tower("spatial_merge_size", Rule(int, 1, 64), 2)
     said.tower("temporal_patch_size", Rule(int, 2, 2), 2)
     said.tower("in_channels", Rule(int, 3, 3), 3)
-    spec = siglip(
+    layers = siglip(
         said, said.tower("hidden_size", CHANNELS, 1152), said.tower("depth", LAYERS, 27),
         said.tower("num_heads", HEADS, 16), said.tower("intermediate_size", CHANNELS, 4304), 1, EPS,
         ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")],
@@ -84,11 +86,11 @@ def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:
     pixels = (said.picture("size.shortest_edge", area, said.picture("min_pixels", area, 65_536)),
               said.picture("size.longest_edge", area, said.picture("max_pixels", area, 16_777_216)))
     deep = said.tower("deepstack_visual_indexes", Rule(int, 0, MOST_LAYERS, many=True), [])
-    return qwen_eyes(said, model, spec, patch, shuffle,
+    return qwen_eyes(said, model, layers, patch, shuffle,
                      said.tower("num_position_embeddings", Rule(int, 1, 1 << 20), 2304), tuple(deep), pixels)
 
 
-def qwen_of_file(said: Said, model: ModelSpec) -> Eyes:
+def qwen_of_file(said: Said, model: Model) -> Eyes:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     flags = said.tower("is_deepstack_layers", Rule(bool, many=True), [])
@@ -106,7 +108,7 @@ def qwen_own(eyes: Eyes, width: int) -> Shapes:
         for name, shape in (("widen{}", (H, H)), ("widen{}_bias", (H,)), ("project{}", (width, H)),
                             ("project{}_bias", (width,)))}
     norms: Shapes = {name: (H,) for i in range(len(eyes.deep)) for name in deep_norm(i)}
-    return of_grid(eyes, width) | {"places": (eyes.grid, eyes.recipe.width)} | projectors | norms
+    return of_grid(eyes, width) | {"places": (eyes.grid, eyes.architecture.width)} | projectors | norms
 
 
 QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>",

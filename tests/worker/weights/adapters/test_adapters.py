@@ -33,7 +33,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     plain, ours = load(folder), load(folder, lora=(str(tmp_path / "adapter"),))
     assert "LoRA adapter merged into" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
     assert changed and {key.rpartition(".")[2] for key in changed} <= {
         "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_up", "shared_down",
@@ -55,7 +55,7 @@ def test_an_adapter_is_merged_into_a_gguf_too(name, tmp_path):
     merged = adapt(model, tmp_path / "adapter", **OPTIONS[name])
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
     if decode_core() and not not_compiled(ours.architecture):        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():
@@ -117,7 +117,7 @@ def test_an_adapter_may_have_whole_matrices(name, options, tmp_path):
     whole = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "lora_" not in key]
     assert whole
     for ours in (load(folder, lora=(str(tmp_path / "adapter"),)) for folder in (base, path)):
-        check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+        check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 def test_whole_matrices_that_do_not_fit_are_refused(tmp_path):
@@ -209,7 +209,7 @@ def test_fp8_weights_are_multiplied_by_their_scales(scheme, tmp_path):
     ours = load(save_fp8(model, tmp_path, scheme))
     cases = clear_cases(model, lengths=(40,), count=16)
     assert "from FP8" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 def test_an_adapter_is_added_to_what_fp8_means(tmp_path):
@@ -217,7 +217,7 @@ def test_an_adapter_is_added_to_what_fp8_means(tmp_path):
     folder = save_fp8(model, tmp_path / "base", "deepseek")
     cases = clear_cases(adapt(model, tmp_path / "adapter"), lengths=(9,), count=16)
     ours = load(folder, lora=(str(tmp_path / "adapter"),))
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 SPARSE = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}}
@@ -278,7 +278,7 @@ def test_trained_norms_replace_the_model_s(name, tmp_path):
     for path in paths:
         ours = load(path, lora=(str(tmp_path / "adapter"),))
         backends = ("reference", "decode_core") if decode_core() and not not_compiled(ours.architecture) else ("reference",)
-        found += [forward_logits(transformer(ours, kernels_of(backend, ours.spec)), make_batch((prompt, 0, 40, [0, 1, 2])))[0] for backend in backends]
+        found += [forward_logits(transformer(ours, kernels_of(backend, ours.architecture)), make_batch((prompt, 0, 40, [0, 1, 2])))[0] for backend in backends]
         spoiled = (found[-1] - expected).abs().max() / expected.abs().max()
         assert spoiled < (0.2 if "packed" in path.name else 1e-4), path
     if len(paths) > 2:      # a norm is exact in a packed file too
@@ -294,7 +294,7 @@ def test_vectors_that_do_not_fit_are_refused(tmp_path):
     for path in paths:
         ours = load(path)
         with pytest.raises(ConfigError, match="input_layernorm .modules_to_save., which cannot be served without merging"):
-            transformer(ours, kernels_of("reference", ours.spec)).load_adapter(1, tmp_path / "adapter")
+            transformer(ours, kernels_of("reference", ours.architecture)).load_adapter(1, tmp_path / "adapter")
     weights = tmp_path / "adapter/adapter_model.safetensors"
     tensors, name = load_file(weights), "base_model.model.model.layers.0.input_layernorm.weight"
     for change, words in (({name: torch.ones(65)}, r"a whole vector model.layers.0.input_layernorm \(65,\), which in this model is \(64,\)"),

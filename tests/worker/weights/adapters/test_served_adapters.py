@@ -57,7 +57,7 @@ def test_a_served_adapter_matches_peft_s_merge(name, tmp_path):
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08, **SERVED[name]), lengths=(9, 40))
     ours = load(folder)
     for backend in backends(ours):
-        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases,
+        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.architecture)), tmp_path / "adapter"), cases), cases,
               tolerance=3e-4 if name == "qwen3next" else 1e-4)
 
 
@@ -71,9 +71,9 @@ def test_an_adapter_served_on_gguf_is_as_merged(name, tmp_path):
     cases = clear_cases(merged, lengths=(9,), count=16)
     for path in paths:
         whole, ours = load(path, lora=(str(tmp_path / "adapter"),)), load(path)
-        expected = answers(transformer(whole, kernels_of("reference", whole.spec)), cases, count=16)
+        expected = answers(transformer(whole, kernels_of("reference", whole.architecture)), cases, count=16)
         for backend in backends(ours):
-            beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases, count=16)
+            beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.architecture)), tmp_path / "adapter"), cases, count=16)
             for (tokens, logits), (theirs, their_logits) in zip(beside, expected):
                 assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
 
@@ -85,9 +85,9 @@ def test_an_adapter_may_divide_a_tied_head(tmp_path):
     cases = clear_cases(adapt(make_model("llama3.2"), first, ["lm_head"], size=0.08), lengths=(9,), count=16)
     adapt(make_model("llama3.2"), second, ["lm_head", "v_proj"], size=0.05)
     both, ours = load(folder, lora=(str(first), str(second))), load(folder, lora=(str(first),))
-    expected = answers(transformer(both, kernels_of("reference", both.spec)), cases, count=1)
+    expected = answers(transformer(both, kernels_of("reference", both.architecture)), cases, count=1)
     for backend in backends(ours):
-        beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), second), cases, count=1)
+        beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.architecture)), second), cases, count=1)
         assert (beside[0][1] - expected[0][1]).abs().max() < 3e-4
 
 
@@ -99,7 +99,7 @@ def test_an_adapter_served_on_fp8_matches_peft(scheme, tmp_path):
     cases = clear_cases(adapt(model, tmp_path / "adapter", size=0.08), lengths=(9, 40))
     ours = load(folder)
     for backend in backends(ours):
-        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases), cases)
+        check(answers(WithAdapter(transformer(ours, kernels_of(backend, ours.architecture)), tmp_path / "adapter"), cases), cases)
 
 
 def nanochat_checkpoint(model, folder, fixture):
@@ -132,9 +132,9 @@ def test_an_adapter_served_on_nanochat_matches_peft(upstream, tmp_path, nanochat
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_q", "c_k", "c_v", "c_proj", "c_fc", "lm_head"]}))
     ours, merged = load(folder), load(folder, lora=(str(adapter),))
     for backend in backends(ours):
-        kernels = kernels_of(backend, ours.spec)
+        kernels = kernels_of(backend, ours.architecture)
         check(answers(WithAdapter(transformer(ours, kernels), adapter), cases), cases)
-    check(answers(transformer(merged, kernels_of("reference", ours.spec)), cases), cases)
+    check(answers(transformer(merged, kernels_of("reference", ours.architecture)), cases), cases)
 
 
 @pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h", "nemotron3-latent"], "llama3.1", "qwen3.5", "nemotron3-latent"))
@@ -191,9 +191,9 @@ def test_an_all_linear_adapter_is_served_or_refused(name, tmp_path):
                     read()
             continue
         ours = load(base, lora=(str(adapter),))
-        assert (forward_logits(transformer(ours, kernels_of("reference", ours.spec)), batch)[0] - expected).abs().max() < 5e-4, kind
+        assert (forward_logits(transformer(ours, kernels_of("reference", ours.architecture)), batch)[0] - expected).abs().max() < 5e-4, kind
         ours = load(base)
-        beside = transformer(ours, kernels_of("reference", ours.spec))
+        beside = transformer(ours, kernels_of("reference", ours.architecture))
         if name in SERVED_IN_PART:
             with pytest.raises(ConfigError, match=rf"changes model\.layers\.0\..*{SERVED_IN_PART[name]}, which cannot be done without merging; --lora merges it"):
                 beside.load_adapter(1, adapter)

@@ -82,7 +82,11 @@ def test_every_family_matches_transformers(made, name, backend):
     """A folder computes what transformers computes."""
     folder, cases = made(name)
     model = load(folder)
-    check(answers(transformer(model, kernels_of(backend, model.spec)), cases), cases, tolerance=tolerance_of(name))
+    check(answers(transformer(model, kernels_of(backend, model.architecture)), cases), cases, tolerance=tolerance_of(name))
+
+
+def factors_of(model):
+    return model.architecture.attentions[0].rope.factors
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,14 +95,14 @@ def test_longrope_takes_short_factors_if_short(made, backend, tmp_path):
     model = make_model("phi3-long")
     cases = clear_cases(model, lengths=(9, 40))         # and at most 64 tokens more: transformers stays with the short ones
     short = load(save(model, tmp_path), context_length=128)
-    check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
+    check(answers(transformer(short, kernels_of(backend, short.architecture)), cases), cases)
     long = load(tmp_path, context_length=129)
-    assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
+    assert factors_of(short) != factors_of(long) == factors_of(load(tmp_path))
     page = PageLayout.of(group_layers(short.architecture.by_layer, 0, apart=False), short.architecture.by_layer, KvType("float32")).page_bytes
-    for pages, spec in ((8, short.spec), (9, long.spec)):       # where the KV cache makes the context short
+    for pages, expected in ((8, short), (9, long)):       # where the KV cache makes the context short
         settings = Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
         made, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
-        assert engine.context_length == pages * PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
+        assert engine.context_length == pages * PAGE_SIZE and factors_of(made) == factors_of(expected)
 
 
 @pytest.mark.parametrize("name", by_day(["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss", "qwen3moe-normed", "granite4", "qwen3moe-dense", "exaone4"], "qwen3"))
@@ -107,7 +111,7 @@ def test_cuda_kernels_match_transformers(made, name, request):
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
     folder, cases = made(name)
     model = load(folder)
-    kernels = emulated.kernels(model.spec)
+    kernels = emulated.kernels(model.architecture)
     assert kernels.backend.faults == {}         # no reference computes in a kernel's place
     steps = transformer(model, kernels, device=emulated.device)
     check(answers(steps, cases[1:2], chunk=30, count=12), cases[1:2], count=12)
@@ -119,7 +123,7 @@ def test_ling_2_is_glm_4_5_by_other_names(backend, tmp_path):
     model = make_model("glm4moe", n_routed_experts=12, n_group=4, topk_group=2)
     as_ling(save(model, tmp_path))
     ling, cases = load(tmp_path), clear_cases(model)
-    check(answers(transformer(ling, kernels_of(backend, ling.spec)), cases), cases)
+    check(answers(transformer(ling, kernels_of(backend, ling.architecture)), cases), cases)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,7 +135,7 @@ def test_minicpm_is_granite_with_other_factors(backend, tmp_path):
     own = {key.replace("granite.", "minicpm."): value for key, value in metadata.items() if key.startswith("granite.") and "attention.scale" not in key}
     path = write_gguf(tmp_path / "minicpm.gguf", {name: tensor.data for name, tensor in stored.items()}, own, small_gguf_metadata("gpt-2") | {"general.architecture": "minicpm"})
     for ours in (load(folder), load(path)):
-        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+        check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases), cases)
 
 
 def test_a_minicpm_file_without_factors_has_those_of_2b(tmp_path):
@@ -163,7 +167,7 @@ def test_draft_heads_of_ernie_are_not_read(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     drafts = {"model.mtp_block.0.input_layernorm.weight": torch.ones(64), "model.mtp_linear_proj.0.weight": torch.ones(64, 128)}
     save_file(tensors | drafts, folder / "model.safetensors")
-    assert load(folder).spec.layers == 4
+    assert len(load(folder).architecture.layers) == 4
 
 
 def test_draft_heads_of_mixtures_are_not_read(tmp_path):
@@ -172,7 +176,7 @@ def test_draft_heads_of_mixtures_are_not_read(tmp_path):
     tensors, layer = load_file(folder / "model.safetensors"), "model.layers.3."
     draft = {name.replace("model.layers.2.", layer): tensor.clone() for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
     save_file(tensors | draft | {f"{layer}eh_proj.weight": torch.ones(64, 128), f"{layer}enorm.weight": torch.ones(64)}, folder / "model.safetensors")
-    assert load(folder).spec.layers == 3
+    assert len(load(folder).architecture.layers) == 3
     save_file(tensors | draft, folder / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.layers\.3\."):
         load(folder)
@@ -208,7 +212,7 @@ def test_a_folder_of_mxfp4_matches_transformers(tmp_path):
     folder, cases = packed_experts(tmp_path)
     model = load(folder)
     # these logits have a standard deviation of 4: with AVX-512 one of 49,152 is 1.2e-4 away
-    check(answers(transformer(model, kernels_of("reference", model.spec)), cases), cases, tolerance=4 * TOLERANCE)
+    check(answers(transformer(model, kernels_of("reference", model.architecture)), cases), cases, tolerance=4 * TOLERANCE)
 
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
@@ -216,7 +220,7 @@ def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
     folder, cases = packed_experts(tmp_path)
     model = load(folder, None)
     assert model.dtype == "bfloat16" and {model.tensors[f"{l}.expert_{part}"].read().kind for l in range(4) for part in ("gate_up", "down")} == {"mxfp4"}
-    kernels, prompt = kernels_of("decode_core", model.spec), cases[1].prompt
+    kernels, prompt = kernels_of("decode_core", model.architecture), cases[1].prompt
     packed = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, max_tokens=128, max_rows=8, dtype=model.dtype)
     assert packed.weights["3.expert_down"].nbytes < 7 * 64 * 128 * 0.54         # columns are filled up to 4 blocks
     logits = forward_logits(packed, make_batch((prompt, 0, len(prompt), list(range(4)))))[0]
@@ -277,7 +281,7 @@ def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path)
     for key, tensor in tensors_of(load(folder)).items():
         moved = ("mix_in", "taps", "decay", "dt_bias", "mix_out") if name.startswith(("qwen3.5", "qwen3next")) else ()      # value heads have another order
         assert torch.equal(tensor, theirs[key]) or key.rpartition(".")[2] in moved, key
-    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases, tolerance=tolerance_of(name))
+    check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases), cases, tolerance=tolerance_of(name))
 
 
 @pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
@@ -295,7 +299,7 @@ def test_parts_that_begin_within_a_tile_stay_packed(tmp_path):
         assert packed.tensors["0.mix_in"].read().kind == "q8_0"
         logits = []
         for model, backend, dtype in ((exact, "reference", "float32"), (packed, "decode_core", None)):
-            kernels = kernels_of(backend, model.spec)
+            kernels = kernels_of(backend, model.architecture)
             steps = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, num_slots=4, max_tokens=128, max_rows=8, dtype=dtype)
             logits.append(forward_logits(steps, make_batch((prompt, 0, 40, [0, 1, 2]))))
         assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()       # x is int8 there; a lost row makes 0.5 of it
@@ -309,7 +313,7 @@ def test_the_draft_head_of_a_gguf_is_left_out(tmp_path):
     own = {key: value for key, value in metadata.items() if key.startswith("qwen35.")} | more
     path = write_gguf(tmp_path / "drafts.gguf", tensors, own, small_gguf_metadata("gpt-2") | {"general.architecture": "qwen35"})
     plain, ours = tensors_of(load(tmp_path / "plain.gguf")), load(path)
-    assert ours.spec == load(tmp_path / "plain.gguf").spec and ours.spec.layers == 4
+    assert ours.architecture == load(tmp_path / "plain.gguf").architecture and len(ours.architecture.layers) == 4
     assert all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
 
 
@@ -346,11 +350,11 @@ def test_quantized_matrices_compute_their_values(made, name, tmp_path):
     """Matrices that stay quantized compute what their values say."""
     path = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=True)
     prompt, exact, packed = list(range(3, 43)), load(path), load(path, None)
-    experts = packed.spec.experts and ("mxfp4" if name == "gpt-oss" else "q8_0")
+    experts = packed.architecture.experts and ("mxfp4" if name == "gpt-oss" else "q8_0")
     assert packed.dtype is None and packed.tensors["1.qkv"].read().kind == "q8_0"
     assert packed.tensors["0.expert_gate_up" if experts else "0.gate_up"].read().kind == (experts or "q8_0")
     batch = make_batch((prompt, 0, 40, [0, 1, 2]))
-    expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
+    expected = transformer(exact, kernels_of("reference", exact.architecture)).forward(batch)[0]
     limits = {"max_tokens": 64, "max_rows": 8}
     kernels = load_kernels("cpu", packed.architecture, **limits)
     ours = forward_logits(Transformer(packed.architecture, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
@@ -402,7 +406,7 @@ def test_deepseek_s_qwen3_is_one_as_folder_and_gguf(rope, backend, tmp_path, cap
     assert caplog.text.count("has attn_factor 0.878, which is not used") == (0 if "attention_factor" in rope else 2)
     assert caplog.text.count("which is not used") == (0 if "attention_factor" in rope else 2)
     for ours in both:
-        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
+        check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases, count=16), cases, count=16)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -757,7 +761,7 @@ def test_only_the_text_model_is_served_of_images(made, tmp_path):
         renamed = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed | {"vision_tower.a": torch.zeros(2), "multi_modal_projector.b": torch.zeros(2)}, tmp_path / "model.safetensors")
         model = load(tmp_path)
-        check(answers(transformer(model, kernels_of("reference", model.spec)), cases[:1], count=3), cases[:1], count=3)
+        check(answers(transformer(model, kernels_of("reference", model.architecture)), cases[:1], count=3), cases[:1], count=3)
 
 
 def broken_folders(folder):

@@ -192,7 +192,7 @@ def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
         "nemotron_h_moe.feed_forward_length": [0, 48, 0, 0, 48, 48]}
     path = write_gguf(tmp_path / "drafts.gguf", found, own, small_gguf_metadata("gpt-2") | {"general.architecture": "nemotron_h_moe"})
     for ours in (load(tmp_path / "newer"), load(path)):
-        assert ours.spec.layers == 3 and all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
+        assert len(ours.architecture.layers) == 3 and all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -450,8 +450,12 @@ def test_a_partly_rotated_llama_matches_phi3(backend, tmp_path):
     config = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key not in keys}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama", "partial_rotary_factor": 0.5, "rope_theta": 1e4}))
     ours = load(tmp_path)
-    assert ours.spec.rope_size == 8
-    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+    assert ours.architecture.attentions[0].rope.size == 8
+    check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases), cases)
+
+
+def growth_of(model):
+    return model.architecture.attentions[0].scores.growth
 
 
 @pytest.mark.slow
@@ -460,13 +464,13 @@ def test_ministral_s_queries_grow_in_long_contexts(tmp_path):
     model = make_model("ministral3", rope_parameters=GROWING)
     folder, cases = save(model, tmp_path), clear_cases(model)           # of up to 364 tokens: three times the original
     short = load(folder)
-    assert (short.spec.q_growth, short.context_length) == ((), 128) == (load(folder, context_length=128).spec.q_growth, 128)
+    assert (growth_of(short), short.context_length) == ((), 128) == (growth_of(load(folder, context_length=128)), 128)
     long = load(folder, context_length=512)
-    assert long.spec.q_growth == (0.4, 128) and not not_compiled(long.architecture)
+    assert growth_of(long) == (0.4, 128) and not not_compiled(long.architecture)
     check(answers(transformer(long, load_kernels("cpu", long.architecture, max_tokens=128, max_rows=8)), cases), cases)
-    check(answers(transformer(short, kernels_of("reference", short.spec)), cases[:1], count=20), cases[:1], count=20)
+    check(answers(transformer(short, kernels_of("reference", short.architecture)), cases[:1], count=20), cases[:1], count=20)
     packed = load(as_gguf(tmp_path / "tiny.gguf", model), context_length=512)
-    assert packed.spec.q_growth == pytest.approx((0.4, 128)) and packed.spec.rope_scale == long.spec.rope_scale == 1.0
+    assert growth_of(packed) == pytest.approx((0.4, 128)) and packed.architecture.attentions[0].rope.scale == long.architecture.attentions[0].rope.scale == 1.0
     assert load(tmp_path / "tiny.gguf").context_length == 128
 
 
@@ -506,7 +510,7 @@ def test_an_image_model_s_text_model_is_served(name, tmp_path):
     model.save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     ours = load(tmp_path)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases), cases)
 
 
 # --- tokens that are never drawn ---------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_tiny_gemma_4_models_match_transformers(name, tmp_path):
     for path in (save(model, tmp_path), as_gguf(tmp_path / "tiny.gguf", model)):
         for backend in ("reference", "decode_core") if decode_core() else ("reference",):
             ours = load(path)
-            check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, chunk=30, count=8), cases, count=8)
+            check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases, chunk=30, count=8), cases, count=8)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_gemma_4_with_images_is_its_text_model(dense, tmp_path):
     renamed |= {f"model.{part}.a": torch.zeros(2) for part in ("vision_tower", "embed_vision", "audio_tower", "embed_audio")}
     save_file(renamed, tmp_path / "model.safetensors")
     ours, theirs = load(tmp_path), load(folder)
-    assert ours.spec == theirs.spec
+    assert ours.architecture == theirs.architecture
     theirs = tensors_of(theirs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors_of(ours).items())
 
@@ -152,7 +152,7 @@ def test_a_whole_unified_model_is_its_text_model(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma4_unified"
     assert {name.split(".")[1] for name in load_file(tmp_path / "model.safetensors")} >= {"language_model", "embed_audio"}
     ours, cases = load(tmp_path), clear_cases(with_exact_angles(alone), lengths=(40,), count=8, tried=3)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, chunk=30, count=8), cases, count=8)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, chunk=30, count=8), cases, count=8)
 
 
 def test_a_unified_text_model_has_usual_defaults(tmp_path):
@@ -184,7 +184,7 @@ def test_a_gguf_may_have_gates_and_ups_apart(tmp_path):
         own = {key: value for key, value in metadata.items() if key.startswith("gemma4.")}
         write_gguf(tmp_path / "other.gguf", tensors, own, small_gguf_metadata("gpt-2") | {"general.architecture": "gemma4"})
         ours, theirs = load(tmp_path / "other.gguf"), load(path)
-        assert ours.spec == theirs.spec
+        assert ours.architecture == theirs.architecture
         theirs = tensors_of(theirs)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in tensors_of(ours).items())
 

@@ -37,7 +37,7 @@ def test_keys_and_values_in_one_matrix_are_those_in_two(tmp_path):
     model = make_model("deepseek3")
     one = load(as_gguf(tmp_path / "one.gguf", model, whole=True))
     two = load(as_gguf(tmp_path / "two.gguf", model))
-    assert one.spec == two.spec
+    assert one.architecture == two.architecture
     assert all(torch.equal(tensor, tensors_of(two)[name]) for name, tensor in tensors_of(one).items())
 
 
@@ -49,7 +49,7 @@ def test_packed_heads_compute_their_values(tmp_path, whole):
     exact, packed = load(path), load(path, None)
     assert {packed.tensors[f"1.{name}"].read().kind for name in ("k_up", "v_up", "queries_up")} == {"q8_0"}
     batch = make_batch((list(range(3, 43)), 0, 40, [0, 1, 2]))
-    expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
+    expected = transformer(exact, kernels_of("reference", exact.architecture)).forward(batch)[0]
     limits = {"max_tokens": 64, "max_rows": 8}
     kernels = load_kernels("cpu", packed.architecture, **limits)
     ours = forward_logits(Transformer(packed.architecture, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
@@ -73,7 +73,7 @@ def test_fp8_blocks_may_end_within_a_matrix(tmp_path):
     ours = load(folder)
     assert "from FP8" in ours.description
     for backend in BACKENDS:
-        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+        check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases), cases)
 
 
 def test_queries_of_mistral_4_grow(tmp_path):
@@ -84,9 +84,9 @@ def test_queries_of_mistral_4_grow(tmp_path):
     assert load(save(model, tmp_path / "model")).context_length == 64       # unless more is asked for
     for path in tmp_path / "model", as_gguf(tmp_path / "model.gguf", model):
         ours = load(path, context_length=512)
-        assert ours.spec.q_growth == pytest.approx((0.1, 64))
+        assert ours.architecture.attentions[0].scores.growth == pytest.approx((0.1, 64))
         for backend in BACKENDS:
-            check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
+            check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases), cases)
 
 
 def test_an_adapter_of_all_matrices_is_merged_as_by_peft(tmp_path):
@@ -96,7 +96,7 @@ def test_an_adapter_of_all_matrices_is_merged_as_by_peft(tmp_path):
     merged = adapt(model, tmp_path / "adapter", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], size=0.05)
     cases = clear_cases(merged, lengths=(9, 40))
     ours = load(folder, lora=(str(tmp_path / "adapter"),))
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases), cases)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases), cases)
 
 
 def test_an_adapter_of_keys_and_values_is_only_merged(tmp_path):
@@ -123,7 +123,7 @@ def test_a_draft_head_is_left_out_with_its_scales(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     ours = load(folder)
-    assert ours.spec == plain.spec
+    assert ours.architecture == plain.architecture
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(ours).items())
 
 
@@ -137,7 +137,7 @@ def test_a_draft_head_of_a_gguf_file_is_left_out(tmp_path):
     own |= {"deepseek2.block_count": 4, "deepseek2.nextn_predict_layers": 1}
     del own["deepseek2.expert_gating_func"]         # as in files of GLM-4.7-Flash before 21 January 2026
     path = write_gguf(tmp_path / "drafts.gguf", tensors, own, small_gguf_metadata("gpt-2") | {"general.architecture": "deepseek2"})
-    assert load(path).spec == load(tmp_path / "plain.gguf").spec
+    assert load(path).architecture == load(tmp_path / "plain.gguf").architecture
 
 
 def config_of(name, **changes):

@@ -77,7 +77,7 @@ def bad_gguf(tmp_path):
 def test_the_good_one_is_a_model(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(METADATA, random_llama()))
     model, engine = load(tmp_path / "tiny.gguf")
-    assert model.spec.layers == 1 and engine.tokenizer.decode(engine.tokenizer.encode("hello")) == "hello"
+    assert len(model.architecture.layers) == 1 and engine.tokenizer.decode(engine.tokenizer.encode("hello")) == "hello"
 
 
 COUNT = "must be an integer from 1 to "

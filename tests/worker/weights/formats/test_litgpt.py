@@ -120,9 +120,9 @@ def bits(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_computes_litgpts_logits(name, backend, tmp_path):
     model = load(copy_of(name, tmp_path))
-    assert model.family == FAMILIES[name] and model.context_length == 256 and not model.spec.tied_head
+    assert model.family == FAMILIES[name] and model.context_length == 256 and not model.architecture.tied
     said = json.loads((MADE / name / "answers.json").read_text())
-    computes, pages = transformer(model, kernels_of(backend, model.spec)), list(range(80))
+    computes, pages = transformer(model, kernels_of(backend, model.architecture)), list(range(80))
     for row, logits in said["logits"].items():
         found = forward_logits(computes, make_batch((said["ids"], 0, int(row) + 1, pages)))[0]
         assert (found - torch.tensor(logits)).abs().max() < 1e-4
@@ -133,9 +133,9 @@ def test_a_litgpt_folder_equals_hugging_face_s(name, tmp_path):
     """A folder is the same model as a Hugging Face folder of its weights."""
     folder = copy_of(name, tmp_path)
     ours, theirs = load(folder), load(as_hugging_face(folder, tmp_path / "hf"))
-    assert ours.spec == theirs.spec and bits(ours) == bits(theirs)
+    assert ours.architecture == theirs.architecture and bits(ours) == bits(theirs)
     packed = [load(path, quantize="q8_0") for path in (folder, tmp_path / "hf")]
-    assert packed[0].spec == packed[1].spec and packed[0].description == packed[1].description
+    assert packed[0].architecture == packed[1].architecture and packed[0].description == packed[1].description
 
 
 @pytest.mark.parametrize("as_saved", [lambda tensor: tensor, torch.clone], ids=["one storage, as litgpt converts it", "two"])
@@ -144,7 +144,7 @@ def test_a_head_equal_to_the_embedding_is_read_once(as_saved, tmp_path):
     state = torch.load(folder / "lit_model.pth")
     torch.save(state | {"lm_head.weight": as_saved(state["transformer.wte.weight"])}, folder / "lit_model.pth")
     model = load(folder)
-    assert model.spec.tied_head and "head" not in model.tensors
+    assert model.architecture.tied and "head" not in model.tensors
 
 
 def test_a_hugging_face_adapter_is_merged(tmp_path):
@@ -191,7 +191,7 @@ def test_foreign_keys_that_are_off_change_nothing(tmp_path):
     folder = copy_of("llama3", tmp_path)
     before = load(folder)
     change(folder, gelu_approximate="tanh", n_expert_per_token=2, a_new_key=False, another=None, sliding_window_size=256)
-    assert load(folder).spec == before.spec
+    assert load(folder).architecture == before.architecture
 
 
 class Evil:

@@ -57,8 +57,8 @@ def test_a_checkpoint_computes_nanogpt_s_formula(bias, prefix, sizes, backend, t
     state = random_state(args)
     write_meta(write(tmp_path, state, args, prefix) / "meta.pkl")
     model, cases = load(tmp_path), [Case(state, args, length) for length in (9, 40, 200)]
-    assert model.spec.norm_biases == model.spec.ffn_bias == bias and model.spec.tied_head and model.context_length == 512
-    check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
+    assert model.architecture.norm.bias == model.architecture.feed.biased == bias and model.architecture.tied and model.context_length == 512
+    check(answers(transformer(model, kernels_of(backend, model.architecture)), cases, count=32), cases, count=32)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
@@ -69,8 +69,8 @@ def test_build_nanogpt_s_checkpoint_is_its_formula(backend, tmp_path, monkeypatc
         load(path)
     write_meta(path.with_name("meta.pkl"))
     model, cases = load(path.parent), [Case(state, ARGS, length, gelu=partial(gelu, approximate="tanh")) for length in (9, 40, 200)]
-    assert model.description == "build-nanogpt, 3 layers, width 64" and model.context_length == 512 and model.spec.tied_head
-    check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
+    assert model.description == "build-nanogpt, 3 layers, width 64" and model.context_length == 512 and model.architecture.tied
+    check(answers(transformer(model, kernels_of(backend, model.architecture)), cases, count=32), cases, count=32)
 
 
 def test_build_nanogpt_s_padding_needs_gpt2_s_tokenizer(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_build_nanogpt_s_padding_needs_gpt2_s_tokenizer(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="log needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"):
         load(path)
     write_bpe(path.parent)
-    assert load(path).spec.vocab_size == 50_257
+    assert load(path).architecture.vocab_size == 50_257
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -100,8 +100,8 @@ def test_a_padded_vocabulary_is_cut(tmp_path):
     state = random_state(args)
     write_meta(write(tmp_path, state, args) / "meta.pkl")
     case, model = Case(state, args, 20, limit=60), load(tmp_path)
-    assert model.spec.vocab_size == 60
-    check(answers(transformer(model, kernels_of("reference", model.spec)), [case], count=32), [case], count=32)
+    assert model.architecture.vocab_size == 60
+    check(answers(transformer(model, kernels_of("reference", model.architecture)), [case], count=32), [case], count=32)
 
 
 def test_a_head_of_its_own_is_used(tmp_path):
@@ -109,8 +109,8 @@ def test_a_head_of_its_own_is_used(tmp_path):
     state["lm_head.weight"] = state["lm_head.weight"].flip(0).contiguous()
     write_meta(write(tmp_path, state, ARGS) / "meta.pkl")
     model, case = load(tmp_path), Case(state, ARGS, 20)
-    assert not model.spec.tied_head
-    check(answers(transformer(model, kernels_of("reference", model.spec)), [case], count=32), [case], count=32)
+    assert not model.architecture.tied
+    check(answers(transformer(model, kernels_of("reference", model.architecture)), [case], count=32), [case], count=32)
 
 
 def test_older_masks_change_nothing(tmp_path):
@@ -120,7 +120,7 @@ def test_older_masks_change_nothing(tmp_path):
     masks = {f"transformer.h.{l}.attn.bias": torch.ones(1, 1, 8, 8).tril() for l in range(3)}
     torch.save({"model": state | masks, "model_args": old}, tmp_path / "ckpt.pt")
     write_meta(tmp_path / "meta.pkl")
-    assert load(tmp_path / "ckpt.pt").spec == load(write(tmp_path, state, ARGS)).spec
+    assert load(tmp_path / "ckpt.pt").architecture == load(write(tmp_path, state, ARGS)).architecture
 
 
 def test_the_vocabulary_is_beside_checkpoint_or_data(tmp_path):
@@ -139,7 +139,7 @@ def test_the_vocabulary_is_beside_checkpoint_or_data(tmp_path):
     with pytest.raises(RequestError, match="no chat template"):
         tokenizer.render([Message("user", "To be")])
     write_meta(folder / "meta.pkl", CHARACTERS[:59])
-    assert load(folder).spec.vocab_size == 59 and files_of(folder / "ckpt.pt") == [folder / "ckpt.pt", folder / "meta.pkl"]
+    assert load(folder).architecture.vocab_size == 59 and files_of(folder / "ckpt.pt") == [folder / "ckpt.pt", folder / "meta.pkl"]
     [found] = find_models(tmp_path)
     assert (found.path, found.name) == (folder / "ckpt.pt", "out-plays")
 
@@ -185,7 +185,7 @@ def test_gpt2_s_vocabulary_comes_from_its_files(names, tmp_path):
     write_bpe(tmp_path, names)
     model = load(tmp_path)
     tokenizer = open_tokenizer(model.text)
-    assert model.spec.vocab_size == 50_257 and model.text.stop_tokens == {50_256} and not tokenizer.has_chat_template
+    assert model.architecture.vocab_size == 50_257 and model.text.stop_tokens == {50_256} and not tokenizer.has_chat_template
     assert len(tokenizer.encode("hello")) == 3 and tokenizer.decode(tokenizer.encode("hello, \u65e5!")) == "hello, \u65e5!"
     (tmp_path / names[0]).write_text('{"a": "b"}')
     with pytest.raises(ConfigError, match="does not map tokens"):
@@ -219,7 +219,7 @@ def test_an_adapter_is_merged(tmp_path):
     for name in shapes:
         state[f"{name}.weight"] = state[f"{name}.weight"] + 2 * tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
     model, case = load(tmp_path, lora=(str(adapter),)), Case(state, ARGS, 20)
-    check(answers(transformer(model, kernels_of("reference", model.spec)), [case], count=32), [case], count=32)
+    check(answers(transformer(model, kernels_of("reference", model.architecture)), [case], count=32), [case], count=32)
 
 
 def test_a_checkpoint_is_served_for_completions(tmp_path):

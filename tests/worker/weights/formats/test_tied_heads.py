@@ -55,7 +55,7 @@ def test_a_differing_head_beats_the_config(name, backend, tmp_path, caplog):
     cases = clear_cases(theirs(folder), lengths=(9, 40), count=16)
     ours = load(folder)
     assert f"{HEADS[name][1]} differs from {HEADS[name][0]}: the file's own head is used" in caplog.text
-    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases, count=16), cases, count=16)
 
 
 def test_a_head_that_differs_in_one_row_is_used_too(tmp_path):
@@ -64,12 +64,12 @@ def test_a_head_that_differs_in_one_row_is_used_too(tmp_path):
     folder = with_head("gemma2", save(make_model("gemma2"), tmp_path), almost)
     ours = load(folder)
     own = tensors_of(ours)
-    assert not ours.spec.tied_head and torch.equal(own["head"][:-1], own["embed"][:-1]) and not torch.equal(own["head"], own["embed"])
+    assert not ours.architecture.tied and torch.equal(own["head"][:-1], own["embed"][:-1]) and not torch.equal(own["head"], own["embed"])
 
 
 def test_a_head_equal_to_the_embedding_is_held_once(tmp_path, caplog):
     folder = with_head("llama3.2", save(make_model("llama3.2"), tmp_path), torch.clone)
-    assert load(folder).spec.tied_head and "differs" not in caplog.text
+    assert load(folder).architecture.tied and "differs" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama3.2", "gpt2", "gptneox-serial"])
@@ -78,7 +78,7 @@ def test_a_tied_model_saved_with_its_head_opens(name, tmp_path):
     folder = changed_file(save(model, tmp_path), lambda tensors: tensors.update({head: tensors.pop(embed)}))
     cases = clear_cases(theirs(folder), lengths=(9,), count=16)
     ours = load(folder)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 def test_fp8_heads_are_compared_with_their_scales(tmp_path):
@@ -89,7 +89,7 @@ def test_fp8_heads_are_compared_with_their_scales(tmp_path):
     for changes, tied in (({"lm_head.weight": weight, "lm_head.weight_scale_inv": scale}, False), ({"lm_head.weight": embed.clone()}, True)):
         save_file(tensors | changes, folder / "model.safetensors")
         ours = load(folder)
-        assert ours.spec.tied_head == tied
+        assert ours.architecture.tied == tied
         if not tied:
             assert torch.equal(tensors_of(ours)["head"], weight.float() * 0.5)
 
@@ -119,7 +119,7 @@ def test_root_or_text_config_may_tie_the_head(root, inner, tied, tmp_path):
         plain = load(folder)
         changed_file(folder, lambda tensors: tensors.update({"language_model.lm_head.weight": 2 * tensors["language_model.model.embed_tokens.weight"]}))
         own = load(folder)
-        assert plain.spec.tied_head and not own.spec.tied_head and torch.equal(tensors_of(own)["head"], 2 * tensors_of(plain)["embed"])
+        assert plain.architecture.tied and not own.architecture.tied and torch.equal(tensors_of(own)["head"], 2 * tensors_of(plain)["embed"])
 
 
 def test_the_doctor_names_a_head_of_its_own(tmp_path):
@@ -163,7 +163,7 @@ def test_an_adapter_of_the_head_changes_it_alone(options, tmp_path):
     for path in paths:
         ours = load(path, lora=(str(tmp_path / "adapter"),))
         for backend in ("reference", "decode_core") if decode_core() and not not_compiled(ours.architecture) else ("reference",):
-            check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
+            check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases, count=16), cases, count=16)
         own, names = tensors_of(ours), " ".join([*options.get("more", ()), *options.get("modules_to_save", ())])
         alone = "ensure_weight_tying" not in options
         assert torch.equal(own["embed"], plain) == ("embed_tokens" not in names)
@@ -174,13 +174,13 @@ def test_unchanged_copies_keep_one_matrix(tmp_path):
     from lora import adapt
     folder = save(make_model("llama3.2"), tmp_path / "base")
     adapt(make_model("llama3.2"), tmp_path / "adapter", targets=["q_proj"], embeddings=True)
-    assert load(folder, lora=(str(tmp_path / "adapter"),)).spec.tied_head
+    assert load(folder, lora=(str(tmp_path / "adapter"),)).architecture.tied
     weights = tmp_path / "adapter/adapter_model.safetensors"
     tensors, head = load_file(weights), "base_model.model.lm_head.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != head}, weights)      # of a vocabulary that was resized
-    assert load(folder, lora=(str(tmp_path / "adapter"),)).spec.tied_head
+    assert load(folder, lora=(str(tmp_path / "adapter"),)).architecture.tied
     save_file(tensors | {head: tensors[head] + 1}, weights)
-    assert not load(folder, lora=(str(tmp_path / "adapter"),)).spec.tied_head
+    assert not load(folder, lora=(str(tmp_path / "adapter"),)).architecture.tied
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -193,7 +193,7 @@ def test_an_unmerged_adapter_of_a_tied_head_is_refused(tmp_path):
         for path in paths:
             ours = load(path)
             with pytest.raises(ConfigError, match="lm_head.*cannot be .* without merging; --lora merges it"):
-                transformer(ours, kernels_of("reference", ours.spec)).load_adapter(1, tmp_path / name)
+                transformer(ours, kernels_of("reference", ours.architecture)).load_adapter(1, tmp_path / name)
 
 
 @pytest.mark.parametrize("ranks", by_day([1, 2], 2), ids=["alone", "two ranks"])

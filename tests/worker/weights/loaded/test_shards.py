@@ -20,12 +20,11 @@ from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.formats.folder.description import hf_spec
-from chatlm.worker.weights.formats.nanochat.generations import nanochat_spec
+from chatlm.worker.weights.formats.nanochat.generations import nanochat_model
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks, shard_model, stage_model
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
-from attention_kinds import KINDS, attention, kinds_model, loaded
+from attention_kinds import KINDS, attention, blocks_of, kinds_model, loaded
 from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
 from generations import GENERATIONS
@@ -42,7 +41,7 @@ def shares_of(model, tp, block=1):
 
 
 def check_every_part_is_given_out_once(spec, tp, block=1):
-    model = model_of(spec)
+    model = blocks_of(spec)
     shares = shares_of(model, tp, block)
     local = [own.shapes() for own, _ in shares]
     for name, shape in model.shapes().items():
@@ -82,7 +81,7 @@ PUBLISHED = {
                            max_positions=64), 256),
     "smollm2": (ModelSpec(vocab_size=49_152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                           max_positions=64), 32),
-    "nanochat": (nanochat_spec(dict(vocab_size=65_536, n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, sequence_len=64, window_pattern="L",
+    "nanochat": (nanochat_model(dict(vocab_size=65_536, n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, sequence_len=64, window_pattern="L",
                                     short_seq_len=None), 5, 15.0), 1)}
 HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
 NORM = RmsNorm(1e-5)
@@ -105,7 +104,7 @@ def test_shards_with_states_cover_each_tensor_once(name, tp):
     """Shards of layers that keep states cover each tensor once."""
     spec, block = HYBRIDS[name]
     check_every_part_is_given_out_once(spec, tp, block)
-    model = model_of(spec)
+    model = blocks_of(spec)
     whole, parts = (sum(math.prod(shape) for shape in one.mixers[0].states(one.width)) for one in (model, shares_of(model, tp, block)[0][0]))
     assert parts <= 1.1 * whole / tp or name == "lfm2" and parts * 8 == whole * -(-8 // tp)        # eight blocks of 256 columns
 
@@ -115,7 +114,7 @@ def test_shards_with_states_cover_each_tensor_once(name, tp):
 def test_heads_of_states_that_do_not_divide_are_named(name, words):
     """Heads of states that ranks cannot share are one line with what is allowed."""
     with pytest.raises(ConfigError) as caught:
-        refuse_ranks(model_of(HYBRIDS[name][0]), 5, 256)
+        refuse_ranks(blocks_of(HYBRIDS[name][0]), 5, 256)
     assert str(caught.value) == f"the model cannot be divided among 5 ranks: it has {words}"
 
 
@@ -129,12 +128,12 @@ def test_the_first_ranks_take_the_odd_blocks():
     """Where blocks do not divide, the first ranks have one more."""
     spec, block = PUBLISHED["gpt-oss-120b"]
     for tp, blocks in ((4, [23, 23, 22, 22]), (8, [12] * 2 + [11] * 6)):
-        assert [own.feed.width // block for own, _ in shares_of(model_of(spec), tp, block)] == blocks
+        assert [own.feed.width // block for own, _ in shares_of(blocks_of(spec), tp, block)] == blocks
 
 
 def test_more_ranks_than_kv_heads_share_them():
     spec, _ = PUBLISHED["smollm2"]
-    layer = model_of(spec).layers[0]
+    layer = blocks_of(spec).layers[0]
     shares = [layer.divided(rank, 4, 1) for rank in range(4)]
     assert [list(share["kv_heads"]) for share in shares] == [[0], [0], [1], [2]]
     assert [list(share["heads"]) for share in shares] == [[0], [1, 2], [3, 4, 5], [6, 7, 8]]
@@ -144,7 +143,7 @@ def test_more_ranks_than_kv_heads_share_them():
 @pytest.mark.parametrize("tp, block", [(10, 32), (7, 512), (4, 512)])
 def test_a_model_that_cannot_be_divided_is_refused(tp, block):
     with pytest.raises(ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
-        refuse_ranks(model_of(PUBLISHED["smollm2"][0]), tp, block)
+        refuse_ranks(blocks_of(PUBLISHED["smollm2"][0]), tp, block)
 
 
 # ---- whole models, a thread for each rank
@@ -224,20 +223,21 @@ def check_the_ranks_together_are_the_model(model, tp):
 
 def check_model(model):
     for tp in (2, 4):
-        heads = [getattr(mixer, "key_heads", getattr(mixer, "heads", tp)) for mixer in model.spec.mixers if mixer]
+        attn = model.architecture.attentions[0]
+        heads = [getattr(mixer, "key_heads", getattr(mixer, "heads", tp)) for mixer in model.architecture.mixers if mixer]
         if any(count % tp for count in heads):
             with pytest.raises(ConfigError, match="key heads in its linear attention, so --tp must be one of 1, 2"):
                 shard_model(model, 0, tp)
             continue
-        if model.spec.qk_norm_sizes and model.spec.kv_heads < tp:
+        if attn.norms and attn.norms.whole and attn.kv_heads < tp:
             with pytest.raises(ConfigError, match="ranks cannot share because all are normalized together"):
                 shard_model(model, 0, tp)
             continue
-        if model.spec.heads < tp:
-            with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: it has {model.spec.heads} query heads"):
+        if attn.heads < tp:
+            with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: it has {attn.heads} query heads"):
                 shard_model(model, 0, tp)
             continue
-        check_every_part_is_given_out_once(model.spec, tp)
+        check_every_part_is_given_out_once(model.architecture, tp)
         check_the_ranks_together_are_the_model(model, tp)
 
 
@@ -292,9 +292,9 @@ def test_gemma_4_is_divided_by_each_layer_s_heads(name, tp, words, stages, tmp_p
     for ranks in (2, 3, 8):
         check_every_part_is_given_out_once(few, ranks)
     with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
-        refuse_ranks(model_of(spec), tp, 1)
+        refuse_ranks(blocks_of(spec), tp, 1)
     for count in (2, stages):
-        parts = [layers_of(model_of(spec), stage, count) for stage in range(count)]
+        parts = [layers_of(blocks_of(spec), stage, count) for stage in range(count)]
         assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
         assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.own_layers[l].mixer))
     with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):

@@ -36,7 +36,7 @@ def test_key_scales_change_nothing_in_a_float_model(config, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     cases = clear_cases(model, lengths=(9,), count=16)
     ours = load(folder)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), torch.ones(2, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int8), torch.ones(1).to(torch.float8_e4m3fn)])

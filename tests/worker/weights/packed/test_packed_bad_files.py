@@ -46,7 +46,7 @@ def refusal(folder, dtype=None):
     """What is said of a folder when all of its weights are read."""
     with pytest.raises(ConfigError) as caught:
         model = load(folder, dtype)
-        kernels = kernels_of("decode_core" if dtype is None and decode_core() else "reference", model.spec)
+        kernels = kernels_of("decode_core" if dtype is None and decode_core() else "reference", model.architecture)
         Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype=model.dtype)
     text = str(caught.value)
     assert text.isprintable() and str(folder) in text and len(text) < 750

@@ -32,7 +32,7 @@ def test_packed_weights_match_transformers(name, tmp_path):
     cases = clear_cases(meant, lengths=(40,), count=16)
     ours = load(folder)
     assert ", from " in ours.description and "all matrices multiplied out" in ours.description
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 @needs_core
@@ -43,7 +43,7 @@ def test_tiles_hold_exactly_a_packed_file_s_numbers(name, tmp_path):
     read = {key: tensor.read() for key, tensor in model.tensors.items()}
     packed = {key: matrix for key, matrix in read.items() if hasattr(matrix, "parts")}
     tiles = PACKED[name].tiles
-    assert {matrix.kind for matrix in packed.values()} == {tiles, WIDE.get(name, tiles)} and len(packed) == 4 * model.spec.layers
+    assert {matrix.kind for matrix in packed.values()} == {tiles, WIDE.get(name, tiles)} and len(packed) == 4 * len(model.architecture.layers)
     assert packed["0.down"].kind == WIDE.get(name, tiles)
     kernels = load_kernels("cpu", model.architecture, max_tokens=128, max_rows=8, fine=True)      # activations of 16 bits
     made = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
@@ -73,13 +73,13 @@ def test_other_packed_families_compute_their_values(case, tmp_path):
     folder, meant = packed_model(make_model(name, **changes), tmp_path, packing, which=which)
     cases = clear_cases(meant, lengths=(40,), count=8)
     ours = load(folder)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=8), cases, count=8,
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=8), cases, count=8,
           tolerance=3e-4 if name == "qwen3.5" else TOLERANCE)       # test_adapters.py says why
     if decode_core():
         model = load(folder, None)
         if PACKED[packing].tiles:
             assert any(PACKED[packing].tiles in getattr(tensor.read(), "kind", "") for tensor in model.tensors.values())
-        made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, num_slots=8, max_tokens=128, max_rows=8,
+        made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.architecture), num_pages=8, num_slots=8, max_tokens=128, max_rows=8,
                            dtype=model.dtype)
         logits = forward_logits(made, make_batch((cases[0].prompt, 0, 40, list(range(4)))))[0]
         assert (logits - cases[0].logits[0]).norm() < 0.06 * cases[0].logits[0].norm()
@@ -233,7 +233,7 @@ def test_packed_heads_of_odd_sizes_are_computed_too(name, tmp_path):
                                             num_key_value_heads=2), tmp_path, name)
     case, = clear_cases(meant, lengths=(40,), count=4)
     model = load(folder, None)
-    made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
+    made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.architecture), num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
     logits = forward_logits(made, make_batch((case.prompt, 0, 40, list(range(4)))))[0]
     assert (logits - case.logits[0]).norm() < 0.06 * case.logits[0].norm()
 
@@ -245,7 +245,7 @@ def test_an_adapter_is_merged_into_packed_weights(tmp_path):
     cases = clear_cases(merged, lengths=(9,), count=16)
     for dtype in ("float32", None):
         ours = load(folder, dtype, lora=(str(tmp_path / "adapter"),))
-        kernels = kernels_of("reference" if dtype else "decode_core" if decode_core() else "reference", ours.spec)
+        kernels = kernels_of("reference" if dtype else "decode_core" if decode_core() else "reference", ours.architecture)
         made = Transformer(ours.architecture, dict(ours.tensors), kernels, num_pages=80, max_tokens=128, max_rows=8, dtype=ours.dtype)
         if dtype:
             check(answers(made, cases, count=16), cases, count=16)

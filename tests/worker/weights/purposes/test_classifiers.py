@@ -43,14 +43,14 @@ def test_a_score_beside_a_chat_head_changes_nothing(name, backend, tmp_path, cap
     ours = load(with_score(save(model, tmp_path), rows=3))
     cases = clear_cases(model, lengths=(9, 40), count=16)
     assert ours.ranking is None and ours.text.chat_template and "score.weight is not used: the model writes texts" in caplog.text
-    check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of(backend, ours.architecture)), cases, count=16), cases, count=16)
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [7]])
 def test_a_head_is_one_whatever_the_config_says(architectures, tmp_path):
     """A head is a head, whatever the config calls the model."""
     ours = load(with_score(save(make_model("llama2"), tmp_path), architectures=architectures))
-    assert not ours.spec.tied_head and ours.ranking is None
+    assert not ours.architecture.tied and ours.ranking is None
 
 
 def classifier(name, folder, **config):
@@ -111,7 +111,7 @@ def test_a_gguf_s_classifier_rows_are_refused(tmp_path):
     model = make_model("llama2")
     ours = load(as_gguf(tmp_path / "own.gguf", model, beside={"cls.output.weight": rows}))
     cases = clear_cases(model, lengths=(9,), count=16)
-    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    check(answers(transformer(ours, kernels_of("reference", ours.architecture)), cases, count=16), cases, count=16)
 
 
 def test_a_server_says_that_a_classifier_cannot_chat(tmp_path):

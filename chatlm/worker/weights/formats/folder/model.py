@@ -14,7 +14,7 @@ from chatlm.common.hub.links import refuse_links_out
 from chatlm.common.records import record
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
-from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
+from chatlm.worker.arrays.packed import unpermute_rope
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.changes import FileSlice, fused_slices
 from chatlm.worker.weights.families.family import draft_layers, is_one_more
@@ -23,9 +23,10 @@ from chatlm.worker.weights.formats.array_tensors import ArrayTensors
 from chatlm.worker.weights.formats.folder.description import described_spec, hf_text
 from chatlm.worker.weights.formats.folder.tensors import read_safetensors
 from chatlm.worker.weights.formats.sources import (
-    file_shapes, made_by, of_rows, tensor_sources, unread_keys, without_shared)
+    file_shapes, made_by, of_rows, pairs_of, tensor_sources, unread_keys, without_shared)
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.formats.tied_heads import Pair, head_of_folder
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed.fp8 import fp8_block, unscaled
 from chatlm.worker.weights.packed.layouts import NotExact, PackedWeight
 from chatlm.worker.weights.packed.mxfp4 import Mxfp4
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.changes import Change, Copy
     from chatlm.worker.weights.families.family import Family
@@ -98,16 +100,17 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
     whole_scales = scales
     drafts = left_out(whole, state)
     scales = {name: scale for name, scale in scales.items() if not name.startswith(drafts)}
-    state = without_shared(spec, state)
-    scales = without_shared(spec, scales)
+    model = model_of(spec)
+    state = without_shared(model, state)
+    scales = without_shared(model, scales)
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
     if any(isinstance(tensor, PackedWeight) for tensor in state.values()):
-        expected = file_shapes(tensor_sources(spec, row.all_tensors, spec.vocab_size))
+        expected = file_shapes(tensor_sources(model, row.all_tensors, spec.vocab_size))
         state = without_zero_biases(state, expected)
-    return FolderModel(source, config, spec, row.all_tensors, state, scales, whole, whole_scales, score,
-                       embeds, restyled)
+    return FolderModel(source, config, spec, model, row.all_tensors, state, scales, whole, whole_scales,
+                       score, embeds, restyled)
 
 
 def left_out(whole: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -136,6 +139,7 @@ class FolderModel:
     source: ModelSource
     config: FolderConfig
     spec: ModelSpec                        # the config's, once the tensors have been looked at
+    model: Model                           # its blocks
     table: Mapping[str, tuple[str, ...]]
     state: dict[str, Any]                  # the tensors that `table` names: arrays, PackedWeight, Mxfp4
     scales: dict[str, numpy.ndarray]       # of those in FP8
@@ -168,7 +172,7 @@ class FolderModel:
 
     @property
     def vocabulary_rows(self) -> int:
-        return self.spec.vocab_size
+        return self.model.vocab_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
@@ -177,18 +181,19 @@ class FolderModel:
         """Packed matrices stay packed where kernels read them, and unless --dtype asks for floats."""
         as_stored = None if settings.dtype else backend.as_stored
         dtype = float_type(settings, backend)
-        if self.spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
+        if self.model.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
             unpacked = [tensor for tensor in self.state.values() if not isinstance(tensor, PackedWeight)]
             dtype = max(map(kind_of, unpacked), key=item_bytes, default=dtype)
         return Storage(backend, dtype, as_stored)
 
     def targets(self, sources: Sources) -> AdapterTargets:
-        return AdapterTargets(partial(folder_slices, self.row, self.spec, sources),
-                      partial(in_our_order, self.row, self.spec), Pair.in_adapters(self.row, self.spec))
+        return AdapterTargets(partial(folder_slices, self.row, self.model, sources),
+                      partial(in_our_order, self.row, self.model), Pair.in_adapters(self.row, self.model))
 
     def with_own_head(self) -> FolderModel:
         pair = Pair.of(self.table)
-        return replace(self, spec=replace(self.spec, tied_head=False), state=with_head_of(self.state, pair),
+        return replace(self, spec=replace(self.spec, tied_head=False), model=self.model.with_own_head(),
+                       state=with_head_of(self.state, pair),
                        scales=with_head_of(self.scales, pair), whole=with_head_of(self.whole, pair))
 
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
@@ -199,7 +204,7 @@ class FolderModel:
         assert dtype is not None
         config = self.config.path
         scale_block = fp8_block(config, self.config.raw) if scales else []
-        turned = partial(in_our_order, row, self.spec)
+        turned = partial(in_our_order, row, self.model)
 
         def changed(name: str, tensor: Any) -> numpy.ndarray:
             if name in scales:
@@ -218,28 +223,28 @@ class FolderModel:
 
         rows_of = of_rows
         if "k_up" in self.table:  # keys and values of latents
-            rows_of = partial(made_by, self.spec)
+            rows_of = partial(made_by, self.model)
         return ArrayTensors(self.source.path, settings, self.state, dtype, changed, storage.as_stored,
                             packed_rows, rows_of).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
-        return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None
+        return self.restyled(hf_text(self.source.path, self.model.vocab_size)), None
 
     def purpose(self, text: TextSpec) -> Purpose:
         if self.row.has_rerankers:
             from chatlm.worker.weights.purposes.rerankers import of_folder
-            text, ranking = of_folder(self.source.path, self.config.raw, self.called, self.spec, text,
+            text, ranking = of_folder(self.source.path, self.config.raw, self.called, self.model, text,
                                       self.state, self.score)
             if ranking is not None:
                 return Purpose(text, ranking=ranking)
         if not self.embeds:
             return Purpose(text)
         pipeline = getattr(open_tokenizer(text), "pipeline")
-        embedder, head = folder_embedder(self.source.path, pipeline, self.family, self.spec, self.called)
-        if self.spec.of_texts:
+        embedder, head = folder_embedder(self.source.path, pipeline, self.family, self.model, self.called)
+        if self.model.of_texts:
             from chatlm.worker.weights.purposes import cross_encoders
             if cross_encoders.classifies(self.whole):
-                head = cross_encoders.folder_head(self.config.path, self.config.raw, self.spec, self.whole)
+                head = cross_encoders.folder_head(self.config.path, self.config.raw, self.model, self.whole)
                 sigmoid = cross_encoders.makes_probabilities(self.config.path, self.config.raw)
                 embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
                                              pools_prompt=True)
@@ -253,7 +258,7 @@ class FolderModel:
         if found is None:
             return None
         spec, table, state, scales = found
-        return replace(self, spec=spec, table=table, state=state, scales=scales)
+        return replace(self, spec=spec, model=model_of(spec), table=table, state=state, scales=scales)
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:
@@ -274,18 +279,18 @@ def blocks_in(state: Mapping[str, Any]) -> Iterator[int]:
             yield 128
 
 
-def folder_slices(row: Family, spec: ModelSpec, sources: Sources) -> dict[str, list[FileSlice]]:
+def folder_slices(row: Family, model: Model, sources: Sources) -> dict[str, list[FileSlice]]:
     """By adapters' names, the matrices and vectors of a folder that they may change. A table that stays in
     its file is none, and neither are the matrices of all experts in one tensor."""
     mapped = sources.get("layer_embed", ((), ()))[1]
     shapes = {name: shape for name, shape in file_shapes(sources).items()
-              if len(shape) < 3 and name not in mapped} | unread_keys(spec)
-    slices = fused_slices({name: [FileSlice(name)] for name in shapes}, shapes, row.fused, spec.layers)
-    return row.named_by_adapters(spec, slices)
+              if len(shape) < 3 and name not in mapped} | unread_keys(model)
+    slices = fused_slices({name: [FileSlice(name)] for name in shapes}, shapes, row.fused, len(model.layers))
+    return row.named_by_adapters(model, slices)
 
 
-def in_our_order(row: Family, spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:
+def in_our_order(row: Family, model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     """The rows of a folder's matrix or bias, of values or of packed blocks."""
     if row.interleaved and re.search(r"\.[qk]_(proj|norm)\.", name):
-        return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
-    return row.ordered(spec, name, rows) if row.ordered else rows
+        return unpermute_rope(rows, pairs_of(model))
+    return row.ordered(model, name, rows) if row.ordered else rows

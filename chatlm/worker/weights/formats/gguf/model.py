@@ -19,9 +19,10 @@ from chatlm.worker.weights.formats.gguf.factors import with_factors
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types
 from chatlm.worker.weights.formats.gguf.file_types import quantization_of
 from chatlm.worker.weights.formats.gguf.tensors import GgufTensors, details_of, file_shape, growth
-from chatlm.worker.weights.formats.sources import made_by, of_rows, without_shared
+from chatlm.worker.weights.formats.sources import made_by, of_rows, pairs_of, without_shared
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.formats.tied_heads import Pair
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed.rows import packed_together
 from chatlm.worker.weights.purposes.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.rules import own_sampling
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.weights.changes import Change, Copy
     from chatlm.worker.weights.changes import FileSlice
@@ -48,7 +50,8 @@ def gguf_model(source: ModelSource, settings: Settings, metadata: Mapping[str, A
     row = FAMILIES[model_type]
     check_gguf_types(source.path, stored)
     whole = row.gguf.repack(with_factors(source.path, stored))
-    stored = without_shared(spec, whole)
+    model = model_of(spec)
+    stored = without_shared(model, whole)
     if metadata.get(f"{metadata['general.architecture']}.nextn_predict_layers"):
         stored = without_draft_head(stored, spec.layers)
     heads = {}
@@ -59,7 +62,7 @@ def gguf_model(source: ModelSource, settings: Settings, metadata: Mapping[str, A
     else:
         classes = stored.pop(CLASSES, None)
     names = row.gguf_names | row.gguf.names_in(stored)
-    return GgufModel(source, metadata, types, model_type, spec, names, stored, whole, heads, classes)
+    return GgufModel(source, metadata, types, model_type, spec, model, names, stored, whole, heads, classes)
 
 
 def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -81,6 +84,7 @@ class GgufModel:
     types: Counter[str]        # how many tensors the file has of each type
     model_type: str            # its row of FAMILIES
     spec: ModelSpec
+    model: Model  # its blocks
     table: Mapping[str, tuple[str, ...]]
     stored: dict[str, Any]     # the tensors that `table` names
     whole: Mapping[str, Any]   # the file's tensors, a draft head's too
@@ -105,22 +109,22 @@ class GgufModel:
 
     @property
     def vocabulary_rows(self) -> int:
-        return self.spec.vocab_size
+        return self.model.vocab_size
 
     @property
     def pairs(self) -> RopePairs:
         """Which rows of q and k turn together, if they are adjacent."""
-        return RopePairs(self.spec.head_size, self.spec.rope_size or self.spec.head_size)
+        return pairs_of(self.model)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Without ROPE_TENSORS, which became spec.rope_factors."""
+        """Without ROPE_TENSORS, which became factors of the angles."""
         return {name: file_shape(name, tensor) for name, tensor in self.stored.items()
                 if name not in ROPE_TENSORS}
 
     def storage(self, settings: Settings, backend: Backend) -> Storage:
         """As in the file where kernels read its types, and unless --dtype asks for floats."""
         dtype = settings.dtype
-        if self.spec.of_texts and self.types.keys() == {"F32"}:  # else it would become bfloat16
+        if self.model.of_texts and self.types.keys() == {"F32"}:  # else it would become bfloat16
             dtype = dtype or "float32"
         if dtype or not backend.as_stored:
             return Storage(backend, dtype or backend.dtype, None)
@@ -128,19 +132,19 @@ class GgufModel:
 
     def targets(self, sources: Sources) -> AdapterTargets:
         row = self.row
-        spec = self.spec
+        model = self.model
         table = self.table
 
         def slices() -> dict[str, list[FileSlice]]:
             from chatlm.worker.weights.formats.gguf.slices import gguf_slices
-            return gguf_slices(row, spec, table, sources)
+            return gguf_slices(row, model, table, sources)
 
         turned = partial(in_our_order, self.pairs if row.interleaved else None)
-        return AdapterTargets(slices, turned, Pair.in_adapters(row, spec))
+        return AdapterTargets(slices, turned, Pair.in_adapters(row, model))
 
     def with_own_head(self) -> GgufModel:
         pair = Pair.of(self.table)
-        return replace(self, spec=replace(self.spec, tied_head=False),
+        return replace(self, spec=replace(self.spec, tied_head=False), model=self.model.with_own_head(),
                        stored=with_head_of(self.stored, pair), whole=with_head_of(self.whole, pair))
 
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
@@ -148,7 +152,7 @@ class GgufModel:
         interleaved = self.row.interleaved
         rows_of = of_rows
         if self.has_kv_up:
-            rows_of = partial(made_by, self.spec)
+            rows_of = partial(made_by, self.model)
         return GgufTensors(
             self.source.path, settings, self.stored, storage,
             self.pairs if interleaved or self.row.gguf.permuted else None,
@@ -165,7 +169,7 @@ class GgufModel:
     @property
     def may_rank(self) -> bool:
         """May the file be a causal model's reranker, or claim to be one?"""
-        if self.spec.of_texts:
+        if self.model.of_texts:
             return False
         pooling = pooling_of_gguf(self.source.path, f"{self.family}.", self.metadata)
         return self.row.has_rerankers or self.classes is not None or pooling == "rank"
@@ -176,14 +180,14 @@ class GgufModel:
         ranking = None
         if self.may_rank:
             from chatlm.worker.weights.purposes import rerankers
-            text, ranking = rerankers.of_gguf(path, self.metadata, self.model_type, self.spec, text,
+            text, ranking = rerankers.of_gguf(path, self.metadata, self.model_type, self.model, text,
                                               self.stored, self.classes)
-        embedder = gguf_embedder(path, self.metadata, text, self.model_type, self.spec)
+        embedder = gguf_embedder(path, self.metadata, text, self.model_type, self.model)
         if embedder is None:
             return Purpose(text, ranking=ranking)
-        if self.spec.of_texts:
+        if self.model.of_texts:
             from chatlm.worker.weights.purposes import cross_encoders
-            head = cross_encoders.gguf_head(path, self.metadata, self.spec, embedder.pooling, self.heads)
+            head = cross_encoders.gguf_head(path, self.metadata, self.model, embedder.pooling, self.heads)
         embedder = embedder._replace(size=head.size or embedder.size)
         return Purpose(replace(text, embedder=embedder, chat_template=None), head, ranking)
 
@@ -195,7 +199,7 @@ class GgufModel:
         if found is None:
             return None
         spec, table, stored = found
-        return replace(self, spec=spec, table=table, stored=stored)
+        return replace(self, spec=spec, model=model_of(spec), table=table, stored=stored)
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:

@@ -11,20 +11,19 @@ from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.weights.changes import FileSlice, fused_slices
 from chatlm.worker.weights.families.family import KV_UP, is_one_more
 from chatlm.worker.weights.formats.sources import file_shapes, made_by, shape_of_both, unread_keys
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.families.family import Family
     from chatlm.worker.weights.formats.sources import Sources
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
-def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...]],
+def gguf_slices(row: Family, model: Model, table: Mapping[str, tuple[str, ...]],
                 sources: Sources) -> dict[str, list[FileSlice]]:
     """By adapters' names, where a GGUF file stores the matrices of the model's folder; `table` has the names
     in the file."""
-    layers = model_of(spec).layers
-    slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
+    layers = model.layers
+    slices = {name: [FileSlice(name)] for name in unread_keys(model)}
     shapes = file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
@@ -34,7 +33,7 @@ def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...
         own = names_of(table, part, layer)
         if part in KV_UP and table["k_up"] != table["v_up"]:  # the folder has them in one matrix
             slices.setdefault(theirs[0], []).append(
-                FileSlice(own[0], made_by=made_by(spec, ours), whole=shape_of_both(spec, ours)))
+                FileSlice(own[0], made_by=made_by(model, ours), whole=shape_of_both(model, ours)))
             continue
         mixer = layers[int(layer)].mixer if layer else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
@@ -44,13 +43,13 @@ def gguf_slices(row: Family, spec: ModelSpec, table: Mapping[str, tuple[str, ...
             shape = shapes.get(at, ())
             rows = slice(None)
             if row.ordered and at in shapes:
-                rows = row.ordered(spec, name, numpy.arange(shape[0]))
+                rows = row.ordered(model, name, numpy.arange(shape[0]))
             if len(shape) == 2:
                 slices[name] = [FileSlice(at, rows)]
             if is_norm(part, shape):
                 slices[name] = [FileSlice(at, plus=float(is_one_more(row, name)))]
-    slices = fused_slices(slices, shapes, row.fused, spec.layers)
-    return row.named_by_adapters(spec, slices)
+    slices = fused_slices(slices, shapes, row.fused, len(layers))
+    return row.named_by_adapters(model, slices)
 
 
 def names_of(table: Mapping[str, tuple[str, ...]], part: str, layer: str) -> list[str]:

@@ -22,7 +22,7 @@ from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.weights.files.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.formats.checkpoint import CheckpointModel, plain_state
 from chatlm.worker.weights.formats.nanochat.generations import (
-    GENERATIONS, NANOCHAT_KEYS, NANOCHAT_TENSORS, names_in_adapters, nanochat_spec)
+    GENERATIONS, NANOCHAT_KEYS, NANOCHAT_TENSORS, names_in_adapters, nanochat_model)
 from chatlm.worker.weights.rules import MOST_TOKENS, Rule, check_divides, checked
 from chatlm.worker.weights.text.trial import refuse_endless
 
@@ -38,10 +38,10 @@ def read_nanochat_model(source: ModelSource, settings: Settings) -> CheckpointMo
     text = replace(text, base=checkpoint is not None and checkpoint.place.stage == "base")
     state = plain_state(source.path, load_checkpoint(source.path))
     number = nanochat_generation(state)
-    spec = nanochat_spec(config, number, settings.softcap or 15.0)
-    padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
+    model = nanochat_model(config, number, settings.softcap or 15.0)
+    padded = max(model.vocab_size, len(state.get("transformer.wte.weight", ())))
     title = f"nanochat generation {number} ({GENERATIONS[number].since})"
-    return CheckpointModel(source, "nanochat", title, spec, NANOCHAT_TENSORS, padded, state, text,
+    return CheckpointModel(source, "nanochat", title, model, NANOCHAT_TENSORS, padded, state, text,
                            names_in_adapters)
 
 

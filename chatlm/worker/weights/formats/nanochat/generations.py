@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import replace
 from typing import NamedTuple
 
 from chatlm.worker.arrays.rotary import Rope
@@ -12,8 +11,9 @@ from chatlm.worker.model.blocks.extras import Keep, Lambdas
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input, Smear
 from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.lm_head import LmHead
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule)
 
@@ -51,21 +51,48 @@ NANOCHAT_KEYS = {  # of model_config
     "window_pattern": Rule(str, optional=True), "short_seq_len": Rule(int, 1, MOST_POSITIONS, optional=True)}
 
 SCORED_LENGTHS = 10  # upstream's rotary tables have so many times sequence_len
+EPS = 1.1920929e-07  # torch's default for rms_norm in float32
 
 
-def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
+def nanochat_model(config: Mapping, number: int, softcap: float) -> Model:
+    """The blocks of a generation with a checked `model_config`. Norms have no weights.
+
+    Every second layer, counted from the last one, adds an embedding of the token to its values. x of the
+    middle layer is kept for the end."""
     generation = GENERATIONS[number]
-    length = config["sequence_len"]
+    V = config["vocab_size"]
+    L = config["n_layer"]
+    H = config["n_head"]
+    Hkv = config["n_kv_head"]
     C = config["n_embd"]
-    recipe = ModelSpec(
-        vocab_size=config["vocab_size"], layers=config["n_layer"], width=C, heads=config["n_head"],
-        kv_heads=config["n_kv_head"], head_size=C // config["n_head"], ffn_size=4 * C,
-        max_positions=SCORED_LENGTHS * length, answer_positions=length,
-        norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
-        norm_weights=False, softcap=softcap)
-    windows = windows_of(config, generation)
-    return replace(recipe, own_input=input_of(generation, recipe),
-                   own_layers=layers_of(generation, recipe, windows))
+    D = C // H
+    norm = RmsNorm(EPS, weights=False)
+    rope = Rope(D, generation.rope_base, direction=-1, bfloat16=generation.rope_bfloat16)
+    head_norms = HeadNorms("after_rope", EPS, weights=False)
+    feed = FeedForward(4 * C, "relu2")
+    layers = []
+    for number, window in enumerate(windows_of(config, generation)):
+        embed = None
+        if generation.value_gate and number % 2 == (L - 1) % 2:
+            embed = ValueEmbed(V, *generation.value_gate)
+        scores = Scores(qk_scale=generation.qk_scale, window=window)
+        attention = Attention(H, Hkv, D, D, rope, scores, head_norms, embed=embed)
+        is_kept = generation.backs_out and number == L // 2
+        layers.append(Layer(
+            attention, feed, attention_norm=norm, ffn_norm=norm,
+            before=(Lambdas(),) if generation.mixes_x0 else (), after=(Keep(),) if is_kept else ()))
+    length = config["sequence_len"]
+    return Model(
+        V, C, SCORED_LENGTHS * length, input_of(generation, norm), tuple(layers), norm,
+        LmHead(softcap=softcap, backout=generation.backs_out), answer_positions=length)
+
+
+def input_of(generation: Generation, norm: RmsNorm) -> Input:
+    """x0: the norm of the embedding. Smeared, it has a part of the previous token's too."""
+    smear = None
+    if generation.smear_channels:
+        smear = Smear(generation.smear_channels, norm)
+    return Input(norm=norm, smear=smear, keeps=generation.mixes_x0)
 
 
 def windows_of(config: Mapping, generation: Generation) -> list[int]:
@@ -79,40 +106,6 @@ def windows_of(config: Mapping, generation: Generation) -> list[int]:
     short = config["short_seq_len"] or generation.short_window(length)
     is_short = [pattern[layer % len(pattern)] == "S" and layer < L - 1 for layer in range(L)]
     return [short + 1 if each else length + 1 for each in is_short]
-
-
-def input_of(generation: Generation, recipe: ModelSpec) -> Input:
-    """x0: the norm of the embedding. Smeared, it has a part of the previous token's too."""
-    norm = RmsNorm(recipe.norm_eps, weights=False)
-    smear = None
-    if generation.smear_channels:
-        smear = Smear(generation.smear_channels, norm)
-    return Input(norm=norm, smear=smear, keeps=generation.mixes_x0)
-
-
-def layers_of(generation: Generation, recipe: ModelSpec, windows: list[int]) -> tuple[Layer, ...]:
-    """Norms have no weights. Every second layer, counted from the last one, adds an embedding of the token to
-    its values. x of the middle layer is kept for the end."""
-    H = recipe.heads
-    Hkv = recipe.kv_heads
-    D = recipe.head_size
-    L = recipe.layers
-    norm = RmsNorm(recipe.norm_eps, weights=False)
-    rope = Rope(D, generation.rope_base, direction=-1, bfloat16=generation.rope_bfloat16)
-    head_norms = HeadNorms("after_rope", recipe.norm_eps, weights=False)
-    feed = FeedForward(recipe.ffn_size, "relu2")
-    layers = []
-    for number, window in enumerate(windows):
-        embed = None
-        if generation.value_gate and number % 2 == (L - 1) % 2:
-            embed = ValueEmbed(recipe.vocab_size, *generation.value_gate)
-        scores = Scores(qk_scale=generation.qk_scale, window=window)
-        attention = Attention(H, Hkv, D, D, rope, scores, head_norms, embed=embed)
-        is_kept = generation.backs_out and number == L // 2
-        layers.append(Layer(
-            attention, feed, attention_norm=norm, ffn_norm=norm,
-            before=(Lambdas(),) if generation.mixes_x0 else (), after=(Keep(),) if is_kept else ()))
-    return tuple(layers)
 
 
 NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose rows it is made of

@@ -24,7 +24,7 @@ from chatlm.worker.weights.formats.gguf.file import check_gguf_types
 from chatlm.worker.weights.formats.gguf.file_types import quantization_of
 from chatlm.worker.weights.formats.gguf.tensors import GgufTensors, details_of, file_shape, growth
 from chatlm.worker.weights.formats.nanochat.generations import (
-    GENERATIONS, NANOCHAT_KEYS, NANOCHAT_TENSORS, names_in_adapters, nanochat_spec)
+    GENERATIONS, NANOCHAT_KEYS, NANOCHAT_TENSORS, names_in_adapters, nanochat_model)
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Report, Storage
 from chatlm.worker.weights.formats.tied_heads import Pair
 from chatlm.worker.weights.rules import Rule, check_divides, checked
@@ -129,10 +129,10 @@ def read_nanochat_gguf(source: ModelSource, settings: Settings, metadata: Mappin
     text = text_in(path, metadata, config["vocab_size"])
     softcap = checked(path, f"nanochat{number}.{SOFTCAP}", metadata.get(f"nanochat{number}.{SOFTCAP}", 15.0),
                       Rule(float, 0.1, 1000))
-    spec = nanochat_spec(config, number, settings.softcap or softcap)
+    model = nanochat_model(config, number, settings.softcap or softcap)
     title = f"nanochat generation {number} ({GENERATIONS[number].since})"
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
-    return NanochatGguf(source, "nanochat", title, spec, TABLE, spec.vocab_size, stored, text,
+    return NanochatGguf(source, "nanochat", title, model, TABLE, model.vocab_size, stored, text,
                         adapters_call, types, quantization_of(metadata, stored.values()))
 
 
