@@ -26,13 +26,11 @@ def model_of(recipe: ModelSpec) -> Model:
     if not recipe.of_texts:
         keeps = any(isinstance(extra, Keep) for layer in layers for extra in layer.after)
         head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap, backout=keeps)
-    norm = recipe.own_norm
-    if norm is None and not recipe.sum_norms:
-        norm = norm_of(recipe, stream_eps(recipe))
+    norm = None if recipe.sum_norms else norm_of(recipe, stream_eps(recipe))
     return Model(
         recipe.vocab_size, recipe.width, recipe.max_positions, recipe.own_input or input_of(recipe), layers,
-        norm, head, recipe.answer_positions, recipe.of_texts,
-        distances=recipe.heads if recipe.distance_buckets else 0, residual_scale=recipe.residual_scale)
+        norm, head, of_texts=recipe.of_texts, distances=recipe.heads if recipe.distance_buckets else 0,
+        residual_scale=recipe.residual_scale)
 
 
 def stream_eps(recipe: ModelSpec) -> float:
@@ -92,7 +90,7 @@ def mixer_of(recipe: ModelSpec, layer: int) -> Attention | Mixer:
 def attention_of(recipe: ModelSpec, layer: int) -> Attention:
     attn = recipe.attention(layer)
     when = "whole" if recipe.qk_norm_sizes else recipe.qk_norm
-    norms = HeadNorms(when, recipe.head_eps, recipe.qk_norm_weights, recipe.qk_norm_sizes)
+    norms = HeadNorms(when, recipe.norm_eps, recipe.qk_norm_weights, recipe.qk_norm_sizes)
     sees = "text" if recipe.of_texts else "before"
     scores = Scores(attn.q_scale, recipe.q_growth, window=attn.window, softcap=recipe.attention_softcap,
                     sinks=recipe.sinks, sees=sees, distances=recipe.distance_buckets)

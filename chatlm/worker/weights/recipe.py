@@ -9,7 +9,6 @@ from chatlm.worker.model.blocks.attention import HeadGates
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mixer
-from chatlm.worker.model.blocks.norms import AnyNorm
 
 
 @record
@@ -79,7 +78,6 @@ class ModelSpec:
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope" | "centred", see HeadNorms
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
-    qk_norm_eps: float | None = None  # of this norm; None: norm_eps
     q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
@@ -106,12 +104,10 @@ class ModelSpec:
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
-    answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
     own_layers: tuple[Layer, ...] = ()  # what a family of another structure has built itself: then the fields
-    own_input: Input | None = None    # say nothing of layers, of the input
-    own_norm: AnyNorm | None = None   # or of the last norm
+    own_input: Input | None = None    # say nothing of layers, or of the input
 
     def attention(self, layer: int) -> Attention:
         """How a layer attends, if it has no mixer: from `attentions`, else from the spec's own fields."""
@@ -124,13 +120,3 @@ class ModelSpec:
         attn = self.attention(layer)
         size = attn.head_size if attn.rope_size is None else attn.rope_size
         return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction)
-
-    @property
-    def context_length(self) -> int:
-        """The longest that prompt and answer may be together."""
-        return self.answer_positions or self.max_positions
-
-    @property
-    def head_eps(self) -> float:
-        """Of the norms of q and k."""
-        return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
