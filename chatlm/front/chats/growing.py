@@ -82,7 +82,8 @@ def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, n
         if node:
             forget(connection, node.number)
         return False
-    quota.check(connection, place.owner, max(0, len(as_json({**patch})) - len(node.text)))
+    if "content" in patch:  # else it only says why there is no more
+        quota.check(connection, place.owner, max(0, len(as_json({**patch})) - len(node.text)))
     changing.update(Change(NODE, place.node, node.rev, {**patch}), node)
     if "ended" in patch:
         forget(connection, node.number)

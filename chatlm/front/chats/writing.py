@@ -175,7 +175,7 @@ class WrittenAnswer:
         if self.task:
             await asyncio.wait([self.task])
         end = {"stream": None, "ended": self.place.stream}
-        patches = [{**end, "error": f"{NO_ROOM}{self.problem}", "remedy": "again"}]
+        patches: list[dict] = [{**end, "error": f"{NO_ROOM}{self.problem}", "remedy": "again"}]
         if not self.problem:
             patches.insert(0, {**NO_MISHAP, **self.said(), **facts, **end})
         for patch in patches:

@@ -278,13 +278,13 @@ async def test_without_room_its_node_says_so_and_it_needs_a_reader(tmp_path, mon
             ask.pool.gate.admit(1)
             await first_event(response)
         await ask.until(lambda node: node["content"])
-        held = await ask.store.run(lambda db: quota.held_bytes(db, f"@127.0.0.1") + db.execute(
+        held = await ask.store.run(lambda db: quota.held_bytes(db, "@127.0.0.1") + db.execute(
             "SELECT SUM(bytes) FROM holdings").fetchone()[0])
         with limited(held):
             ask.pool.gate.admit(3)
             await ask.pool.until_open(0)
             node = await ask.until(has_ended)
-        assert node["error"].startswith("the server could not keep the rest") and node["content"] == "one "
+        assert node["error"].startswith("the server could not keep the rest") and "".join(WORDS[:4]).startswith(node["content"])
 
 
 @contextlib.contextmanager
