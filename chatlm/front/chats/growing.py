@@ -1,6 +1,7 @@
 """Answers in the store that the server writes itself: how they begin, grow and end there.
 
-`chat_answers` lists those that are being written, so that a server which was killed finds them when it starts."""
+`chat_answers` lists those that are being written, so that the server that follows a killed one
+finds them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     for what, kind, name in (("id", CHAT, place.chat), ("parent", NODE, place.parent)):
         found = changing.found(kind, name)
         if found is None or not found.text or kind == NODE and found.chat != place.chat:
-            raise RequestError(f"there is no {kind} {shown(name)}" + (" in this chat" if kind == NODE else ""),
+            where = " in this chat" if kind == NODE else ""
+            raise RequestError(f"there is no {kind} {shown(name)}{where}",
                                status=404, code="not_found", param=f"chat.{what}")
     node = changing.found(NODE, place.node)
     if node is None:
@@ -53,8 +55,8 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
         raise RequestError(f"the node {shown(place.node)} is elsewhere, or is no answer", status=409,
                            code="other_node", param="chat.node")
     if body.get("stream", {}).get("id") != place.stream:
-        raise RequestError(f"the node {shown(place.node)} has another answer: its `stream` is not that of this "
-                           "request (X-Request-Id)", status=409, code="other_answer", param="chat.node")
+        raise RequestError(f"the node {shown(place.node)} has another answer: its `stream` is not that of "
+                           "this request (X-Request-Id)", status=409, code="other_answer", param="chat.node")
     return node
 
 
@@ -69,7 +71,8 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
     node = changing.found(NODE, place.node)
     assert node
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
-                       "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream", (node.number, place.stream))
+                       "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
+                       (node.number, place.stream))
 
 
 def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int) -> bool:

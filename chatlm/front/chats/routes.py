@@ -92,8 +92,8 @@ class ChatRoutes:
             raise RequestError("an answer that goes into a chat is streamed, and is one (stream: true, n: 1)",
                                code="invalid_value", param="chat")
         if not self.has_keys and not is_unguessable(request.id):
-            raise RequestError("with chat, X-Request-Id must be 32 hexadecimal digits that nobody can guess, or "
-                               "be left out: all devices of the owner read the answer by it",
+            raise RequestError("with chat, X-Request-Id must be 32 hexadecimal digits that nobody can guess, "
+                               "or be left out: all devices of the owner read the answer by it",
                                code="invalid_value", param="X-Request-Id")
         return replace(parsed, goes_on=True, request=replace(request, resumable=True))
 

@@ -1,4 +1,4 @@
-"""Answers that the server writes into chats: nobody need read them, all devices of their owner follow them."""
+"""Answers that the server writes into chats: nobody need read them."""
 
 import asyncio
 import contextlib
