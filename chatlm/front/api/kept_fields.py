@@ -54,7 +54,8 @@ PLACE_NAMES = "id", "node", "parent"
 # of a body whose answer goes into a chat
 CHAT_PLACE = Field("chat", FieldType(
     "an object of id (a chat of yours on this server), node (the answer's id) and parent (its question), "
-    "each 32 hexadecimal digits", object_schema([*PLACE_NAMES], **dict.fromkeys(PLACE_NAMES, A_TEXT)), as_place),
+    "each 32 hexadecimal digits", object_schema(
+        [*PLACE_NAMES], **dict.fromkeys(PLACE_NAMES, A_TEXT)), as_place),
     "the server writes the answer into this chat, and goes on when its client has left; needs stream: true")
 # of queries
 AFTER = Field("after", TEXT, "the id of the last row of the page before")
