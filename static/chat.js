@@ -305,13 +305,26 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const model = Server.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
-  const response = await onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools}, id: node.stream.id, signal, model, goOn}));
+  const post = place => onceReady(run, () =>
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools}, id: node.stream.id, signal, model, goOn, place}));
+  const place = goOn || typeof Sync === "undefined" ? null : await Sync.placeOf(node);
+  run.kept = Boolean(place);                             // the server writes the answer into the chat itself
+  let response;
+  try {
+    response = await post(place);
+  } catch (error) {
+    if (error.code === "other_answer") return takeUp(run);         // an earlier try has begun it
+    if (!run.kept || !NOT_KEPT.includes(error.code)) throw error;
+    run.kept = false;
+    response = await post(null);
+  }
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
   return response;
 }
+
+const NOT_KEPT = ["not_found", "other_node", "storage_full", "missing_space"];        // the server cannot write it there
 
 // Posts; if the server is unreachable or wants a key, posts again once that has changed. Stop ends the wait.
 async function onceReady(run, post) {

@@ -289,8 +289,8 @@ const modelOfSeveral = (name = state.model.name) => state.models.length > 1 ? {m
 const modelNamed = name => state.model.ours || !state.model.name ? modelOfSeveral(name) : {model: state.model.name};
 
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
-// fetch throws.
-async function postAnswer({messages, parameters, id, signal, model, goOn = false}) {
+// fetch throws. `place`: where the server writes the answer itself, {chat, space}.
+async function postAnswer({messages, parameters, id, signal, model, goOn = false, place = null}) {
   const body = {messages, resumable: true, ...(state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
     ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
@@ -300,11 +300,11 @@ async function postAnswer({messages, parameters, id, signal, model, goOn = false
     return accepted(await post(ROUTES.text, {prompt: textToContinue(messages), ...others, ...streamed}, {headers, signal}));
   }
   if (state.model.api === "v1") {
-    const more = {...streamed, ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {})};
-    const response = await post(ROUTES.v1, {...body, ...more}, {headers, signal});
+    const more = {...streamed, ...(place ? {chat: place.chat} : {}), ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {})};
+    const response = await post(ROUTES.v1, {...body, ...more}, {headers: {...headers, ...(place ? {"X-Chat-Space": place.space} : {})}, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
-    if (error.code === "model_not_found") throw error;
+    if (error.code === "model_not_found" || place) throw error;
     state.model.api = "native";
   }
   return accepted(await post(ROUTES.native, body, {headers, signal}));

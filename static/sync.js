@@ -23,7 +23,7 @@ const unsent = new Set();                  // "kind id" of the records that the 
 const patches = new Map();                 // "kind id" -> fields that changed here and are not sent
 const retries = new Map();                 // "kind id" -> how often the server has refused a record whose chat or parent it lacks
 const grownAt = new Map();                 // id of a growing answer -> when it was sent
-let sending = false, again = false, timer = 0;
+let pass = null, again = false, timer = 0;   // pass: a promise while something is sent
 
 // state ----------------------------------------------------------------------------------------------------------------
 
@@ -110,20 +110,37 @@ function soon(pause = 0) {
   if (!timer) timer = setTimeout(() => { timer = 0; send(); }, pause);
 }
 
-async function send() {
-  if (!state.on) return;
-  if (sending) { again = true; return; }
-  sending = true;
+// Sends all that is unsent. One pass at a time; another follows if more has come.
+function send() {
+  again = Boolean(pass);
+  pass ??= sendAll().finally(() => {
+    pass = null;
+    if (again) { again = false; soon(SEND_MS); }
+  });
+  return pass;
+}
+
+async function sendAll() {
   state.problem = "";
   try {
     for (let more = true; more && state.on;) more = await sendSome();
   } catch (error) {
     state.problem = error.message;
     setTimeout(soon, 5000);
-  } finally {
-    sending = false;
   }
-  if (again) { again = false; soon(SEND_MS); }
+}
+
+const PLACE_MS = 3000;                    // a question does not wait longer for the server to have its chat
+
+// Where the server may write an answer itself, also when this page has gone: in its chat, once it has that with the question and the answer's
+// node. null: this page alone writes it.
+async function placeOf({id, conversation, parent}) {
+  if (!state.on || !parent) return null;
+  const records = [["conversations", conversation], ["nodes", parent], ["nodes", id]];
+  const isThere = async () => (await Promise.all(records.map(([kind, name]) => Store.get(kind, name)))).every(record => record?.rev);
+  const sentAll = async () => { for (let tries = 0; tries < 2 && !await isThere(); tries++) await send(); };
+  await Promise.race([sentAll(), wait(PLACE_MS)]);
+  return await isThere() ? {chat: {id: conversation, node: id, parent}, space: state.space} : null;
 }
 
 // Sends what one request holds; true if there may be more.
@@ -150,6 +167,7 @@ async function nextChanges() {
       const key = `${kind} ${record.id}`, changed = patches.get(key), patch = kept(record.rev && changed ? changed : record);
       if (!Object.keys(patch).length) { sent(kind, record.id, {}); continue; }
       if (Tree.isGrowing(record)) {
+        if (record.rev && Chat.runs.get(record.id)?.kept) continue;           // the server writes it
         if (Date.now() - grownAt.get(record.id) < GROWING_MS) { soon(GROWING_MS); continue; }
         grownAt.set(record.id, Date.now());
       }
@@ -197,7 +215,7 @@ async function settle({kind, id, patch, changed}, {state: done, rev, record, err
   }
   if (patches.get(key) === changed) sent(kind, id, {rev});
   else Store.change(kind, id, {rev}, true);              // changed again while it was sent
-  return record ? take(kind, id, rev, record) : [];
+  return record ? take(kind, id, rev, record, true) : [];
 }
 
 // receiving ------------------------------------------------------------------------------------------------------------
@@ -244,10 +262,10 @@ async function hear(rows) {
   if (news.length) Chat.hear(news);
 }
 
-// Merges what the server has into a record; what is unsent stays as it is here.
-async function take(kind, id, rev, record) {
+// Merges what the server has into a record; what is unsent stays as it is here. `isMore`: it has more than was sent, in the revision that is known.
+async function take(kind, id, rev, record, isMore = false) {
   const known = await Store.get(kind, id);
-  if (Chat.runs.has(id) || known?.rev >= rev || isGone(`${kind} ${id}`)) return [];
+  if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev) || isGone(`${kind} ${id}`)) return [];
   const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
@@ -341,5 +359,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({join});
+return Object.freeze({join, placeOf});
 })();

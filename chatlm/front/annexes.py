@@ -19,7 +19,7 @@ from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
-    AFTER, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
+    AFTER, CHAT_PLACE, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
 from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
@@ -370,7 +370,9 @@ KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
 
 def load_chats() -> Make[ChatRoutes]:
     from chatlm.front.chats.routes import ChatRoutes
-    return lambda front: ChatRoutes(front.store, front.bodies, bool(front.settings.keys))
+    from chatlm.front.chats.writing import Running
+    return lambda front: ChatRoutes(front.store, front.bodies, bool(front.settings.keys),
+                                    Running(front.recordings, front.cancel, front.cancel_unread))
 
 
 def chat_tables() -> Seq[Step]:
@@ -396,7 +398,11 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
     Route("DELETE", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_delete(http), "delete it"),
 )
 CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_database, lambda chats: chats.start(),
-              lambda chats: chats.close(), tables=chat_tables)
+              lambda chats: chats.close(), tables=chat_tables, needs="--database",
+              fields=(AddedField(CHAT_PLACE, ("/v1/chat/completions",)),),
+              joins=lambda parsed: CHAT_PLACE.name in parsed.added,
+              prepare=lambda chats, parsed: chats.prepared(parsed),
+              around=lambda chats, begin, ask: chats.written(begin, ask))
 
 
 # What an operator does

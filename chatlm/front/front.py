@@ -251,8 +251,8 @@ class Front:
         request = encoder.request
         async with self.begun(answering, encoder, holding) as (frames, work):
             owner = self.owners.of_answer(request.id, request.client)
-            needs_reader = not encoder.parsed.in_background
-            recording = Recording(request.id, owner, request.client, encoder.lone_failure, needs_reader)
+            recording = Recording(request.id, owner, request.client, encoder.lone_failure,
+                                  encoder.parsed.needs_reader)
             return self.recordings.start(recording, frames, work.pop_all())
 
     @asynccontextmanager
@@ -285,12 +285,8 @@ class Front:
             yield encoder.failed(public_error(error))
 
     async def follow(self, http: web.Request, recording: Recording, start: int) -> web.StreamResponse:
-        """Send a recording as it grows. If the answer is still running GRACE_S after its last reader has
-        left, cancel it."""
-        def cancel_unread():
-            if recording.needs_reader and not recording.followers and not recording.ended:
-                self.cancel(recording.id)
-
+        """Send a recording as it grows. If the answer needs a reader, and is still running GRACE_S after its
+        last one has left, cancel it."""
         recording.followers += 1
         try:
             async with (EventStream(http, recording.id, patient=True) as stream,
@@ -301,7 +297,11 @@ class Front:
         finally:
             recording.followers -= 1
             if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, cancel_unread)
+                asyncio.get_running_loop().call_later(GRACE_S, self.cancel_unread, recording)
+
+    def cancel_unread(self, recording: Recording):
+        if recording.needs_reader and not recording.followers and not recording.ended:
+            self.cancel(recording.id)
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: send a recording from event ?from=N on, or from the event after
@@ -453,7 +453,7 @@ def routes_with(annexes: Seq[Annex]) -> tuple[Route, ...]:
     rows = [row for part in parts for row in part]
     check_once("two rows are the route", [f"{row.method} {row.pattern}" for row in rows])
     additions = Additions(additions_of(annexes))
-    return tuple(row.with_added(additions.of_route(row.pattern)) for row in rows)
+    return tuple(row.with_added(partial(additions.of_route, row.pattern)) for row in rows)
 
 
 def check_once(problem: str, names: Seq[str]):

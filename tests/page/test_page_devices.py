@@ -1,5 +1,7 @@
 """Chats on all devices: browsers that share nothing but the server, with the real program and a database."""
 
+import re
+
 import pytest
 
 from browsing import (ask, button, chats, expect, expect_answered, menu, needs_browser, open_page, questions, said)
@@ -140,6 +142,50 @@ def test_what_a_closed_page_had_not_sent_is_sent_by_the_next(devices):
     phone.close()
     open_page(tab, laptop.url)
     expect(chats(laptop)).to_have_text(["Sent by the next page"], timeout=30_000)
+
+
+def test_an_answer_is_on_the_other_device_though_its_page_has_gone(devices):
+    """The server writes it, once: a page that comes back finds it too."""
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "first of all")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_count(1)
+    chats(laptop).click()
+    with phone.expect_request(lambda request: request.url.endswith("v1/chat/completions")) as sent:
+        ask(phone, "and then go on")
+    assert set(sent.value.post_data_json["chat"]) == {"id", "node", "parent"}
+    sent.value.response()                        # the server has accepted it
+    tab = phone.context.new_page()
+    phone.close()
+    expect(said(questions(laptop))).to_have_text(["first of all", "and then go on"], timeout=30_000)
+    expect_answered(laptop, 2)
+    expect(laptop.get_by_text("interrupted")).to_have_count(0)
+    tab.goto(laptop.url)
+    expect(said(questions(tab))).to_have_text(["first of all", "and then go on"], timeout=30_000)
+    expect_answered(tab, 2)
+
+
+def test_what_another_device_has_changed_is_not_lost_to_a_change_of_this_one(devices):
+    """The answer to a change has what the other device had said."""
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "both change it")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text(["both change it"])
+    laptop.route(re.compile(r"/v1/chats/changes\?"), lambda route: route.abort())     # it hears nothing by itself
+    laptop.reload()
+    row = phone.get_by_role("listitem").filter(has_text="both")
+    row.hover()
+    button(row, "Rename").click()
+    phone.get_by_role("textbox", name="Title").fill("Named there")
+    with phone.expect_response(lambda response: response.url.endswith("/v1/chats/changes")):
+        phone.get_by_role("textbox", name="Title").press("Enter")
+    row = laptop.get_by_role("listitem").filter(has_text="both")
+    row.hover()
+    button(row, "Pin").click()
+    expect(chats(laptop)).to_have_text(["Named there"])
+    expect(laptop.get_by_role("heading", name="Pinned")).to_be_visible()
 
 
 def test_a_server_without_a_database_is_not_asked(page, stand_in):

@@ -476,6 +476,7 @@ class ParsedBody:
     plan: ToolPlan | None = None         # the tools that the server calls for it; None: none
     added: Mapping = field(default_factory=dict)  # values of the fields that annexes add, checked
     changed_by: tuple[str, ...] = ()     # annexes that may change its prompt, so a sandbox has made none
+    goes_on: bool = False                # its answer does when nobody reads it
 
     @property
     def is_kept(self) -> bool:
@@ -486,6 +487,11 @@ class ParsedBody:
     def in_background(self) -> bool:
         """Whether its client does not wait for its answer."""
         return bool(self.details.get("background"))
+
+    @property
+    def needs_reader(self) -> bool:
+        """Whether its answer ends when nobody reads it any more."""
+        return not (self.goes_on or self.in_background)
 
     def lasting(self) -> ParsedBody:
         """What the encoder of the answer needs; only an echo repeats prompts."""

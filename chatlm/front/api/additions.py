@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence as Seq
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
@@ -141,20 +142,27 @@ def alike(path: str) -> Iterator[str]:
 
 
 class Additions:
-    """What all annexes add, made once. Raises ValueError for a row that cannot be."""
+    """What all annexes add, made once. Raises ValueError for a row that cannot be; for its fields at their
+    first use, since that imports dialects."""
 
     def __init__(self, rows: Seq[Addition] = ()):
         self.rows = rows
-        self.fields: dict[tuple[str, str], tuple[Addition, Field]] = {}  # by path and name
-        for row in rows:
-            for added in row.fields:
-                self._add(row, added)
         tools = [(row, tool) for row in rows if row.wanted for tool in row.tools]
         self.tools = {tool.type: (row, tool) for row, tool in tools}
         if len(self.tools) < len(tools):
             raise ValueError(f"two annexes run tools of one type, among {', '.join(self.tools)}")
 
-    def _add(self, row: Addition, added: AddedField):
+    @cached_property
+    def fields(self) -> dict[tuple[str, str], tuple[Addition, Field]]:
+        """By path and name."""
+        found: dict[tuple[str, str], tuple[Addition, Field]] = {}
+        for row in self.rows:
+            for added in row.fields:
+                self._add(found, row, added)
+        return found
+
+    @staticmethod
+    def _add(found: dict[tuple[str, str], tuple[Addition, Field]], row: Addition, added: AddedField):
         name = added.field.name
         what = f"annex {row.annex}: the field {name}"
         if added.field.required:
@@ -164,9 +172,9 @@ class Additions:
                 raise ValueError(f"{what} joins {form}, which is no kind of body with an answer: "
                                  f"{', '.join(filter(has_answer, all_paths()))}")
             for path in alike(form):
-                if name in {field.name for field in fields_of(path)} or (path, name) in self.fields:
+                if name in {field.name for field in fields_of(path)} or (path, name) in found:
                     raise ValueError(f"{what} joins {path}, which has a field of this name")
-                self.fields[path, name] = row, added.field
+                found[path, name] = row, added.field
 
     def of_route(self, path: str) -> tuple[Field, ...]:
         """The fields that are added to the bodies of a route."""

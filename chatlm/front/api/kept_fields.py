@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 
+from chatlm.common.errors import bad_value
 from chatlm.front.api.field_types import INTEGER, METADATA, SWITCH, TEXT
-from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
+from chatlm.front.api.fields import A_TEXT, Field, FieldType, list_schema, object_schema
 from chatlm.front.api.knowledge_fields import KNOWLEDGE_FIELDS
 from chatlm.front.api.spoken import paths_of_batches
 
@@ -38,6 +41,22 @@ STORE_FIELDS: dict[str, tuple[Field, ...]] = {
     "/v1/conversations/{id}/items": (SOME_ITEMS._replace(required=True),),
     **KNOWLEDGE_FIELDS,
 }
+
+
+def as_place(value: Mapping) -> dict[str, str]:
+    for name in PLACE_NAMES:
+        if not re.fullmatch("[0-9a-f]{32}", value[name]):
+            raise bad_value(f"chat.{name}", value[name], "32 hexadecimal digits")
+    return {name: value[name] for name in PLACE_NAMES}
+
+
+PLACE_NAMES = "id", "node", "parent"
+# of a body whose answer goes into a chat
+CHAT_PLACE = Field("chat", FieldType(
+    "an object of id (a chat of yours on this server), node (the answer's id) and parent (its question), "
+    "each 32 hexadecimal digits", object_schema(
+        [*PLACE_NAMES], **dict.fromkeys(PLACE_NAMES, A_TEXT)), as_place),
+    "the server writes the answer into this chat, and goes on when its client has left; needs stream: true")
 # of queries
 AFTER = Field("after", TEXT, "the id of the last row of the page before")
 ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),

@@ -13,7 +13,8 @@ from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
 from chatlm.front.chats.reading import RECORD_BYTES, ReadChange
 from chatlm.front.chats.records import (
-    CHAT, NODE, PROJECT, PROMPT, Change, is_late, missing_in, moved_in, patched, searched_text, sibling_of)
+    CHAT, NODE, PROJECT, PROMPT, Change, goes_as_far, is_late, is_same_end, joined_end, missing_in, moved_in,
+    patched, searched_text, sibling_of)
 from chatlm.front.store.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -159,8 +160,12 @@ class Changing:
                 raise RequestError(f"a node keeps its {moved}", param=moved)
             if is_late(body, patch):
                 return Outcome(change.id, "stored", record.rev, record.text)
-            said = patch.get("content", body["content"])
             growing = "stream" in body
+            if is_same_end(body, patch):
+                if goes_as_far(body, patch):
+                    patch = joined_end(body, patch)
+                growing = goes_as_far({**body, **patch}, body)
+            said = patch.get("content", body["content"])
             if said != body["content"] and change.base < record.said and not growing:
                 return self.keep_beside(change, body, said)
         changed = patched(body, patch)

@@ -148,6 +148,36 @@ def is_late(body: Mapping, patch: Mapping) -> bool:
         not is_number(stream.get("next")) or stream["next"] < stored["next"])
 
 
+# What is said of an answer by whoever has read it
+OF_ANSWER = ("content", "reasoning", "ids", "calculator", "calls", "stream", "note", "error", "remedy")
+
+
+def goes_as_far(body: Mapping, other: Mapping) -> bool:
+    """Has one record of an answer all of the text that another has?"""
+    return all((body.get(name) or "").startswith(other.get(name) or "") for name in ("content", "reasoning"))
+
+
+def is_same_end(body: Mapping, patch: Mapping) -> bool:
+    """Do both say how one answer has ended? Two devices may have read it, and the server itself."""
+    return bool(patch.get("ended")) and patch["ended"] == body.get("ended")
+
+
+def call_counts(body: Mapping) -> tuple[int, int]:
+    """(calls, those that have results)."""
+    calls = body.get("calls") or ()
+    return len(calls), sum("result" in call for call in calls)
+
+
+def joined_end(body: Mapping, patch: Mapping) -> dict:
+    """A patch that says how an answer has ended, of which as much is stored: what it adds."""
+    added = {name: value for name, value in patch.items() if name not in OF_ANSWER}
+    if "calls" in patch and call_counts(patch) >= call_counts(body):
+        added["calls"] = patch["calls"]  # the reader's device has run them
+    if "timings" in patch:
+        added["timings"] = {**(patch["timings"] or {}), **body.get("timings", {})}
+    return added
+
+
 def sibling_of(change: Change, content: str) -> str:
     """The id of the node that keeps an edit beside another one: the same whenever it is asked again."""
     return hashlib.blake2b(f"{change.id} {change.base} {content}".encode(), digest_size=16).hexdigest()

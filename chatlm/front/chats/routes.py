@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence as Seq
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence as Seq
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,14 @@ from chatlm.common.client_words import overloaded
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.jsontext import dump
+from chatlm.common.request_ids import is_unguessable
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.kept_fields import AFTER, COUNT, LIMIT, SINCE, WAIT, WORDS
-from chatlm.front.chats import changes, listing, search
+from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
+from chatlm.front.chats import changes, growing, listing, search
 from chatlm.front.chats.changes import Changing, Outcome
+from chatlm.front.chats.growing import WrittenPlace
 from chatlm.front.chats.reading import ReadChange, read_changes
+from chatlm.front.chats.writing import WrittenAnswer
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
@@ -27,6 +31,10 @@ from chatlm.front.server.streams import read_bytes
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.front.chats.writing import Running
+    from chatlm.front.server.answering import Ask, Begin
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
 
@@ -39,10 +47,13 @@ IN_SANDBOX = "chatlm.front.chats.reading:read_in_sandbox"
 class ChatRoutes:
     """The handlers, and who waits for changes."""
 
-    def __init__(self, store: Store | None, bodies: Bodies, has_keys: bool):
+    def __init__(self, store: Store | None, bodies: Bodies, has_keys: bool, running: Running):
         self.store = store
         self.bodies = bodies
         self.has_keys = has_keys
+        self.running = running
+        self.answers: set[WrittenAnswer] = set()    # that are being written
+        self.ending: set[asyncio.Task[None]] = set()  # write the ends of those that were cancelled
         self.waiting: dict[str, set[asyncio.Event]] = defaultdict(set)  # by owner
         self.deleted = asyncio.Event()
         self.searches = asyncio.Semaphore(SEARCHES)
@@ -51,12 +62,16 @@ class ChatRoutes:
     async def start(self):
         if self.store:
             self.deleted.set()  # what the last server left
+            await self.store.run(partial(growing.end_cut, now_s=now_s()))
             self.task = asyncio.create_task(supervised(
                 "deleting chats", self.purge, failed=lambda error: True))
 
     async def close(self):
         if self.task:
             await end_tasks([self.task])
+        writing = {answer.task for answer in self.answers if answer.task} | self.ending
+        if writing:
+            await asyncio.wait(writing, timeout=5.0)
 
     @property
     def owner(self) -> str:
@@ -66,6 +81,55 @@ class ChatRoutes:
                                "letters and digits that nobody can guess, the same on all your devices",
                                code="missing_space", param="X-Chat-Space")
         return self.bodies.owner
+
+    # answers
+
+    def prepared(self, parsed: ParsedBody) -> ParsedBody:
+        """A body whose answer is written into a chat: the answer is recorded, and goes on without a
+        reader."""
+        request = parsed.request
+        if not parsed.stream or request.n > 1:
+            raise RequestError("an answer that goes into a chat is streamed, and is one (stream: true, n: 1)",
+                               code="invalid_value", param="chat")
+        if not self.has_keys and not is_unguessable(request.id):
+            raise RequestError("with chat, X-Request-Id must be 32 hexadecimal digits that nobody can guess, "
+                               "or be left out: all devices of the owner read the answer by it",
+                               code="invalid_value", param="X-Request-Id")
+        return replace(parsed, goes_on=True, request=replace(request, resumable=True))
+
+    @asynccontextmanager
+    async def written(self, begin: Begin, ask: Ask) -> AsyncIterator[
+            tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """Begin an answer, and write it into its chat."""
+        store = require_store(self.store)
+        asked = ask.parsed.added[CHAT_PLACE.name]
+        place = WrittenPlace(self.owner, ask.parsed.request.client, asked["id"], asked["node"],
+                             asked["parent"], ask.parsed.request.id)
+        await store.run(partial(growing.check_place, place=place, now_s=now_s()))
+        from chatlm.front.api.dialects.openai import OpenAIEncoder  # loaded: it has read the body
+        assert isinstance(ask.encoder, OpenAIEncoder)
+        answer = WrittenAnswer(store, place, ask.encoder, self.running, self.tell)
+        async with begin(ask) as (accepted, events):
+            await answer.begin()
+            self.answers.add(answer)
+            watched = answer.watched(events, self.end_later)
+            try:
+                yield accepted, watched
+            finally:
+                await watched.aclose()
+                self.answers.discard(answer)
+
+    def end_later(self, work: Callable[[], Awaitable[None]]):
+        task = asyncio.create_task(supervised("ending an answer in a chat", work, failed=lambda error: False))
+        self.ending.add(task)
+        task.add_done_callback(self.ending.discard)
+
+    def notice_deletion(self, owner: str):
+        """Answers in chats that are deleted need not go on."""
+        self.deleted.set()
+        for answer in self.answers:
+            if answer.place.owner == owner:
+                answer.look_again()
 
     # changes
 
@@ -83,7 +147,7 @@ class ChatRoutes:
         if any(outcome.state in ("stored", "sibling", "deleted") for outcome in outcomes):
             self.tell(owner)
         if any(change.patch is None for change in read):
-            self.deleted.set()
+            self.notice_deletion(owner)
         rows = separated(map(shown_outcome, outcomes))
         return await send_parts(http, [b'{"rev": %d, "data": [' % rev, *rows, b"]}"])
 
@@ -187,7 +251,7 @@ class ChatRoutes:
         await store.run(
             partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()))
         self.tell(owner)
-        self.deleted.set()
+        self.notice_deletion(owner)
 
     async def handle_search(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/search: chats with all of the words, the newest first."""

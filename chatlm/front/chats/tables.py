@@ -45,5 +45,13 @@ CREATE TRIGGER chat_records_moved AFTER UPDATE OF owner ON chat_records BEGIN  -
     UPDATE chat_records SET rev = (SELECT rev FROM chat_revisions WHERE id = 1) WHERE number = NEW.number;
 END;
 """
+ANSWERS = """
+CREATE TABLE chat_answers (         -- answers that this server is writing
+    record INTEGER PRIMARY KEY REFERENCES chat_records (number) ON DELETE CASCADE,
+    stream TEXT NOT NULL            -- the id of the request
+);
+"""
 STEPS: tuple[Step, ...] = (
-    RECORDS + counted("chat_records", "256 + LENGTH(CAST({row}.body AS BLOB)) + {row}.words"),)
+    RECORDS + counted("chat_records", "256 + LENGTH(CAST({row}.body AS BLOB)) + {row}.words"),
+    ANSWERS,
+)

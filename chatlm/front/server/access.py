@@ -211,18 +211,25 @@ class Owners:
         self.settings = settings
 
     def of_answer(self, request_id: str, client: str) -> str:
-        """The owner of an answer: the client's key.
+        """The owner of an answer: the client's key, or the owner= of several keys.
 
         Without keys, an answer whose id cannot be guessed belongs to whoever knows the id (""). Any other
         belongs to the client's address, although a phone's address changes with the network."""
-        return "" if not self.settings.keys and is_unguessable(request_id) else client
+        if not self.settings.keys:
+            return "" if is_unguessable(request_id) else client
+        named = self.named(client)
+        return f"owner {named}" if named else client
+
+    def named(self, client: str) -> str:
+        """The owner= of a client's key, "" without it."""
+        return next((key.owner for key in self.settings.keys if key.name == client), "")
 
     def of_texts(self, client: str, space: str = "") -> str:
         """The owner of what a client leaves in the store: its key's owner=, else a hash of its key; without
         keys its space, else its address after an @."""
         if not self.settings.keys:
             return space or f"@{client}"
-        named = next((key.owner for key in self.settings.keys if key.name == client), "")
+        named = self.named(client)
         return f"owner {named}" if named else self.of_key(client)
 
     def of_key(self, client: str) -> str:

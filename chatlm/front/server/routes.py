@@ -45,12 +45,12 @@ class Route(Generic[T]):
     operator_act: str = ""          # what only an operator may do here: "load and unload models"; "": anyone
     quiet: bool = False             # successes are logged only at level debug
     polled: bool = False            # likewise, and also served on surplus connections
-    added: tuple[Field, ...] = ()   # to its body, by annexes
+    added: Callable[[], tuple[Field, ...]] = tuple  # to its body, by annexes
     also: tuple[Api, ...] = ()      # APIs that have this path too; the header of their clients tells
 
-    def with_added(self, fields: tuple[Field, ...]) -> Route[T]:
+    def with_added(self, added: Callable[[], tuple[Field, ...]]) -> Route[T]:
         """The same route, with fields that annexes add to its body."""
-        return replace(self, added=fields) if fields else self
+        return replace(self, added=added)
 
     def api_for(self, headers: Mapping[str, str]) -> Api:
         """Whose API a request with these headers asks."""
@@ -67,7 +67,7 @@ class Route(Generic[T]):
             return ()
         kept = STORE_FIELDS if self.method == "POST" else {}
         own = fields_of(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
-        return (*own, *self.added)
+        return (*own, *self.added())
 
 
 class RouteTable:

@@ -1,0 +1,114 @@
+"""Answers in the store that the server writes itself: how they begin, grow and end there.
+
+`chat_answers` lists those that are being written, so that the server that follows a killed one
+finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import RequestError, shown
+from chatlm.common.jsontext import as_json
+from chatlm.front.chats.changes import Changing
+from chatlm.front.chats.records import CHAT, NODE, PLACE, Change
+from chatlm.front.store import quota
+
+if TYPE_CHECKING:
+    import sqlite3
+    from chatlm.front.chats.changes import Record
+
+
+CUT = {"stream": None, "note": "interrupted"}  # of an answer that a killed server was writing
+
+
+class WrittenPlace(NamedTuple):
+    """Where an answer is written, and by which request."""
+
+    owner: str
+    client: str
+    chat: str
+    node: str
+    parent: str
+    stream: str  # the id of the request
+
+
+def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int) -> Record | None:
+    """The node of an answer, if a device has made it already. Raises RequestError: 404 if the owner has no
+    such chat or question, 409 if the node is another one, or has another answer."""
+    changing = Changing(connection, place.owner, now_s)
+    for what, kind, name in (("id", CHAT, place.chat), ("parent", NODE, place.parent)):
+        found = changing.found(kind, name)
+        if found is None or not found.text or kind == NODE and found.chat != place.chat:
+            where = " in this chat" if kind == NODE else ""
+            raise RequestError(f"there is no {kind} {shown(name)}{where}",
+                               status=404, code="not_found", param=f"chat.{what}")
+    node = changing.found(NODE, place.node)
+    if node is None:
+        return None
+    if not node.text:
+        raise RequestError(f"the node {shown(place.node)} is deleted", status=404, code="not_found",
+                           param="chat.node")
+    body = node.body
+    there = tuple(body.get(name) for name in PLACE if name != "created")
+    if there != (place.chat, place.parent, "assistant"):
+        raise RequestError(f"the node {shown(place.node)} is elsewhere, or is no answer", status=409,
+                           code="other_node", param="chat.node")
+    if body.get("stream", {}).get("id") != place.stream:
+        raise RequestError(f"the node {shown(place.node)} has another answer: its `stream` is not that of "
+                           "this request (X-Request-Id)", status=409, code="other_answer", param="chat.node")
+    return node
+
+
+def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int):
+    """Begin an answer, with a new node unless a device has made it. made: what a new one has besides."""
+    quota.check(connection, place.owner, len(as_json({**made})), client=place.client)
+    changing = Changing(connection, place.owner, now_s)
+    if check_place(connection, place, now_s) is None:
+        new = {**made, "conversation": place.chat, "parent": place.parent, "role": "assistant", "content": "",
+               "stream": {"id": place.stream, "next": 0}}
+        changing.create(Change(NODE, place.node, 0, new), new)
+    node = changing.found(NODE, place.node)
+    assert node
+    connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
+                       "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
+                       (node.number, place.stream))
+
+
+def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int) -> bool:
+    """Write what an answer has so far, or at its end. False if it is deleted. Raises RequestError if it is
+    too large, or if its owner may not keep more."""
+    changing = Changing(connection, place.owner, now_s)
+    node = changing.found(NODE, place.node)
+    chat = changing.found(CHAT, place.chat)
+    if node is None or not node.text or chat is None or not chat.text:
+        if node:
+            forget(connection, node.number)
+        return False
+    if "content" in patch:  # else it only says why there is no more
+        quota.check(connection, place.owner, max(0, len(as_json({**patch})) - len(node.text)))
+    changing.update(Change(NODE, place.node, node.rev, {**patch}), node)
+    if "ended" in patch:
+        forget(connection, node.number)
+        now = {"updated": max(now_s * 1000, chat.body.get("updated", 0))}
+        changing.update(Change(CHAT, place.chat, chat.rev, now), chat)
+    return True
+
+
+def forget(connection: sqlite3.Connection, number: int):
+    connection.execute("DELETE FROM chat_answers WHERE record = ?", (number,))
+
+
+def end_cut(connection: sqlite3.Connection, now_s: int):
+    """Note of the answers which the last server was writing that they were cut."""
+    last = 0
+    while row := connection.execute("SELECT record, stream FROM chat_answers WHERE record > ? "
+                                    "ORDER BY record LIMIT 1", (last,)).fetchone():
+        last, stream = row
+        owner, name = connection.execute("SELECT owner, name FROM chat_records WHERE number = ?",
+                                         (last,)).fetchone()
+        changing = Changing(connection, owner, now_s)
+        node = changing.found(NODE, name)
+        if node and node.text and node.body.get("stream", {}).get("id") == stream:
+            changing.update(Change(NODE, name, node.rev, {**CUT, "ended": stream}), node)
+        forget(connection, last)

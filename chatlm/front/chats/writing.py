@@ -1,0 +1,196 @@
+"""Answers that the server itself writes into a chat, for requests with `chat`. They go on when every page has
+gone, and all devices of their owner see them grow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError
+from chatlm.common.log import log
+from chatlm.common.messages.requests import Finished, Piece
+from chatlm.front.aio import supervised
+from chatlm.front.api.encode import timings_body, usage_body
+from chatlm.front.api.errors import public_error
+from chatlm.front.chats import growing
+from chatlm.front.server.stored_lists import now_s
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Event
+    from chatlm.front.api.dialects.openai import OpenAIEncoder
+    from chatlm.front.chats.growing import WrittenPlace
+    from chatlm.front.server.recordings import Recording, Recordings
+    from chatlm.front.store.store import Store
+
+
+GROWN_S = 3.0  # between two times that a growing answer is written: what a killed server loses
+NO_MISHAP = {"note": None, "error": None, "remedy": None}  # whatever a device has said
+NO_ROOM = "the server could not keep the rest of this answer: "
+
+
+class Running(NamedTuple):
+    """What the core knows of answers that run."""
+
+    recordings: Recordings
+    cancel: Callable[[str], bool]
+    cancel_unread: Callable[[Recording], None]
+
+
+class WrittenAnswer:
+    """An answer that is written into the store while it is sent.
+
+    A second encoder makes the text that is kept. What is stored of a growing answer has its first `next`
+    events, so another device reads the others from its recording. It has ended in the store before its
+    client sees its end."""
+
+    def __init__(self, store: Store, place: WrittenPlace, encoder: OpenAIEncoder, running: Running,
+                 tell: Callable[[str], None]):
+        """tell: called with the owner when something is written."""
+        self.store = store
+        self.place = place
+        self.running = running
+        self.tell = tell
+        parsed = encoder.parsed
+        params = replace(parsed.request.params, logprobs=None)
+        own = replace(parsed, request=replace(parsed.request, params=params), token_ids=True)
+        self.twin = type(encoder)(own, encoder.model, encoder.tokenizer)
+        for each in (encoder, self.twin):
+            each.derive_ids()
+        self.due_s = 0.0  # when it may be written next
+        self.grown = False    # has something come that is not written?
+        self.settled = False  # are all events that have come in the recording too?
+        self.timer: asyncio.TimerHandle | None = None
+        self.task: asyncio.Task[None] | None = None  # which writes
+        self.problem = ""  # why no more of it can be kept
+
+    async def begin(self):
+        """Raises RequestError if it cannot be written there."""
+        made = {"created": time.time() * 1000 // 1, "model": self.twin.model,
+                "seed": self.twin.request.params.sampling.seed}
+        await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()), adds_bytes=1)
+        self.tell(self.place.owner)
+        self.due_s = time.monotonic() + GROWN_S
+
+    async def watched(self, events: AsyncGenerator[Event, None],
+                      later: Callable[[Callable[[], Awaitable[None]]], None]) -> AsyncGenerator[Event, None]:
+        """Pass the events on, and write what they say. later: runs what writes an answer's end when its task
+        has been cancelled."""
+        ended = False
+        try:
+            async for event in events:
+                self.settled = False
+                if isinstance(event, Piece | Finished):
+                    self.twin.collect(event)
+                if isinstance(event, Finished):
+                    ended = True
+                    await self.end(self.facts(event))
+                yield event
+                self.settled = self.grown = not ended
+                self.look()
+        except Exception as error:
+            if not ended:
+                later(partial(self.end, failure_facts(error)))
+            raise
+        except (GeneratorExit, asyncio.CancelledError):  # the server ends
+            if not ended:
+                later(partial(self.end, dict(growing.CUT)))
+            raise
+
+    # what is written
+
+    def said(self) -> dict:
+        """The answer so far, as the page keeps it (static/tree.js)."""
+        choice = self.twin.choices[0]
+        calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
+                 for call in choice.calls]
+        placed = [{"expression": None, "result": None, **call} for call in choice.calculator]
+        return {"content": choice.text("text"), "reasoning": choice.text("reasoning") or None,
+                "ids": [*choice.token_ids] or None, "calls": calls or None, "calculator": placed or None}
+
+    def facts(self, done: Finished) -> dict:
+        usage = usage_body(self.twin.usage())
+        return {"timings": {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
+                            "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}}
+
+    def look(self):
+        """Write what has come, in a task, once that is due."""
+        if self.task or not (self.grown and self.settled):
+            return
+        left_s = self.due_s - time.monotonic()
+        if left_s > 0:
+            if self.timer is None:
+                self.timer = asyncio.get_running_loop().call_later(left_s, self.wake)
+            return
+        self.grown = False
+        recording = self.running.recordings.all.get(self.place.stream)
+        stream = {"id": self.place.stream, "next": recording.length if recording else 0}
+        patch = {**self.said(), "stream": stream}
+        self.task = asyncio.create_task(supervised(
+            f"writing {self.place.node}", partial(self.write, patch), failed=self.fails))
+
+    def look_again(self):
+        """Its chat may be deleted: then it ends."""
+        self.due_s = 0.0
+        self.grown = True
+        self.look()
+
+    def wake(self):
+        self.timer = None
+        self.look()
+
+    async def write(self, patch: dict):
+        try:
+            if self.problem:
+                return
+            kept = await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s()),
+                                        adds_bytes=len(patch["content"]))
+            if kept:
+                self.tell(self.place.owner)
+            else:  # its chat is deleted
+                self.running.cancel(self.place.stream)
+        finally:
+            self.due_s = time.monotonic() + GROWN_S
+            self.task = None
+            self.look()
+
+    def fails(self, error: Exception) -> bool:
+        """It cannot be kept any more. Now it needs a reader, like all other answers."""
+        self.problem = str(error)
+        log.warning("an answer is not kept any more: %s", error)
+        recording = self.running.recordings.all.get(self.place.stream)
+        if recording and not recording.ended:
+            recording.needs_reader = True
+            self.running.cancel_unread(recording)
+        return False
+
+    async def end(self, facts: dict):
+        """Write its end. If there is no room for the text, what is there of it stays, with a note."""
+        self.settled = False
+        if self.timer:
+            self.timer.cancel()
+        if self.task:
+            await asyncio.wait([self.task])
+        end = {"stream": None, "ended": self.place.stream}
+        patches: list[dict] = [{**end, "error": f"{NO_ROOM}{self.problem}", "remedy": "again"}]
+        if not self.problem:
+            patches.insert(0, {**NO_MISHAP, **self.said(), **facts, **end})
+        for patch in patches:
+            try:
+                size = len(patch.get("content", ""))
+                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s()),
+                                     adds_bytes=size)
+                return self.tell(self.place.owner)
+            except ChatServerError as error:
+                self.problem = self.problem or str(error)
+                patches[-1]["error"] = f"{NO_ROOM}{self.problem}"
+                log.warning("the end of an answer is not kept: %s", error)
+
+
+def failure_facts(error: Exception) -> dict:
+    if getattr(error, "code", None) == "cancelled":
+        return {"note": "stopped"}
+    return {"error": str(public_error(error)), "remedy": "again"}
