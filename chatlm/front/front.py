@@ -191,7 +191,7 @@ class Front:
             pool = served.pool
             for annex in self.wanted:
                 if annex.prompt and annex.name in parsed.changed_by:
-                    parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller())
+                    parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller(), pool)
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             parsed = with_parts(parsed, self.wanted)

@@ -75,6 +75,13 @@ class Addition:
         needs = f" without {self.needs}" if self.needs else f" without {self.annex}"
         return f"left out: the server was started{needs}"
 
+    def refusal(self, name: str, value: Any) -> RequestError:
+        """The error for a body with a field of it. What needs a database is said as its routes say it."""
+        error = bad_value(name, value, self.why_not)
+        if self.needs != "--database":
+            return error
+        return RequestError(str(error), status=404, code="no_database", param=name)
+
 
 class AddedNames(NamedTuple):
     """What to take out of a body."""
@@ -212,7 +219,7 @@ class Additions:
             raise bad_value(name, value, f"left out: {route} has no such field, unlike {', '.join(paths)}")
         row, _ = self.fields[route, name]
         if not row.wanted:
-            raise bad_value(name, value, row.why_not)
+            raise row.refusal(name, value)
 
     def _options(self, index: int, entry: Mapping) -> dict[str, Any]:
         """The checked members of an entry of `tools`."""

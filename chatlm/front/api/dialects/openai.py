@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -220,6 +221,7 @@ def read_infill(body: dict, terms: Terms) -> ParsedBody:
 # the encoders of chats and of texts
 
 NOTHING = Piece()
+NO_MEMBERS: Mapping = MappingProxyType({})
 
 
 class OpenAIEncoder(Encoder):
@@ -329,9 +331,9 @@ class OpenAIEncoder(Encoder):
             choice.around_text = chunk.split(dump(mark))
         return dump(delta.text).join(choice.around_text)
 
-    def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
+    def chunk(self, choice: Choice, body: dict, last: bool = False, beside: Mapping = NO_MEMBERS) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
-        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}]}
+        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}], **beside}
         if self.parsed.include_usage:
             chunk["usage"] = None
         if last:
@@ -395,7 +397,7 @@ class OpenAIEncoder(Encoder):
 
         The log-probabilities are JSON already, so they are put between the other members."""
         body = {**self.head, "object": self.whole_object, "usage": self.usage_body(),
-                "timings": timings_body(self.choices[0].done)}
+                "timings": timings_body(self.choices[0].done), **self.parsed.beside}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
             whole = Piece(deltas=tuple(Delta(kind, choice.text(kind)) for kind in ("reasoning", "text")))
@@ -425,7 +427,9 @@ class ChatEncoder(OpenAIEncoder):
 
     def start(self, accepted: Accepted) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return b"".join(self.chunk(choice, opening) for choice in self.choices)
+        first, *others = self.choices
+        return self.chunk(first, opening, beside=self.parsed.beside) + b"".join(
+            self.chunk(choice, opening) for choice in others)
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
