@@ -8,19 +8,20 @@
 
 const Sync = (() => {
 
-const {TEXT, element, wait} = Parts;
+const {TEXT, element, wait, newest} = Parts;
 
 const KIND = {conversations: "chat", nodes: "node"}, STORED_AS = {chat: "conversations", node: "nodes"};
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
 const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
 const WAIT_S = 20, LEASE_MS = 30000;
-const MOST_SENT = 200, SENT_CHARACTERS = 4e6;                            // in a request
-const me = Tree.newId();
+const MOST_SENT = 200, SENT_CHARACTERS = 4e6, MOST_READ = 1000;         // in a request; records read for it
+const me = Tree.newId();                  // this tab
 const PLACE = `${Store.name} sync`, LEASE = `${PLACE} lease`, GONE = `${PLACE} gone `;      // in localStorage; of deletions one for each tab
 
 const state = {on: false, space: "", rev: 0, gone: [], problem: ""};   // `gone`: deletions to send, [kind, id]
+const unsent = new Set();                  // "kind id" of the records that the server is to get from this tab
 const patches = new Map();                 // "kind id" -> fields that changed here and are not sent
-const refused = new Set();                 // records that the server does not take, in this visit
+const retries = new Map();                 // "kind id" -> how often the server has refused a record whose chat or parent it lacks
 const grownAt = new Map();                 // id of a growing answer -> when it was sent
 let sending = false, again = false, timer = 0;
 
@@ -70,15 +71,20 @@ function turnOff() {
 async function begin() {
   Store.mark(true, note);
   takeOverGone();
-  await markNew();
+  await findUnsent();
   soon();
   follow();
 }
 
-// Records that this server has never had are to be sent.
-async function markNew() {
+// Records that the server has never had, or that have changed since; older ones first, for messages follow each other.
+async function findUnsent() {
   for (const kind of Object.keys(KIND)) {
-    for (const record of await Store.read(kind)) if (!record.rev && !record.unsent) Store.change(kind, record.id, {unsent: true}, true);
+    const found = (await Store.read(kind)).filter(record => !record.rev || record.unsent).sort((a, b) => a.created - b.created);
+    for (const record of found) {
+      const key = `${kind} ${record.id}`;
+      unsent.add(key);
+      if (record.rev && !patches.has(key)) patches.set(key, kept(record));      // which of its fields changed is not known any more
+    }
   }
 }
 
@@ -90,8 +96,10 @@ function note(kind, id, patch) {
   const key = `${kind} ${id}`;
   if (patch === null) {
     patches.delete(key);
+    unsent.delete(key);
     setGone([...state.gone, [kind, id]]);
   } else {
+    unsent.add(key);
     patches.set(key, {...patches.get(key), ...patch});
     if (patch.created && isGone(key)) setGone(state.gone.filter(each => each.join(" ") !== key));      // brought back
   }
@@ -106,9 +114,9 @@ async function send() {
   if (!state.on) return;
   if (sending) { again = true; return; }
   sending = true;
+  state.problem = "";
   try {
     for (let more = true; more && state.on;) more = await sendSome();
-    state.problem = "";
   } catch (error) {
     state.problem = error.message;
     setTimeout(soon, 5000);
@@ -135,10 +143,12 @@ async function nextChanges() {
   const changes = Chat.toasts.some(({undo}) => undo) ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
   let characters = 0;
   for (const kind of Object.keys(KIND)) {
-    const unsent = (await Store.read(kind)).filter(({id, unsent: marked}) => marked && !refused.has(id));
-    for (const record of kind === "nodes" ? parentsFirst(unsent) : unsent) {
-      const changed = patches.get(`${kind} ${record.id}`), patch = kept(record.rev && changed ? changed : record);
-      if (!Object.keys(patch).length) { Store.change(kind, record.id, {unsent: false}, true); continue; }
+    const keys = [...unsent].filter(key => key.startsWith(`${kind} `)).slice(0, MOST_READ);
+    const found = await Promise.all(keys.map(key => Store.get(kind, key.split(" ")[1])));
+    keys.forEach((key, i) => found[i] ?? unsent.delete(key));
+    for (const record of parentsFirst(found.filter(Boolean))) {
+      const key = `${kind} ${record.id}`, changed = patches.get(key), patch = kept(record.rev && changed ? changed : record);
+      if (!Object.keys(patch).length) { sent(kind, record.id, {}); continue; }
       if (Tree.isGrowing(record)) {
         if (Date.now() - grownAt.get(record.id) < GROWING_MS) { soon(GROWING_MS); continue; }
         grownAt.set(record.id, Date.now());
@@ -150,6 +160,12 @@ async function nextChanges() {
     }
   }
   return changes.slice(0, MOST_SENT);
+}
+
+function sent(kind, id, patch) {
+  unsent.delete(`${kind} ${id}`);
+  patches.delete(`${kind} ${id}`);
+  Store.change(kind, id, {...patch, unsent: false}, true);
 }
 
 function parentsFirst(nodes) {
@@ -173,21 +189,25 @@ async function settle({kind, id, patch, changed}, {state: done, rev, record, err
   }
   if (done === "deleted") return drop(kind, id);
   if (done === "refused") {
-    refused.add(id);
+    unsent.delete(key);
     state.problem = error.message;
+    const times = retries.get(key) ?? 0;
+    if (["parent", "conversation"].includes(error.param) && times < 3) { retries.set(key, times + 1); unsent.add(key); }     // after the others
     return [];
   }
-  const since = patches.get(key) !== changed;            // changed again while it was sent
-  if (!since) patches.delete(key);
-  Store.change(kind, id, {rev, unsent: since}, true);
+  if (patches.get(key) === changed) sent(kind, id, {rev});
+  else Store.change(kind, id, {rev}, true);              // changed again while it was sent
   return record ? take(kind, id, rev, record) : [];
 }
 
 // receiving ------------------------------------------------------------------------------------------------------------
 
+const following = newest();        // only the newest loop goes on
+
 // Waits for news as long as this tab has the lease.
 async function follow() {
-  while (state.on) {
+  const isMine = following();
+  while (state.on && isMine()) {
     if (!leased()) { await wait(5000); continue; }
     try {
       const response = await ask(`changes?after=${state.rev}&wait=${state.rev ? WAIT_S : 0}`);
@@ -228,19 +248,22 @@ async function hear(rows) {
 async function take(kind, id, rev, record) {
   const known = await Store.get(kind, id);
   if (Chat.runs.has(id) || known?.rev >= rev || isGone(`${kind} ${id}`)) return [];
-  const unsent = known?.unsent ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
+  const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
-  const patch = {...begin, parent: null, ...gone, ...record, ...unsent, id, rev, unsent: Boolean(known?.unsent)};
+  const patch = {...begin, parent: null, ...gone, ...record, ...mine, id, rev, unsent: own};
   if (kind === "conversations") delete patch.parent;
   Store.change(kind, id, patch, true);
   return [[kind, id, await Store.get(kind, id)]];
 }
 
 async function drop(kind, id) {
-  patches.delete(`${kind} ${id}`);
+  for (const map of [patches, unsent]) map.delete(`${kind} ${id}`);
   const nodes = kind === "conversations" ? await Store.read("nodes", id) : [];
-  for (const node of nodes) Store.change("nodes", node.id, null, true);
+  for (const node of nodes) {
+    unsent.delete(`nodes ${node.id}`);
+    Store.change("nodes", node.id, null, true);
+  }
   Store.change(kind, id, null, true);
   return [...nodes.map(node => ["nodes", node.id, null]), [kind, id, null]];
 }
@@ -267,14 +290,13 @@ async function listAnew() {
 // what the reader sees --------------------------------------------------------------------------------------------------
 
 const link = () => `${location.origin}${location.pathname}#join/${state.space}`;
-const pending = async () => (await Promise.all(Object.keys(KIND).map(kind => Store.read(kind)))).flat().filter(({unsent}) => unsent).length;
 
 async function open() {
   if (!state.on) {
     if (await Page.confirmed(TEXT.syncTitle, [paragraph(TEXT.syncOffer)], TEXT.syncNo, TEXT.syncYes)) turnOn();
     return;
   }
-  const left = await pending(), told = state.problem ? TEXT.syncProblem(state.problem) : left ? TEXT.syncLeft(left) : TEXT.syncAll;
+  const told = state.problem ? TEXT.syncProblem(state.problem) : unsent.size ? TEXT.syncLeft(unsent.size) : TEXT.syncAll;
   const shown = element("p", {}, element("code", {id: "sync-link", textContent: link()}));
   if (await Page.confirmed(TEXT.syncTitle, [paragraph(told), paragraph(TEXT.syncLink), shown], TEXT.syncStay, TEXT.syncStop, true)) turnOff();
 }

@@ -46,6 +46,16 @@ def pytest_report_teststatus(report, config):
         terminal.write_line(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext[-3000:]}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """xdist says that one of its processes died, but not of what."""
+    if error:
+        with open("/proc/meminfo") as memory:
+            available = next(line for line in memory if line.startswith("MemAvailable"))
+        ended = node.gateway._io.popen.wait(10)         # below 0: by that signal; -9 with little memory: the system may have killed it
+        print(f"\n{node.gateway.id} ended with {ended}; {available}", flush=True)
+
+
 def pytest_addoption(parser):
     parser.addoption("--quick", metavar="SECONDS", nargs="?", type=float, const=QUICK_SECONDS,
                      help="instead of all modules those that by the record call most of the program in so many seconds of one process "
@@ -54,6 +64,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.option.loadscopereorder = False          # of xdist: it would start the modules with most tests first
+    if getattr(config.option, "maxworkerrestart", None) is None:
+        config.option.maxworkerrestart = "0"        # of xdist 3.8: it may wait for ever once it has started another process for one that died
     if config.option.quick is not None:
         config.args = [str(REPOSITORY / module) for module in Cover(REPOSITORY, read_record(REPOSITORY)).quick(config.option.quick)]
     if "RECORD_EXECUTED" in os.environ:

@@ -387,7 +387,7 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
     Route("POST", "/v1/chats/changes", OPENAI, lambda chats, http: chats.handle_change(http),
           "change records of your chats: a list of up to 500 changes"),
     Route("GET", "/v1/chats/changes", OPENAI, lambda chats, http: chats.handle_changes(http),
-          "what has changed after a revision; waits until something does", query=(SINCE, WAIT), polled=True),
+          "what has changed after a revision; waits until something does", query=(SINCE, WAIT), quiet=True),
     Route("GET", "/v1/chats/search", OPENAI, lambda chats, http: chats.handle_search(http),
           "your chats that have all of these words, the newest first", query=(WORDS, AFTER)),
     Route("GET", "/v1/chats/export", OPENAI, lambda chats, http: chats.handle_export(http),

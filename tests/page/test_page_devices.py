@@ -122,6 +122,26 @@ def test_what_was_done_without_the_server_is_sent_later(devices):
         expect(page.get_by_role("heading", name="Pinned")).to_be_visible(timeout=30_000)
 
 
+def test_what_a_closed_page_had_not_sent_is_sent_by_the_next(devices):
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "unsent words")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text(["unsent words"])
+    phone.route("**/v1/chats/changes", lambda route: route.abort())
+    row = phone.get_by_role("listitem").filter(has_text="unsent")
+    row.hover()
+    button(row, "Rename").click()
+    phone.get_by_role("textbox", name="Title").fill("Sent by the next page")
+    phone.get_by_role("textbox", name="Title").press("Enter")
+    expect(chats(phone)).to_have_text(["Sent by the next page"])
+    phone.unroute("**/v1/chats/changes")
+    tab = phone.context.new_page()
+    phone.close()
+    open_page(tab, laptop.url)
+    expect(chats(laptop)).to_have_text(["Sent by the next page"], timeout=30_000)
+
+
 def test_a_server_without_a_database_is_not_asked(page, stand_in):
     open_page(page, stand_in.url)
     button(page, "Menu").click()

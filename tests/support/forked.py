@@ -197,7 +197,10 @@ class Forked:
 
     def __init__(self, template, pid):
         self.template, self.pid, self.returncode = template, pid, None
-        self.end = os.pidfd_open(pid)
+        try:
+            self.end = os.pidfd_open(pid)
+        except ProcessLookupError:      # it has ended already, and the template knows how
+            self.end = os.open(os.devnull, os.O_RDONLY)     # can be read at once, as what has ended
 
     def wait(self, timeout=None):
         if self.returncode is None:
@@ -213,7 +216,7 @@ class Forked:
             return self.wait(0)
 
     def send_signal(self, number):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):      # of one that has ended
             signal.pidfd_send_signal(self.end, number)
 
     def terminate(self):

@@ -173,6 +173,7 @@ class ChatRoutes:
 
     async def handle_delete_all(self, http: web.Request) -> web.Response:
         """DELETE /v1/chats?count=N: all chats, if they are as many as the client thinks."""
+        require_store(self.store)
         count = query_value(http, COUNT, None)
         if count is None:
             raise RequestError("count is missing: how many chats you mean to delete",
@@ -181,8 +182,9 @@ class ChatRoutes:
         return json_response({"object": "list", "deleted": count})
 
     async def delete(self, names: Seq[str] | None, count: int = 0):
+        store = require_store(self.store)
         owner = self.owner
-        await require_store(self.store).run(
+        await store.run(
             partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()))
         self.tell(owner)
         self.deleted.set()

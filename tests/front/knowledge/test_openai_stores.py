@@ -22,8 +22,8 @@ BOOK = "\n\n".join(
 
 
 @contextmanager
-def knowing(store, *words, log=None):
-    with server("--embedder", f"--database={store}", *words, log=log) as (process, url):
+def knowing(store, *words, log=None, forked=True):
+    with server("--embedder", f"--database={store}", *words, log=log, forked=forked) as (process, url):
         yield process, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 
 
@@ -145,7 +145,7 @@ def test_a_killed_server_goes_on_where_it_was(default_embedder_path, tmp_path):
 
 
 def test_a_worker_that_is_killed_loses_no_file(default_embedder_path, tmp_path):
-    with knowing(tmp_path / "k.db") as (process, client):
+    with knowing(tmp_path / "k.db", forked=False) as (process, client):
         file = client.files.create(file=("book.txt", BOOK * 2), purpose="assistants").id
         client.embeddings.create(model="all-minilm", input="loaded")
         store = client.vector_stores.create(file_ids=[file])
