@@ -75,6 +75,11 @@ class Given(NamedTuple):
         return {"mode": self.mode, "passages": passages, "read": len(self.parts), "of": self.of,
                 "words_only": self.words_only}
 
+    def sources(self) -> tuple[dict, ...]:
+        """What the numbers in an answer cite."""
+        return tuple({"type": "file_citation", "file_id": part.hit.file, "filename": part.hit.filename}
+                     for part in self.parts)
+
 
 class Prompting:
     """Puts passages into conversations."""
@@ -102,6 +107,8 @@ class Prompting:
             raise no_room("their whole documents have more", most)
         if given is None:
             given = await self._found([*names], messages, room, prompts, caller, request.low_priority)
+        if not given.parts:
+            await self._stores(asked["stores"], caller)  # perhaps one was deleted meanwhile
         if given.words_only:
             REQUEST_LOG.get().headers["X-Search"] = "words"
         texts = [part.text for part in given.parts]
@@ -110,7 +117,7 @@ class Prompting:
         elif texts:
             messages = with_passages(messages, "\n\n".join((PASSAGES, *texts)))
         return replace(parsed, request=replace(request, messages=messages),
-                       beside={**parsed.beside, "knowledge": given.body(names)})
+                       beside={**parsed.beside, "knowledge": given.body(names)}, citable=given.sources())
 
     async def _stores(self, wanted: Seq[str], caller: Caller) -> dict[int, str]:
         """The ids of stores by their numbers, in the order of these. Notes that they are used."""
