@@ -94,6 +94,9 @@ class Prompting:
         asked = parsed.added.get("knowledge")
         if asked is None:
             return parsed
+        if others := [*asked.keys() - {"stores", "mode"}]:
+            raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only stores and "
+                                       "mode")
         names = await self._stores(asked["stores"], caller)
         prompts = pool.admission.prompts
         request = parsed.request

@@ -140,7 +140,7 @@ def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
     ({"stores": ["a"] * 9}, 400, "1 to 8"),
     ({"stores": "vs_a"}, 400, "a list"),
     ({"stores": ["a"], "mode": "all"}, 400, '"auto"'),
-    ({"stores": ["a"], "more": 1}, 400, "knowledge"),
+    ({"stores": ["a"], "mods": "whole"}, 400, "knowledge has no member mods, only stores and mode"),
     ([], 400, "knowledge"),
 ])
 def test_a_wrong_value_is_named(client, knowledge, status, why):
@@ -176,9 +176,8 @@ def test_a_killed_search_process_is_started_anew(place, client, book):
 
 
 def test_stores_of_others_are_unknown_ones(default_embedder_path, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("secret-of-a\nsecret-of-b\n")
-    with knowing(tmp_path / "k.db", f"--api-keys={keys}") as (_, client):
+    keys = "secret-of-a", "secret-of-b"
+    with knowing(tmp_path / "k.db", *(f"--api-key={key}" for key in keys)) as (_, client):
         mine, other = client.with_options(api_key="secret-of-a"), client.with_options(api_key="secret-of-b")
         store, _ = filled(mine, "zoo.md", ZOO)
         assert ask(mine, [store], "What do cats eat?").knowledge["read"] == 3
