@@ -84,9 +84,9 @@ class Annex(Generic[T]):
     # The part of the worker's engine (chatlm/worker/parts.py) that gets the values of these fields, by their
     # names. What it says of the answer, `watch` gets
     part: str = ""
-    # The hooks of those that are wanted. `prompt` may change what a body asks the model (of this pool), before
-    # that is rendered, and what its answer has `beside`: of bodies with one of its fields or tools; of all, if
-    # it has neither
+    # The hooks of those that are wanted. `prompt` may change what a body asks the model (of a pool), before
+    # that is rendered, and what its answer has `beside`: of bodies with one of its fields or tools; of all,
+    # if it has neither
     prompt: Callable[[T, ParsedBody, Caller, WorkerPool], Awaitable[ParsedBody]] | None = None
     # Has it to do with the answer to a body? Then `prepare` may change how the body is answered, before its
     # encoder is made, and `around` begins the answer: it gets what begins the one within

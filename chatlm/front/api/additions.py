@@ -148,8 +148,8 @@ def is_alike(form: str, path: str) -> bool:
 
 
 class Additions:
-    """What all annexes add, made once. Raises ValueError for a row that cannot be; what only a dialect can tell
-    is said once its route is asked, so that nothing imports dialects that nobody speaks."""
+    """What all annexes add, made once. Raises ValueError for a row that cannot be; what only a dialect can
+    tell is said once its route is asked, so that nothing imports dialects that nobody speaks."""
 
     def __init__(self, rows: Seq[Addition] = ()):
         self.rows = rows
@@ -183,11 +183,11 @@ class Additions:
                     if not any(is_alike(form, path) for form in added.forms):
                         continue
                     if not has_answer(path):
-                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no kind of "
-                                         "body with an answer")
+                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no kind "
+                                         "of body with an answer")
                     if name in own or name in found:
-                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which has a field "
-                                         "of this name")
+                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which has a "
+                                         "field of this name")
                     found[name] = row, added.field
             self.paths[path] = found
         return self.paths[path]

@@ -26,7 +26,8 @@ class Citations:
         for match in NUMBER.finditer(text):
             number = int(match[1])
             if number <= len(self.sources):
-                self.found.append({**self.sources[number - 1], "index": begin + match.start(), "passage": number})
+                place = begin + match.start()
+                self.found.append({**self.sources[number - 1], "index": place, "passage": number})
         begun = BEGUN.search(text)
         self.open = begun[0] if begun else ""
 

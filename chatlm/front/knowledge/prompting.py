@@ -68,8 +68,8 @@ class Given(NamedTuple):
     def body(self, names: Mapping[int, str]) -> dict:
         """As answers show it. names: the ids of stores, by their numbers."""
         passages = [
-            {"index": index, "vector_store_id": names[hit.store], "file_id": hit.file, "filename": hit.filename,
-             "page": hit.page, "heading": hit.heading, "start": hit.start, "cut": cut,
+            {"index": index, "vector_store_id": names[hit.store], "file_id": hit.file,
+             "filename": hit.filename, "page": hit.page, "heading": hit.heading, "start": hit.start, "cut": cut,
              "score": None if self.mode == "whole" else hit.score}
             for index, (hit, _, cut) in enumerate(self.parts, 1)]
         return {"mode": self.mode, "passages": passages, "read": len(self.parts), "of": self.of,
@@ -95,8 +95,8 @@ class Prompting:
         if asked is None:
             return parsed
         if others := [*asked.keys() - {"stores", "mode"}]:
-            raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only stores and "
-                                       "mode")
+            raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only stores "
+                                       "and mode")
         names = await self._stores(asked["stores"], caller)
         prompts = pool.admission.prompts
         request = parsed.request
@@ -175,8 +175,8 @@ def counter(prompts: PromptMaker) -> Count:
 
 def no_room(why: str, room: int) -> RequestError:
     return RequestError(
-        f"the context has room for {max(room, 0):,} tokens of knowledge, but {why}. Please reduce the length of "
-        "the messages, or ask fewer or smaller stores", code=TOO_LONG, param="knowledge")
+        f"the context has room for {max(room, 0):,} tokens of knowledge, but {why}. Please reduce the length "
+        "of the messages, or ask fewer or smaller stores", code=TOO_LONG, param="knowledge")
 
 
 async def room_in(request: Request, messages: Seq[Message], client: str, prompts: PromptMaker) -> int:

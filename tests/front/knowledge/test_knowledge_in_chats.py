@@ -2,7 +2,6 @@
 
 import json
 import re
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -14,8 +13,9 @@ from real_server import descendants, server
 
 pytestmark = pytest.mark.timeout(600)
 ZOO = b"# Cats\n\nCats sleep a lot.\n\n## Food\n\nThey eat fish and milk.\n\n# Cars\n\nA car needs fuel."
-BOOK = "\n\n".join(f"# Chapter {number}\n\nIt tells how {number} ships sailed to the island number {number * 3}."
-                   for number in range(200)).encode()
+BOOK = "\n\n".join(
+    f"# Chapter {number}\n\nIt tells how {number} ships sailed to the island number {number * 3}."
+    for number in range(200)).encode()
 
 
 @contextmanager
@@ -114,7 +114,8 @@ def test_what_was_given_is_annotated_and_nothing_else(client, zoo):
     answer = ask(client, [store], "?", response_format=CITES, max_tokens=100)
     message = answer.choices[0].message
     entry = {"type": "file_citation", "file_id": file, "filename": "zoo.md"}
-    wanted = [{**entry, "index": message.content.index(f"[{number}]"), "passage": number} for number in (2, 3)]
+    wanted = [{**entry, "index": message.content.index(f"[{number}]"), "passage": number}
+              for number in (2, 3)]
     assert "[99]" in message.content and [each.to_dict() for each in message.annotations] == wanted
     chunks = list(ask(client, [store], "?", response_format=CITES, max_tokens=100, stream=True))
     cited = [chunk.choices[0].delta.annotations for chunk in chunks
@@ -130,7 +131,8 @@ def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
     url = f"{client.base_url}".removesuffix("/v1/") + "/chat/completions"
     http = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(http, timeout=120) as response:
-        frames = [json.loads(line[6:]) for line in response.read().split(b"\n") if line.startswith(b"data: {")]
+        lines = response.read().split(b"\n")
+    frames = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
     assert [*frames[0]] == ["knowledge"] and frames[0]["knowledge"]["read"] == 3 and frames[-1]["done"]
 
 
@@ -168,7 +170,8 @@ def test_an_empty_store_gives_nothing_to_read(client):
 def test_a_killed_search_process_is_started_anew(place, client, book):
     process, _ = place
     before = ask(client, [book[0]], "To which island did 17 ships sail?").knowledge
-    vectors = [each for each in descendants(process) if "vectors" in " ".join(psutil.Process(each.pid).cmdline())]
+    vectors = [each for each in descendants(process)
+               if "vectors" in " ".join(psutil.Process(each.pid).cmdline())]
     assert vectors
     for each in vectors:
         each.kill()
@@ -196,8 +199,8 @@ def test_without_an_embedder_words_alone_are_searched_and_without_a_database_not
     with server(f"--database={tmp_path / 'k.db'}", forked=False) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         raw = client.chat.completions.with_raw_response.create(
-            model="default", messages=[{"role": "user", "content": "What does chapter 17 tell?"}], max_tokens=2,
-            extra_body={"knowledge": {"stores": [store]}})
+            model="default", messages=[{"role": "user", "content": "What does chapter 17 tell?"}],
+            max_tokens=2, extra_body={"knowledge": {"stores": [store]}})
         known = raw.parse().knowledge
         assert raw.headers["X-Search"] == "words" and known["words_only"]
         assert known["passages"][0]["heading"] == "Chapter 17"
