@@ -183,8 +183,8 @@ class Additions:
                     if not any(is_alike(form, path) for form in added.forms):
                         continue
                     if not has_answer(path):
-                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no kind "
-                                         "of body with an answer")
+                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no "
+                                         "kind of body with an answer")
                     if name in own or name in found:
                         raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which has a "
                                          "field of this name")

@@ -69,8 +69,8 @@ class Given(NamedTuple):
         """As answers show it. names: the ids of stores, by their numbers."""
         passages = [
             {"index": index, "vector_store_id": names[hit.store], "file_id": hit.file,
-             "filename": hit.filename, "page": hit.page, "heading": hit.heading, "start": hit.start, "cut": cut,
-             "score": None if self.mode == "whole" else hit.score}
+             "filename": hit.filename, "page": hit.page, "heading": hit.heading, "start": hit.start,
+             "cut": cut, "score": None if self.mode == "whole" else hit.score}
             for index, (hit, _, cut) in enumerate(self.parts, 1)]
         return {"mode": self.mode, "passages": passages, "read": len(self.parts), "of": self.of,
                 "words_only": self.words_only}
@@ -95,8 +95,8 @@ class Prompting:
         if asked is None:
             return parsed
         if others := [*asked.keys() - {"stores", "mode"}]:
-            raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only stores "
-                                       "and mode")
+            raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only "
+                                       "stores and mode")
         names = await self._stores(asked["stores"], caller)
         prompts = pool.admission.prompts
         request = parsed.request
