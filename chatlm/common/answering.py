@@ -19,8 +19,8 @@ STEP_S = 12.0   # that all layers of a step wait at most, since a step without a
 
 
 @cache
-def path_of_word() -> str:
-    """The path of this process's word, for processes that it starts; "" where there is none: not on Linux."""
+def path_of_lease() -> str:
+    """The path of this process's lease, for processes that it starts; "" where there is none (not Linux)."""
     if not hasattr(os, "memfd_create"):
         return ""
     file = FileIO(os.memfd_create("answering"), "r+")
@@ -32,7 +32,7 @@ def path_of_word() -> str:
 kept: list[FileIO] = []  # open as long as this process lives
 
 
-class Word:
+class AnswerLease:
     """The number: until when answers are written, in nanoseconds of the monotonic clock."""
 
     SLICE_NS = 6_000_000  # that texts go on after the longest pause, and to a layer's end
@@ -55,7 +55,7 @@ class Word:
 
     @property
     def others_write(self) -> bool:
-        """Does another process write an answer, as far as its last word says?"""
+        """Does another process write an answer, as far as its last note says?"""
         return time.monotonic_ns() < self.until.value != self.noted
 
     def wait(self, most_s: float):

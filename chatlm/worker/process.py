@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chatlm.common.answering import Word
+from chatlm.common.answering import AnswerLease
 from chatlm.common.config import ranks_per_replica
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.stamps import refuse_changed
@@ -79,7 +79,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> tuple[Engine, WarmUp
     if on_cpu and not ranks and not engine.of_texts:
         prefixes.keep(engine)
     if on_cpu and config.answering:
-        share_word(engine, config.answering, bool(bound))
+        share_lease(engine, config.answering, bool(bound))
     if not warm_up.is_due:  # else the loop does it after the warm-up, without keeping anybody waiting
         give_memory_back()
     CalmLog.over_bar = False
@@ -99,12 +99,12 @@ def load_engine(channel: Channel, config: WorkerConfig, device: Device, bound: s
     return engine
 
 
-def share_word(engine: Engine, path: str, apart: bool = False):
-    """The server's workers tell each other when they write answers; see `Engine.share_word`. apart: has each
+def share_lease(engine: Engine, path: str, apart: bool = False):
+    """The server's workers tell each other when they write answers; see `Engine.share_lease`. apart: has each
     worker processors and memory of its own?"""
     try:
-        word = Word(path)
+        lease = AnswerLease(path)
     except OSError as error:
         log.warning("embedding will not yield to answers: %s", error)
         return
-    engine.share_word(word, apart)
+    engine.share_lease(lease, apart)

@@ -127,7 +127,7 @@ def theirs(program, path, kind, imatrix=None):
 
 
 def record(library, program):
-    from chatlm.export.gguf.importance import Importance, Sums, write_importance
+    from chatlm.export.gguf.importance import Importance, SquareSums, write_importance
     from chatlm.export.gguf.mixes import MIXES
     from tiny_gguf import small_gguf_metadata
     import gguf
@@ -160,7 +160,7 @@ def record(library, program):
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            used = {tensor: Sums(np.ones((shape[2] if len(shape) > 2 else 1, shape[0]), np.float32), np.ones(shape[2] if len(shape) > 2 else 1, np.float32))
+            used = {tensor: SquareSums(np.ones((shape[2] if len(shape) > 2 else 1, shape[0]), np.float32), np.ones(shape[2] if len(shape) > 2 else 1, np.float32))
                     for tensor, shape in sizes.items() if len(shape) > 1}
             imatrix = Path(folder, "imatrix.gguf")
             write_importance(Importance(used, ("text",), 1, 512), imatrix)

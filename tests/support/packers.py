@@ -1,6 +1,6 @@
 """Tiny models whose matrices are packed as AWQ, GPTQ, compressed-tensors, bitsandbytes and modelopt pack them.
 
-Written from the layouts; tests/peers/test_packers.py compares them with compressed-tensors' and bitsandbytes' own functions."""
+ExportModel from the layouts; tests/peers/test_packers.py compares them with compressed-tensors' and bitsandbytes' own functions."""
 
 import json
 import re

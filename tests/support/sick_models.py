@@ -18,7 +18,7 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.doctor.checks import CHECKS
 from chatlm.worker.doctor.examine import findings_of, labelled
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
 from tiny_gguf import gguf_bytes, packed_text, packed_value, random_llama, sentencepiece_metadata, small_gguf_metadata, tensor_info
 
@@ -255,9 +255,9 @@ def diagnose(path, only=None, against=None, **settings):
     try:
         source = resolve_model(settings)
         other = against and resolve_model(dataclasses.replace(settings, model=str(against)))
-        patient = Patient(source, settings, other or None)
-        patient.tokenizer
-        checks = [check for check in CHECKS if (only is None or check.name in only) and check.needs(patient)]
-        return Diagnosis([finding for check in checks for finding in labelled(check.name, findings_of(check, patient))])
+        examined = ExaminedModel(source, settings, other or None)
+        examined.tokenizer
+        checks = [check for check in CHECKS if (only is None or check.name in only) and check.needs(examined)]
+        return Diagnosis([finding for check in checks for finding in labelled(check.name, findings_of(check, examined))])
     except ConfigError as reason:
         return Diagnosis([], str(reason))

@@ -151,11 +151,14 @@ def test_the_command_has_a_verdict_and_a_status(model, default_model_path, nanoc
 
 def test_another_process_s_template_cannot_hang_it(tmp_path):
     """A loop without end, and one that fills memory, are findings; the checks after them are made."""
-    for body, words in (("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "of the processor"),
-                        ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}", "takes more memory")):
+    for body, limit_s, words in (
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 0.5, "of the processor"),
+            ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}",
+             60, "takes more memory")):
         path = rewritten(small_gguf(tmp_path), {"tokenizer.chat_template": CHATML + body})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sick_models, "CHECKS", tuple(row._replace(limit_s=0.5, memory=256 << 20) for row in CHECKS if row.name == "template"))
+            patch.setattr(sick_models, "CHECKS", tuple(row._replace(limit_s=limit_s, memory=256 << 20)
+                                                       for row in CHECKS if row.name == "template"))
             [finding] = diagnose(path).serious
         assert finding.severity == "error" and words in finding.what, finding
 
@@ -165,7 +168,7 @@ def test_a_template_has_the_time_a_server_gives_it():
 
 
 def test_a_check_that_breaks_is_a_finding():
-    def broken(patient):
+    def broken(examined):
         yield note("before")
         raise KeyError("x")
 
@@ -181,8 +184,8 @@ from chatlm.common.processes.child import run_role
 from chatlm.worker.doctor import examine
 from chatlm.worker.doctor.checks import Check
 from chatlm.worker.doctor.findings import note
-examine.CHECKS = (Check("first", lambda patient: [note("before")]), Check("dies", lambda patient: os.kill(os.getpid(), signal.SIGKILL)),
-                  Check("hangs", lambda patient: threading.Event().wait(), limit_s=0.05), Check("last", lambda patient: [note("after")]))
+examine.CHECKS = (Check("first", lambda examined: [note("before")]), Check("dies", lambda examined: os.kill(os.getpid(), signal.SIGKILL)),
+                  Check("hangs", lambda examined: threading.Event().wait(), limit_s=0.05), Check("last", lambda examined: [note("after")]))
 sys.exit(run_role(*sys.argv[1:]))
 """
 

@@ -10,12 +10,12 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.doctor import fit, portraits
+from chatlm.worker.doctor import fit, tensor_statistics
 from chatlm.worker.doctor.against import distances, other_arithmetic
 from chatlm.worker.doctor.checks import OF_WEIGHTS
 from chatlm.worker.doctor.layers import profile, strange_levels
-from chatlm.worker.doctor.patient import Patient
-from chatlm.worker.doctor.portraits import Portrait
+from chatlm.worker.doctor.examined_model import ExaminedModel
+from chatlm.worker.doctor.tensor_statistics import TensorStatistics
 from chatlm.worker.weights.formats.gguf import description as gguf
 from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
 from families import as_gguf, make_model, save
@@ -63,16 +63,16 @@ def each_list_once(spelled, monkeypatch):
 
 @pytest.fixture
 def each_tensor_once(drawn, texts, monkeypatch):
-    """A tensor whose bytes were read before has its portrait, a vocabulary its tokenizer: a fault changes few of the default model's 272 tensors."""
-    def draw_once(portrait, tensor, heads, every, draw=portraits.draw_portrait):
+    """A tensor whose bytes were read before has its statistics, a vocabulary its tokenizer: a fault changes few of the default model's 272 tensors."""
+    def draw_once(statistics, tensor, heads, every, draw=tensor_statistics.measure_tensor):
         digest = hashlib.blake2b()
         for part in tensor.mapped:
             digest.update(numpy.ascontiguousarray(part).view(numpy.uint8))
-        key = portrait.name, portrait.part, portrait.layer, portrait.index, portrait.shape, heads, every, digest.digest()
+        key = statistics.name, statistics.part, statistics.layer, statistics.index, statistics.shape, heads, every, digest.digest()
         if not tensor.mapped or key not in drawn:
-            drawn[key] = draw(portrait, tensor, heads, every)
+            drawn[key] = draw(statistics, tensor, heads, every)
         return copy.deepcopy(drawn[key])
-    monkeypatch.setattr(portraits, "draw_portrait", draw_once)
+    monkeypatch.setattr(tensor_statistics, "measure_tensor", draw_once)
 
     def read_once(path, metadata, read=gguf.gguf_texts):
         tokens = metadata["tokenizer.ggml.tokens"]
@@ -106,13 +106,13 @@ def test_random_weights_of_other_families_are_fine(name, tmp_path):
     assert (diagnosis.serious, diagnosis.refused) == ([], "")
 
 
-def test_a_folder_and_its_gguf_have_one_portrait(tmp_path):
+def test_a_folder_and_its_gguf_have_one_statistic(tmp_path):
     """Up to the order of rows, which llama.cpp changes."""
     model, drawn = make_model("llama3.2"), []
     as_gguf(tmp_path / "model.gguf", model)
     for path in (save(model, tmp_path / "folder"), tmp_path / "model.gguf"):
         settings = Settings(model=str(path))
-        found = portraits.portraits(Patient(resolve_model(settings), settings).floats)
+        found = tensor_statistics.all_statistics(ExaminedModel(resolve_model(settings), settings).floats)
         drawn.append({(one.layer, one.part, one.index): one for one in found})
     assert drawn[0].keys() == drawn[1].keys()
     for key, one in drawn[0].items():
@@ -127,34 +127,34 @@ def test_a_folder_and_its_gguf_are_mutual_originals(name, tmp_path):
     as_gguf(tmp_path / "model.gguf", model)
     for path in (save(model, tmp_path / "folder"), tmp_path / "model.gguf"):
         settings = Settings(model=str(path))
-        both.append(Patient(resolve_model(settings), settings).floats)
+        both.append(ExaminedModel(resolve_model(settings), settings).floats)
     assert [*other_arithmetic(*both)] == []
     far = distances(*both)
     assert len(far) > 8 and max(far.values()) < 1e-6
 
 
-def test_a_bias_s_portrait_is_of_its_own_tensor(tmp_path):
+def test_a_bias_s_statistics_is_of_its_own_tensor(tmp_path):
     """q, k and v of a file are one vector here; each is read alone."""
     as_gguf(tmp_path / "model.gguf", make_model("qwen2.5"))
     settings = Settings(model=str(tmp_path / "model.gguf"))
-    drawn = portraits.portraits(Patient(resolve_model(settings), settings).floats)
+    drawn = tensor_statistics.all_statistics(ExaminedModel(resolve_model(settings), settings).floats)
     biases = [one for one in drawn if one.part == "qkv_bias"]
     assert biases and all(one.values.shape == one.shape for one in biases)
 
 
 def test_a_sampled_large_model_is_reported_so(default_file, monkeypatch):
     monkeypatch.setattr("chatlm.worker.doctor.weights.MOST_VALUES", 40_000_000)
-    monkeypatch.setattr(portraits, "MOST_VALUES", 40_000_000)
-    monkeypatch.setattr(portraits, "CHUNK", 1 << 16)
+    monkeypatch.setattr(tensor_statistics, "MOST_VALUES", 40_000_000)
+    monkeypatch.setattr(tensor_statistics, "CHUNK", 1 << 16)
     diagnosis = diagnose(default_file, only=["weights"])
     assert [(finding.severity, finding.what) for finding in diagnosis.findings] == [
         ("note", "about 25 % of the 0.1 billion weights were read")]
 
 
 def test_only_the_strangest_of_neighbours_is_named():
-    kind = [Portrait("w", "down", layer, 0, (4, 4), rows=numpy.full(4, 1.0 + layer / 50)) for layer in range(12)]
+    kind = [TensorStatistics("w", "down", layer, 0, (4, 4), rows=numpy.full(4, 1.0 + layer / 50)) for layer in range(12)]
     kind[6].rows *= 25.0
-    assert [(found.portrait.layer, round(numpy.exp(found.log_factor))) for found in strange_levels(kind)] == [(6, 5)]
+    assert [(found.statistics.layer, round(numpy.exp(found.log_factor))) for found in strange_levels(kind)] == [(6, 5)]
 
 
 def test_flat_profiles_are_no_correlations():

@@ -16,7 +16,7 @@ import numpy
 
 from chatlm.common.processes.start import own_threads
 from chatlm.export.gguf.activations import GATES, UNGATED, sigmoid
-from chatlm.export.gguf.importance import Sums
+from chatlm.export.gguf.importance import SquareSums
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.model.tensors import Cut
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_WAITING = 1 << 27  # values of inputs, 0.5 GB
 
 
-class Mixture(NamedTuple):
+class ExpertLayer(NamedTuple):
     """A layer's experts."""
 
     up: str                       # our names of their matrices
@@ -35,7 +35,7 @@ class Mixture(NamedTuple):
     options: Mapping[str, Any]    # how a token's experts are chosen, as the op `experts` gets it
 
 
-class Routed(NamedTuple):
+class RoutedTokens(NamedTuple):
     """What a step gave a mixture."""
 
     x: numpy.ndarray       # (T, C) float32, after the norm
@@ -47,17 +47,18 @@ class ExpertSums:
     """Adds up, for each expert, the squares of what its matrices read of the tokens that it gets."""
 
     tensors: Mapping[str, Unread]   # the model's, which become float32 when they are read
-    sums: dict[str, Sums] = field(default_factory=dict)  # our matrix -> float64 (E, K), and tokens (E,)
-    mixtures: dict[str, Mixture] = field(default_factory=dict)      # by the name of their first matrix
-    waiting: dict[str, list[Routed]] = field(default_factory=dict)  # likewise
+    sums: dict[str, SquareSums] = field(default_factory=dict)  # our matrix -> float64 (E, K), and tokens (E,)
+    mixtures: dict[str, ExpertLayer] = field(default_factory=dict)      # by the name of their first matrix
+    waiting: dict[str, list[RoutedTokens]] = field(default_factory=dict)  # likewise
     held: int = 0                   # values of inputs in `waiting`
 
-    def add(self, mixture: Mixture, x: numpy.ndarray, logits: numpy.ndarray):
+    def add(self, mixture: ExpertLayer, x: numpy.ndarray, logits: numpy.ndarray):
         """x (T, >= C) after the norm, and the router's logits (T, E), of a step's tokens."""
         columns = self.tensors[mixture.up].cut.full[1]
         x = x[:, :columns].astype(numpy.float32)
         self.mixtures[mixture.up] = mixture
-        self.waiting.setdefault(mixture.up, []).append(Routed(x, chosen_experts(logits, mixture.options)))
+        routed = RoutedTokens(x, chosen_experts(logits, mixture.options))
+        self.waiting.setdefault(mixture.up, []).append(routed)
         self.held += x.size
         if self.held >= MOST_WAITING:
             self.finish()
@@ -70,7 +71,7 @@ class ExpertSums:
         self.waiting.clear()
         self.held = 0
 
-    def count(self, mixture: Mixture, x: numpy.ndarray, chosen: numpy.ndarray):
+    def count(self, mixture: ExpertLayer, x: numpy.ndarray, chosen: numpy.ndarray):
         experts = chosen.shape[1]
         tokens = chosen.sum(0)
         of_up = chosen.T.astype(numpy.float64) @ numpy.square(x, dtype=numpy.float64)
@@ -86,11 +87,11 @@ class ExpertSums:
                 of_down[expert] = squares
         for name, squares in ((mixture.up, of_up), (mixture.down, of_down)):
             if name not in self.sums:
-                self.sums[name] = Sums(numpy.zeros_like(squares), numpy.zeros(experts))
+                self.sums[name] = SquareSums(numpy.zeros_like(squares), numpy.zeros(experts))
             self.sums[name].squares += squares
             self.sums[name].counts += tokens
 
-    def hidden(self, mixture: Mixture, x: numpy.ndarray, expert: int, experts: int) -> numpy.ndarray:
+    def hidden(self, mixture: ExpertLayer, x: numpy.ndarray, expert: int, experts: int) -> numpy.ndarray:
         """(T, F): what an expert's `down` reads of x (T, C)."""
         is_gated = mixture.activation in GATES
         shares = experts * 2 if is_gated else experts

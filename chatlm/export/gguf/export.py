@@ -22,7 +22,7 @@ from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, NEED_IMPORTANCE, Mix, T
 from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.sources import written_model
 from chatlm.export.gguf.unfinished import CHANGED, UnfinishedFile, digest_of
-from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.export.gguf.export_model import ExportModel, ExportTensor
 from chatlm.worker.weights.formats.gguf.file_types import NUMBERS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ QUANTIZATION_VERSION = 2
 Progress = Callable[[str, float], None]
 
 
-class Result(NamedTuple):
+class ExportResult(NamedTuple):
     """What was written."""
 
     path: Path
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
 def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path | None = None,
                 progress: Progress = lambda stage, fraction: None, threads: int = 1,
-                softcap: float | None = None) -> Result:
+                softcap: float | None = None) -> ExportResult:
     """Write the model to `output` as a file of this type. The file appears once it is complete; after a kill
     the same call goes on. ConfigError for whatever is wrong with the model, the type or the disk."""
     name, mix = mix_of(type)
@@ -63,7 +63,7 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
                     "you have it", source.name)
     rules = TypeRules(mix, model.shape, importance is not None)
     types = rules.types_of(tensor.matrix for tensor in model.tensors)
-    packing = Packing(model, types, mix, importance)
+    packing = Quantizer(model, types, mix, importance)
     packing.refuse_missing_importance(name)
     pairs = metadata_of(model, name, importance)
     layout = encoding.layout_of(
@@ -82,11 +82,11 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     finally:
         file.close()
     weights = sum(tensor.columns * tensor.count for tensor in model.tensors)
-    return Result(output, layout.size, weights, dict(Counter(types.values()).most_common()),
+    return ExportResult(output, layout.size, weights, dict(Counter(types.values()).most_common()),
                   packing.without_importance())
 
 
-def refuse_own_file(model: Written, output: Path):
+def refuse_own_file(model: ExportModel, output: Path):
     for path in model.files:
         if output.exists() and os.path.samefile(path, output):
             raise ConfigError(f"-o {visible(str(output))} is the model itself; name another file")
@@ -99,7 +99,7 @@ def importance_stamp(path: Path | None) -> tuple:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def metadata_of(model: Written, type: str, importance: Importance | None) -> dict[str, encoding.Value]:
+def metadata_of(model: ExportModel, type: str, importance: Importance | None) -> dict[str, encoding.Value]:
     pairs = dict(model.metadata)
     pairs["general.quantization_version"] = encoding.of_number(QUANTIZATION_VERSION)
     pairs["general.file_type"] = encoding.of_number(NUMBERS[type])
@@ -113,15 +113,15 @@ def metadata_of(model: Written, type: str, importance: Importance | None) -> dic
 
 
 @record
-class Packing:
+class Quantizer:
     """How each tensor of a model becomes bytes of its new type."""
 
-    model: Written
+    model: ExportModel
     types: dict[str, str]
     mix: Mix
     importance: Importance | None
 
-    def importance_of(self, tensor: WrittenTensor) -> numpy.ndarray | None:
+    def importance_of(self, tensor: ExportTensor) -> numpy.ndarray | None:
         """(E, K), or None. ConfigError if the file of importance is of another model."""
         if self.importance is None or self.types[tensor.matrix.name] in FLOATS:
             return None
@@ -151,7 +151,7 @@ class Packing:
                      if self.types[tensor.matrix.name] not in FLOATS]
         return sum(self.importance_of(tensor) is None for tensor in quantized)
 
-    def chunks(self, tensor: WrittenTensor) -> Iterator[tuple[int, int]]:
+    def chunks(self, tensor: ExportTensor) -> Iterator[tuple[int, int]]:
         """Runs of rows, none of which crosses from one matrix into the next."""
         step = max(AT_ONCE // tensor.columns, 1)
         rows = tensor.rows_of_matrix
@@ -159,7 +159,7 @@ class Packing:
             for begin in range(first, first + rows, step):
                 yield begin, min(begin + step, first + rows)
 
-    def packed(self, tensor: WrittenTensor, importance: numpy.ndarray | None, begin: int,
+    def packed(self, tensor: ExportTensor, importance: numpy.ndarray | None, begin: int,
                end: int) -> numpy.ndarray:
         """The bytes of some rows. ConfigError if a value is not finite."""
         kind = self.types[tensor.matrix.name]
@@ -175,7 +175,7 @@ class Packing:
         return pack(kind, numpy.ascontiguousarray(values), of_matrix)
 
 
-def write_tensors(file: UnfinishedFile, layout: encoding.GgufLayout, packing: Packing,
+def write_tensors(file: UnfinishedFile, layout: encoding.GgufLayout, packing: Quantizer,
                   pool: ThreadPoolExecutor, threads: int, progress: Progress):
     """Write the header and every tensor that is not in the file yet. Few rows are in memory at once."""
     if not file.pieces:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of plain families as a `Written`: what llama.cpp's converter writes of them.
+"""Hugging Face folders of plain families as a `ExportModel`: what llama.cpp's converter writes of them.
 
 The reader of GGUF files reads back the metadata that are written. A folder whose arithmetic or tokenizer
 would not come back as it is, is refused."""
@@ -16,9 +16,9 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.folder_tokenizer import INSTEAD, texts_of
-from chatlm.export.gguf.mixes import Matrix, Shape, order_of
+from chatlm.export.gguf.mixes import ModelShape, TensorInfo, order_of
 from chatlm.export.gguf.size_label import size_label
-from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.export.gguf.export_model import ExportModel, ExportTensor
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.differences import differences
@@ -35,7 +35,7 @@ FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> lla
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def written_folder(source: ModelSource) -> Written:
+def written_folder(source: ModelSource) -> ExportModel:
     """ConfigError for folders of other families, and for what a GGUF file cannot say."""
     model = read_folder_model(source, Settings())
     if model.family not in FAMILIES or model.scales or model.embeds or model.score is not None:
@@ -51,10 +51,10 @@ def written_folder(source: ModelSource) -> Written:
     stated["general.size_label"] = size_label(tensor.matrix for tensor in tensors)
     pairs = {key: encoded(value) for key, value in stated.items()}
     spec = model.spec
-    shape = Shape(FAMILIES[model.family], spec.layers, spec.heads, spec.kv_heads)
+    shape = ModelShape(FAMILIES[model.family], spec.layers, spec.heads, spec.kv_heads)
     files = sorted(path for path in source.path.iterdir()
                    if path.suffix in (".safetensors", ".json", ".jinja", ".model"))
-    return Written(pairs, tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name))), shape,
+    return ExportModel(pairs, tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name))), shape,
                    tuple(files), is_quantized=False)
 
 
@@ -73,7 +73,7 @@ def encoded(value: Any) -> encoding.Value:
     return encoding.of_texts(value) if is_texts else encoding.of_numbers(value)
 
 
-def tensors_of(model: FolderModel) -> list[WrittenTensor]:
+def tensors_of(model: FolderModel) -> list[ExportTensor]:
     row = model.row
     names = row.gguf_names
     heads = {"q": model.spec.heads, "k": model.spec.kv_heads}
@@ -100,7 +100,7 @@ def paired_rows(rows: int, heads: int) -> numpy.ndarray:
     return numpy.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = None) -> WrittenTensor:
+def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = None) -> ExportTensor:
     sizes = tuple(reversed(array.shape))
     vector = len(sizes) == 1
     if order is not None and vector:
@@ -118,7 +118,7 @@ def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = 
     def raw(begin: int, end: int) -> numpy.ndarray:
         return numpy.ascontiguousarray(bits_of(slice_of(begin, end))).view(numpy.uint8)
 
-    return WrittenTensor(Matrix(name, sizes, kind), rows, raw if kind == KINDS[kind_of(array)] else None)
+    return ExportTensor(TensorInfo(name, sizes, kind), rows, raw if kind == KINDS[kind_of(array)] else None)
 
 
 def numbers_of(model: FolderModel) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def rope_factors(model: FolderModel) -> numpy.ndarray | None:
 
 
 def refuse_other_arithmetic(source: ModelSource, model: FolderModel, stated: Mapping[str, Any],
-                            tensors: Seq[WrittenTensor]):
+                            tensors: Seq[ExportTensor]):
     """ConfigError unless a reader of the metadata would compute the same model."""
     stored = {}
     for tensor in tensors:

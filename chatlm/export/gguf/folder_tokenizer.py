@@ -108,7 +108,7 @@ def encodings(text: TextSpec) -> list[list[int]]:
 
 
 @dataclass
-class Pieces:
+class SentencePieceVocabulary:
     """A vocabulary of so many tokens as llama.cpp's converter writes it (conversion/base.py,
     _create_vocab_sentencepiece): pieces, the scores by which they merge, and types."""
 
@@ -117,7 +117,7 @@ class Pieces:
     types: list[int]
 
     @classmethod
-    def empty(cls, size: int) -> Pieces:
+    def empty(cls, size: int) -> SentencePieceVocabulary:
         tokens = [f"[PAD{token}]" for token in range(size)]
         return cls(tokens, [PADDING_SCORE] * size, [UNUSED] * size)
 
@@ -154,14 +154,14 @@ def looks_special(content: str) -> bool:
             or content.startswith("<unused") and content.endswith(">"))
 
 
-def pieces_of_model(folder: Path, state: Mapping[str, Any], size: int) -> Pieces:
+def pieces_of_model(folder: Path, state: Mapping[str, Any], size: int) -> SentencePieceVocabulary:
     """Of a tokenizer.model and the folder's lists of added tokens. `state`: its tokenizer.json."""
     path = folder / "tokenizer.model"
     model = read_sentencepiece(path)
     if model.algorithm != BPE:
         raise ConfigError(f"{path}: of sentencepiece's tokenizers only those of the type bpe can be written, "
                           f"and this one is unigram; {INSTEAD}")
-    pieces = Pieces.empty(size)
+    pieces = SentencePieceVocabulary.empty(size)
     for token, (piece, score, kind) in enumerate(zip(model.pieces, model.scores, model.types)):
         pieces.put(path, token, piece, score, NORMAL if kind == USER_DEFINED else kind)
     added = folder / "added_tokens.json"
@@ -174,7 +174,7 @@ def pieces_of_model(folder: Path, state: Mapping[str, Any], size: int) -> Pieces
     return pieces
 
 
-def add_missing(path: Path, state: Mapping[str, Any], pieces: Pieces):
+def add_missing(path: Path, state: Mapping[str, Any], pieces: SentencePieceVocabulary):
     """Added tokens of a tokenizer.json that nothing else has named."""
     for entry in state.get("added_tokens", ()):
         token = entry["id"]
@@ -183,11 +183,11 @@ def add_missing(path: Path, state: Mapping[str, Any], pieces: Pieces):
             pieces.add(path, token, entry["content"], entry.get("special", False))
 
 
-def pieces_of_json(path: Path, state: Mapping[str, Any], size: int) -> Pieces:
+def pieces_of_json(path: Path, state: Mapping[str, Any], size: int) -> SentencePieceVocabulary:
     """Of a tokenizer.json that was made of a tokenizer.model: what merges first has the best score. The
     converter gives all pieces one score, with which llama.cpp merges wrongly."""
     bpe = state["model"]
-    pieces = Pieces.empty(size)
+    pieces = SentencePieceVocabulary.empty(size)
     for content, token in bpe["vocab"].items():
         kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", content) else NORMAL
         pieces.put(path, token, content, 0.0, UNKNOWN if content == bpe.get("unk_token") else kind)

@@ -1,4 +1,4 @@
-"""A GGUF file's model as a `Written`: its metadata stay as they are."""
+"""A GGUF file's model as a `ExportModel`: its metadata stay as they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.export.gguf.encoding import Value
-from chatlm.export.gguf.mixes import FLOATS, Matrix, Shape
-from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.export.gguf.mixes import FLOATS, ModelShape, TensorInfo
+from chatlm.export.gguf.export_model import ExportModel, ExportTensor
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 INTEGERS = "I8", "I16", "I32", "I64", "F64"
 
 
-def written_gguf(path: Path) -> Written:
+def written_gguf(path: Path) -> ExportModel:
     """A GGUF file's model, with its metadata as they are."""
     with readable(path):
         metadata, stored = read_gguf(path)
@@ -45,7 +45,7 @@ def written_gguf(path: Path) -> Written:
     for index in range(2, count + 1):
         files.append(path.with_name(re.sub(SPLIT_GGUF, f"-{index:05}-of-{count:05}", path.name)))
     is_quantized = any(tensor.matrix.kind not in (*FLOATS, *INTEGERS) for tensor in tensors)
-    return Written(pairs, tensors, shape_in(architecture, metadata), tuple(files), is_quantized)
+    return ExportModel(pairs, tensors, shape_in(architecture, metadata), tuple(files), is_quantized)
 
 
 def pairs_of(path: Path) -> dict[str, Value]:
@@ -63,7 +63,7 @@ def pairs_of(path: Path) -> dict[str, Value]:
     return pairs
 
 
-def shape_in(architecture: str, metadata: Mapping) -> Shape:
+def shape_in(architecture: str, metadata: Mapping) -> ModelShape:
     """What a mix looks at. A list with a number for each layer counts by its first."""
     def number(key: str, default: int) -> int:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -72,14 +72,14 @@ def shape_in(architecture: str, metadata: Mapping) -> Shape:
         return value if type(value) is int else default
 
     heads = number("attention.head_count", 1)
-    return Shape(architecture, number("block_count", 0), heads, number("attention.head_count_kv", heads),
+    return ModelShape(architecture, number("block_count", 0), heads, number("attention.head_count_kv", heads),
                  number("expert_count", 0))
 
 
-def written_tensor(tensor: Tensor) -> WrittenTensor:
+def written_tensor(tensor: Tensor) -> ExportTensor:
     kind = tensor.tensor_type
     data = tensor.data.reshape(-1, tensor.data.shape[-1])
-    matrix = Matrix(tensor.name, tuple(tensor.shape.tolist()), kind.name)
+    matrix = TensorInfo(tensor.name, tuple(tensor.shape.tolist()), kind.name)
 
     def rows(begin: int, end: int) -> numpy.ndarray:
         if kind.name in WITHOUT_VALUES:
@@ -89,4 +89,4 @@ def written_tensor(tensor: Tensor) -> WrittenTensor:
     def raw(begin: int, end: int) -> numpy.ndarray:
         return numpy.ascontiguousarray(data[begin:end]).view(numpy.uint8)
 
-    return WrittenTensor(matrix, rows, raw)
+    return ExportTensor(matrix, rows, raw)

@@ -94,7 +94,7 @@ def grid_of(kind: str, most_shells: int) -> Grid:
     return Grid(levels, bits, codes.T.astype(numpy.float32), place, begins, counts, numpy.concatenate(found))
 
 
-class Line(NamedTuple):
+class LevelValues(NamedTuple):
     """The values of levels before they are scaled."""
 
     step: int
@@ -102,7 +102,7 @@ class Line(NamedTuple):
 
 
 def places_of(grid: Grid, codes: Array, x: Array, weights: Array, scale: Array,
-              line: Line) -> tuple[Array, Array]:
+              line: LevelValues) -> tuple[Array, Array]:
     """For points (8 or 4, P) with a scale each: (places in the grid (P,), were the codes in it?). Others go
     to the neighbour where the error is the least. line: what a level stands for."""
     numbers = grid.numbers(codes)
@@ -129,14 +129,14 @@ def places_of(grid: Grid, codes: Array, x: Array, weights: Array, scale: Array,
     return places, is_on
 
 
-class Sizes(NamedTuple):
+class Magnitudes(NamedTuple):
     """The weights of groups without their signs, and the signs."""
 
     x: Array      # (n, G); negative where its sign is stored wrongly
     signs: Array  # (n / 8, G): a bit for each of 8 weights
 
 
-def sizes_of(x: Array, weights: Array, even: bool) -> Sizes:
+def sizes_of(x: Array, weights: Array, even: bool) -> Magnitudes:
     """even: of 8 weights with an odd number of minus signs, that whose sign costs least gets the wrong
     one."""
     eights = x.reshape(-1, 8, x.shape[1])
@@ -150,10 +150,10 @@ def sizes_of(x: Array, weights: Array, even: bool) -> Sizes:
         sizes = numpy.where(turned, -sizes, sizes)
         negative = negative ^ turned
     bits = (negative << numpy.arange(8)[:, None]).sum(1)
-    return Sizes(sizes.reshape(x.shape), bits & 127 if even else bits)
+    return Magnitudes(sizes.reshape(x.shape), bits & 127 if even else bits)
 
 
-class Groups(NamedTuple):
+class PackedGroups(NamedTuple):
     """Packed groups."""
 
     scale: Array   # (G,)
@@ -161,12 +161,12 @@ class Groups(NamedTuple):
     signs: Array   # (n / 8, G)
 
 
-def pack_groups(kind: str, x: Array, weights: Array) -> Groups:
+def pack_groups(kind: str, x: Array, weights: Array) -> PackedGroups:
     """The groups (n, G) of a type."""
     type_ = TYPES[kind]
     grid = grid_of(kind, type_.shells)
     size, signs = sizes_of(x, weights, type_.even_signs)
-    search = Search(grid, size, weights)
+    search = PointSearch(grid, size, weights)
     largest = size.max(0)
     is_zero = largest < F(type_.least)
     top = F(2 * grid.levels - 1)
@@ -196,7 +196,7 @@ def pack_groups(kind: str, x: Array, weights: Array) -> Groups:
     scale = numpy.where(changes & (squares > 0), products / squares, scale)
     flipped = scale < 0
     signs = numpy.where(flipped, ~signs & (127 if type_.even_signs else 255), signs)
-    return Groups(numpy.where(is_zero, F(0), numpy.abs(scale)), numpy.where(is_zero, 0, places),
+    return PackedGroups(numpy.where(is_zero, F(0), numpy.abs(scale)), numpy.where(is_zero, 0, places),
                   numpy.where(is_zero, 0, signs))
 
 
@@ -206,7 +206,7 @@ def as_points(values: Array, coordinates: int) -> Array:
     return numpy.ascontiguousarray(apart).reshape(coordinates, -1)
 
 
-class Search:
+class PointSearch:
     """Looks for the points of groups (n, G)."""
 
     def __init__(self, grid: Grid, x: Array, weights: Array):
@@ -227,7 +227,7 @@ class Search:
         codes = nearest(F(0.5) * (inverse * self.x - F(1)), 0, self.grid.levels - 1)
         of_points = numpy.tile(scale, self.points)
         places, is_on = places_of(self.grid, self.as_points(codes), self.point_x, self.point_weights,
-                                  of_points, Line(2, numpy.ones_like(of_points)))
+                                  of_points, LevelValues(2, numpy.ones_like(of_points)))
         return places.reshape(self.points, -1), is_on.reshape(self.points, -1)
 
     def sums(self, places: Array) -> tuple[Array, Array]:

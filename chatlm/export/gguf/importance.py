@@ -30,7 +30,7 @@ MOST_OLD = 2 << 30  # bytes of a .dat; that of a model of 1,000 B weights has 0.
 
 
 @dataclass
-class Sums:
+class SquareSums:
     """Of one tensor: the sums of squares (E, K) float32, and the tokens that each matrix has seen (E,). A
     tensor without experts has one matrix."""
 
@@ -48,7 +48,7 @@ class Sums:
 class Importance:
     """What an imatrix file says."""
 
-    tensors: Mapping[str, Sums]
+    tensors: Mapping[str, SquareSums]
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk_tokens: int = 0
@@ -103,7 +103,7 @@ def read_gguf_importance(path: Path) -> Importance:
                                   "or is not F32")
             matrices = counts.n_elements
             squares = numpy.array(tensor.data, numpy.float32).reshape(matrices, -1)
-            tensors[name.removesuffix(SUMS)] = Sums(squares, numpy.rint(counts.data).reshape(-1))
+            tensors[name.removesuffix(SUMS)] = SquareSums(squares, numpy.rint(counts.data).reshape(-1))
     if not tensors:
         raise ConfigError(f"--imatrix {visible(str(path))} has no tensors")
     stated = {}
@@ -139,7 +139,7 @@ def read_old_importance(path: Path) -> Importance:
                 raise refused
             squares = numpy.frombuffer(data, "<f4", size, at).reshape(1, -1).astype(numpy.float32)
             at += 4 * size
-            tensors[name] = Sums(squares, numpy.array([max(calls, 1)], numpy.float32))
+            tensors[name] = SquareSums(squares, numpy.array([max(calls, 1)], numpy.float32))
         if at + 8 <= len(data):
             chunks, length = struct.unpack_from("<ii", data, at)
             datasets = (data[at + 8:at + 8 + max(length, 0)].decode("utf-8", "replace"),)

@@ -18,8 +18,8 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.text.load import open_tokenizer
-from chatlm.export.gguf.experts import ExpertSums, Mixture
-from chatlm.export.gguf.importance import Importance, Sums
+from chatlm.export.gguf.experts import ExpertLayer, ExpertSums
+from chatlm.export.gguf.importance import Importance, SquareSums
 from chatlm.worker.arrays.kinds import Device, floats, kind_of
 from chatlm.worker.doctor.running import step
 from chatlm.worker.memory_plan import plan_model
@@ -47,19 +47,19 @@ OTHER_NUMBERS = ("nemotron_h",)  # families of which we count two of a file's la
 Progress = Callable[[str, float], None]
 
 
-class Captured(NamedTuple):
+class CapturedInput(NamedTuple):
     """What a product reads: a copy of its input, and the norm that the product itself applies."""
 
     copy: Any         # (most tokens of a step, at least K)
     norm: Norm | None
 
 
-class CapturedMixture(NamedTuple):
+class CapturedExperts(NamedTuple):
     """What a layer's experts read: their input and the router's logits."""
 
-    mixture: Mixture
-    x: Captured
-    logits: Captured  # (most tokens of a step, E)
+    mixture: ExpertLayer
+    x: CapturedInput
+    logits: CapturedInput  # (most tokens of a step, E)
 
 
 @dataclass
@@ -67,8 +67,8 @@ class Capturing:
     """Gives kernels that copy the input of every product before they compute it."""
 
     names: dict[int, str] = field(default_factory=dict)     # id of a packed matrix -> our name
-    captured: dict[str, Captured] = field(default_factory=dict)
-    mixtures: dict[str, CapturedMixture] = field(default_factory=dict)  # by the name of their first matrix
+    captured: dict[str, CapturedInput] = field(default_factory=dict)
+    mixtures: dict[str, CapturedExperts] = field(default_factory=dict)  # by the name of their first matrix
     held: list[Any] = field(default_factory=list)           # so that no id is used twice
 
     def kernels(self, kernels: Kernels, device: Device, max_tokens: int) -> Kernels:
@@ -80,8 +80,8 @@ class Capturing:
             self.held.append(weight)
             return weight
 
-        def buffer_for(x, norm: Norm | None = None) -> Captured:
-            return Captured(arrays.empty((max_tokens, x.shape[1]), kind_of(x)), norm)
+        def buffer_for(x, norm: Norm | None = None) -> CapturedInput:
+            return CapturedInput(arrays.empty((max_tokens, x.shape[1]), kind_of(x)), norm)
 
         def linear(x, weight, *given, **options):
             name = self.names.get(id(weight))
@@ -96,8 +96,8 @@ class Capturing:
             if name not in self.mixtures:
                 bias = options.get("choice_bias")
                 routing = {**options, "choice_bias": bias if bias is None else arrays.numpy(bias)}
-                mixture = Mixture(name, self.names[id(down)], activation, routing)
-                self.mixtures[name] = CapturedMixture(mixture, buffer_for(x, norm), buffer_for(logits))
+                mixture = ExpertLayer(name, self.names[id(down)], activation, routing)
+                self.mixtures[name] = CapturedExperts(mixture, buffer_for(x, norm), buffer_for(logits))
             captured = self.mixtures[name]
             kernels.copy(x, out=captured.x.copy[:len(x)])
             kernels.copy(logits, out=captured.logits.copy[:len(x)])
@@ -155,7 +155,8 @@ def measure_importance(source: ModelSource, settings: Settings, text: str, name_
         progress("measuring importance", (number + 1) / len(pieces))
     of_experts.finish()
     took_s = time.monotonic() - began_s
-    sums = {name: Sums(read[None], numpy.array([tokens])) for name, read in squares.items()} | of_experts.sums
+    sums = {name: SquareSums(read[None], numpy.array([tokens])) for name, read in squares.items()}
+    sums |= of_experts.sums
     return Measured(importance_of(sums, tables, name_of_text, len(pieces), size), tokens, took_s,
                     unmeasured(model, sums))
 
@@ -201,7 +202,7 @@ def prepared(model: LoadedModel, settings: Settings, tokens: int, capturing: Cap
                        max_rows=plan.max_rows, progress=progress)
 
 
-def inputs_of(transformer: Transformer, captured: Captured, count: int) -> numpy.ndarray:
+def inputs_of(transformer: Transformer, captured: CapturedInput, count: int) -> numpy.ndarray:
     """float64 (count, C): what a product has read of the last step's `count` tokens, after the norm."""
     x = floats(transformer.arrays.numpy(captured.copy))[:count].astype(numpy.float64)
     norm = captured.norm
@@ -258,13 +259,13 @@ def converters_names(model: LoadedModel, ours: str) -> Seq[str]:
     return found
 
 
-def importance_of(sums: Mapping[str, Sums], tables: Mapping[str, Mapping[str, int]], dataset: str,
+def importance_of(sums: Mapping[str, SquareSums], tables: Mapping[str, Mapping[str, int]], dataset: str,
                   chunks: int, size: int) -> Importance:
     tensors = {}
     for ours, total in sums.items():
         for name, columns in tables.get(ours, {}).items():
             own = total.squares[:, :columns].astype(numpy.float32)
-            tensors[name] = Sums(own, total.counts.astype(numpy.float32))
+            tensors[name] = SquareSums(own, total.counts.astype(numpy.float32))
     if not tensors:
         raise ConfigError("none of the model's matrices can be measured")
     return Importance(tensors, (dataset,), chunks, size)

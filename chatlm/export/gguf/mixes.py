@@ -17,7 +17,7 @@ from chatlm.worker.arrays.gguf_types import block_of
 FLOATS = "F32", "F16", "BF16"
 
 
-class Place(NamedTuple):
+class TensorPosition(NamedTuple):
     """What a rule of a mix may look at."""
 
     index: int            # of this tensor among those of its kind, from 0
@@ -42,10 +42,10 @@ class Place(NamedTuple):
         return self.count // 8 <= self.index < 7 * self.count // 8
 
 
-Choice = Callable[[Place], str | None]  # None: the mix's main type
+Choice = Callable[[TensorPosition], str | None]  # None: the mix's main type
 
 
-def never(place: Place) -> None:
+def never(place: TensorPosition) -> None:
     return None
 
 
@@ -179,7 +179,7 @@ def mix_of(name: str) -> tuple[str, Mix]:
     raise ConfigError(f"--type {name} is no type of file{did_you_mean(full, MIXES)}; allowed are {allowed}")
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     """What a mix looks at in a model."""
 
     architecture: str
@@ -198,7 +198,7 @@ class Shape(NamedTuple):
         return self.architecture == "llama" and self.layers == 80 and self.heads != self.kv_heads
 
 
-class Matrix(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor that a mix gives a type."""
 
     name: str
@@ -211,10 +211,10 @@ class TypeRules:
     """Gives each tensor of a model its type."""
 
     mix: Mix
-    shape: Shape
+    shape: ModelShape
     has_importance: bool
 
-    def types_of(self, matrices: Iterable[Matrix]) -> dict[str, str]:
+    def types_of(self, matrices: Iterable[TensorInfo]) -> dict[str, str]:
         """The type of each tensor by its name."""
         matrices = sorted(matrices, key=lambda matrix: order_of(matrix.name))
         names = {matrix.name for matrix in matrices}
@@ -234,7 +234,7 @@ class TypeRules:
                 types[matrix.name] = fitting(wanted, matrix.sizes[0])
         return types
 
-    def _wanted(self, matrix: Matrix, of_kinds: Mapping[str, list[str]], tied: bool) -> str:
+    def _wanted(self, matrix: TensorInfo, of_kinds: Mapping[str, list[str]], tied: bool) -> str:
         """The type by the rule for the tensor's kind, whether or not its blocks divide the rows. of_kinds:
         the names of the matrices of each kind."""
         main = self.mix.main
@@ -265,13 +265,13 @@ class TypeRules:
             return "Q8_0"
         return main
 
-    def _of_head(self, matrix: Matrix) -> str:
+    def _of_head(self, matrix: TensorInfo) -> str:
         main = self.mix.main
         if main == "MXFP4" or matrix.sizes[0] % block_of(main)[0]:
             return "Q8_0"
         return main if main == "Q8_0" else self.mix.head
 
-    def _of_values(self, matrix: Matrix, values: list[str]) -> str:
+    def _of_values(self, matrix: TensorInfo, values: list[str]) -> str:
         chosen = self.mix.attn_v(self._place(values.index(matrix.name), len(values))) or self.mix.main
         if self.mix.of_two_bits:
             return chosen
@@ -279,8 +279,8 @@ class TypeRules:
             chosen = "Q5_K"
         return "Q8_0" if self.shape.experts == 8 else chosen
 
-    def _place(self, index: int, count: int) -> Place:
-        return Place(index, count, self.shape.is_grouped, self.has_importance, self.shape.experts)
+    def _place(self, index: int, count: int) -> TensorPosition:
+        return TensorPosition(index, count, self.shape.is_grouped, self.has_importance, self.shape.experts)
 
 
 def kind_of(name: str) -> str:
@@ -303,7 +303,7 @@ def order_of(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1), name
 
 
-def is_quantizable(matrix: Matrix) -> bool:
+def is_quantizable(matrix: TensorInfo) -> bool:
     """Is this a matrix of weights, large enough that its type matters?"""
     is_matrix = sum(size > 1 for size in matrix.sizes[1:]) > 0
     return is_matrix and matrix.name.endswith("weight") and not LEFT_ALONE.search(matrix.name)

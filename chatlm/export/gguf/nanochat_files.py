@@ -11,9 +11,9 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, meta_of
 from chatlm.common.text.load import in_characters
 from chatlm.export.gguf import encoding
-from chatlm.export.gguf.mixes import Matrix, Shape, order_of
+from chatlm.export.gguf.mixes import ModelShape, TensorInfo, order_of
 from chatlm.export.gguf.size_label import size_label
-from chatlm.export.gguf.written import Written, WrittenTensor
+from chatlm.export.gguf.export_model import ExportModel, ExportTensor
 from chatlm.export.tiktoken_json import CHAT_TEMPLATE
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.formats.nanochat.checkpoint import (
@@ -30,7 +30,7 @@ OF_VOCABULARY = "token_embd.weight", "value_embd.weight", "output.weight"  # a r
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def written_nanochat(source: ModelSource, softcap: float | None = None) -> Written:
+def written_nanochat(source: ModelSource, softcap: float | None = None) -> ExportModel:
     """ConfigError for a checkpoint that would not load either."""
     model = read_nanochat_model(source, Settings(softcap=softcap))
     name_tensors(model)  # refuses tensors that are missing or unknown
@@ -46,11 +46,11 @@ def written_nanochat(source: ModelSource, softcap: float | None = None) -> Writt
     pairs = metadata_of(source, architecture, config, model.spec.softcap)
     pairs["general.size_label"] = encoding.of_text(size_label(tensor.matrix for tensor in ordered))
     pairs |= tokenizer_pairs(model.tokenizer, config["vocab_size"])
-    shape = Shape(architecture, config["n_layer"], config["n_head"], config["n_kv_head"])
-    return Written(pairs, ordered, shape, (source.path, meta_of(source.path)), is_quantized=False)
+    shape = ModelShape(architecture, config["n_layer"], config["n_head"], config["n_kv_head"])
+    return ExportModel(pairs, ordered, shape, (source.path, meta_of(source.path)), is_quantized=False)
 
 
-def written_tensor(name: str, array: numpy.ndarray) -> WrittenTensor:
+def written_tensor(name: str, array: numpy.ndarray) -> ExportTensor:
     sizes = tuple(reversed(array.shape)) or (1,)
     data = array.reshape(-1, sizes[0])
     kind = KINDS.get(kind_of(array), "F32")
@@ -66,7 +66,7 @@ def written_tensor(name: str, array: numpy.ndarray) -> WrittenTensor:
         return numpy.ascontiguousarray(bits_of(data[begin:end])).view(numpy.uint8)
 
     is_stored_so = kind == KINDS.get(kind_of(array))
-    return WrittenTensor(Matrix(name, sizes, kind), rows, raw if is_stored_so else None)
+    return ExportTensor(TensorInfo(name, sizes, kind), rows, raw if is_stored_so else None)
 
 
 def metadata_of(source: ModelSource, architecture: str, config: dict,

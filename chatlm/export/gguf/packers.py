@@ -13,8 +13,8 @@ import numpy
 from chatlm.common.errors import require_library
 from chatlm.export.gguf.grids import TYPES as GRID_TYPES, pack_groups
 from chatlm.export.gguf.searches import (
-    Array, F, Steps, inverse, largest_of, line, nearest, positive_scale, ratio, scale_around_zero,
-    scale_by_descent, summed, LEAST)
+    LEAST, Array, F, ScaleCandidates, inverse, largest_of, nearest, positive_scale, ratio, scale_around_zero,
+    scale_by_descent, scales_and_minimums, summed)
 from chatlm.export.gguf.ternary import pack_ternary, whole_scales as ternary_scales
 from chatlm.worker.arrays.gguf_types import TYPES
 
@@ -105,7 +105,7 @@ def pack_from_minimum(most: int, rows: Array, importance: Array | None) -> Array
         codes = numpy.minimum(numpy.trunc((x - low) * inverse(scale) + F(0.5)), F(most))
     else:
         weights = weights_in_rows(rows, importance, 32)
-        scale, minimum, codes = line(x, most, weights, WITH_IMPORTANCE)
+        scale, minimum, codes = scales_and_minimums(x, most, weights, WITH_IMPORTANCE)
         low = -minimum
     fifth = (fifth_bits(codes),) if most > 15 else ()
     return joined(len(rows), halves(scale), halves(low), *fifth, nibbles(codes))
@@ -114,7 +114,7 @@ def pack_from_minimum(most: int, rows: Array, importance: Array | None) -> Array
 # ---- K types: blocks of 256 weights in groups, whose scales are packed too
 
 
-WITH_IMPORTANCE = Steps(-0.9, 0.05, 36)
+WITH_IMPORTANCE = ScaleCandidates(-0.9, 0.05, 36)
 
 
 def by_block(values: Array, groups: int) -> Array:
@@ -164,19 +164,19 @@ def packed_scales(scales: Array, minimums: Array) -> Array:
     return numpy.ascontiguousarray(numpy.vstack((first, second, third)).T)
 
 
-def pack_q4_k(most: int, steps: Steps, rows: Array, importance: Array | None) -> Array:
+def pack_q4_k(most: int, steps: ScaleCandidates, rows: Array, importance: Array | None) -> Array:
     """Q4_K (most = 15) and Q5_K (31): 8 groups of 32, each with a scale and a minimum of 6 bits."""
     x = columns_of(rows, 32)
     if importance is None:
         weights = numpy.sqrt(summed(x * x) / F(32)) + numpy.abs(x)
-        fitted = line(x, most, weights, steps)
+        fitted = scales_and_minimums(x, most, weights, steps)
         scales = by_block(fitted.scale, 8)
         minimums = by_block(fitted.minimum, 8)
         of_scales, scales = whole_scales(scales, 63)
         of_minimums, minimums = whole_scales(minimums, 63)
     else:
         weights = weights_in_blocks(rows, importance, 32, 2)
-        fitted = line(x, most, weights, WITH_IMPORTANCE)
+        fitted = scales_and_minimums(x, most, weights, WITH_IMPORTANCE)
         counting = by_block(summed(weights), 8)
         of_scales, scales = positive_scale(by_block(fitted.scale, 8), 63, counting)
         of_minimums, minimums = positive_scale(by_block(fitted.minimum, 8), 63, counting)
@@ -207,12 +207,12 @@ def pack_q2_k(rows: Array, importance: Array | None) -> Array:
     """16 groups of 16, each with a scale and a minimum of 4 bits."""
     x = columns_of(rows, 16)
     if importance is None:
-        fitted = line(x, 3, numpy.abs(x), Steps(-0.5, 0.1, 15), by_size=True)
+        fitted = scales_and_minimums(x, 3, numpy.abs(x), ScaleCandidates(-0.5, 0.1, 15), by_size=True)
         of_scales, scales = whole_scales(by_block(fitted.scale, 16), 15)
         of_minimums, minimums = whole_scales(by_block(fitted.minimum, 16), 15)
     else:
         weights = weights_in_blocks(rows, importance, 16, 1)
-        fitted = line(x, 3, weights, WITH_IMPORTANCE)
+        fitted = scales_and_minimums(x, 3, weights, WITH_IMPORTANCE)
         counting = by_block(summed(weights), 16)
         of_scales, scales = positive_scale(by_block(fitted.scale, 16), 15, counting)
         of_minimums, minimums = positive_scale(by_block(fitted.minimum, 16), 15, counting)
@@ -480,8 +480,8 @@ PACKERS: dict[str, Packer] = {
     "Q4_0": partial(pack_around_zero, 8), "Q5_0": partial(pack_around_zero, 16),
     "Q4_1": partial(pack_from_minimum, 15), "Q5_1": partial(pack_from_minimum, 31),
     "Q2_K": pack_q2_k, "Q3_K": pack_q3_k, "Q6_K": pack_q6_k,
-    "Q4_K": partial(pack_q4_k, 15, Steps(-1.0, 0.1, 20)),
-    "Q5_K": partial(pack_q4_k, 31, Steps(-0.5, 0.1, 15)),
+    "Q4_K": partial(pack_q4_k, 15, ScaleCandidates(-1.0, 0.1, 20)),
+    "Q5_K": partial(pack_q4_k, 31, ScaleCandidates(-0.5, 0.1, 15)),
     "IQ4_NL": pack_iq4_nl, "IQ4_XS": pack_iq4_xs,
     **{kind: partial(pack_on_grid, kind) for kind in GRID_BYTES},
     "IQ1_S": pack_iq1_s, "IQ1_M": pack_iq1_m,

@@ -52,7 +52,7 @@ class Scales(NamedTuple):
     codes: Array
 
 
-class Lines(NamedTuple):
+class ScalesAndMinimums(NamedTuple):
     """The scale and the minimum, not negative, of each group: x = scale * code - minimum."""
 
     scale: Array
@@ -112,15 +112,16 @@ def scale_by_descent(x: Array, most: int) -> Scales:
     return Scales(numpy.where(is_zero, F(0), ratio(products, squares)), codes)
 
 
-class Steps(NamedTuple):
-    """The scales that `line` tries: of most + first + step * 0, 1, .. count codes."""
+class ScaleCandidates(NamedTuple):
+    """The scales that `scales_and_minimums` tries: of most + first + step * 0, 1, .. count codes."""
 
     first: float
     step: float
     count: int
 
 
-def line(x: Array, most: int, weights: Array, steps: Steps, by_size: bool = False) -> Lines:
+def scales_and_minimums(x: Array, most: int, weights: Array, steps: ScaleCandidates,
+                        by_size: bool = False) -> ScalesAndMinimums:
     """ggml's make_qkx2_quants and make_qkx3_quants, which agree: for each scale that is tried, a line is
     fitted to the codes by least squares, and the one with the least weighted error is taken. by_size: the
     error of a value counts by its size, not its square."""
@@ -167,7 +168,7 @@ def line(x: Array, most: int, weights: Array, steps: Steps, by_size: bool = Fals
         scale = numpy.where(is_better, new_scale, scale)
         minimum = numpy.where(is_better, new_minimum, minimum)
     codes = numpy.where(is_flat, F(0), codes)
-    return Lines(numpy.where(is_flat, F(0), scale), -numpy.where(is_flat, low, minimum), codes)
+    return ScalesAndMinimums(numpy.where(is_flat, F(0), scale), -numpy.where(is_flat, low, minimum), codes)
 
 
 def positive_scale(x: Array, most: int, weights: Array) -> Scales:

@@ -11,10 +11,10 @@ from chatlm.export.gguf.nanochat_files import written_nanochat
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.export.gguf.written import Written
+    from chatlm.export.gguf.export_model import ExportModel
 
 
-def written_model(source: ModelSource, softcap: float | None = None) -> Written:
+def written_model(source: ModelSource, softcap: float | None = None) -> ExportModel:
     """ConfigError for models that this program cannot write as a GGUF file."""
     if source.kind == "gguf":
         return written_gguf(source.path)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy
 
-from chatlm.export.gguf.grids import Line, as_points, grid_of, places_of
+from chatlm.export.gguf.grids import LevelValues, as_points, grid_of, places_of
 from chatlm.export.gguf.searches import Array, F, nearest, summed
 
 DELTA = F(0.125)
@@ -22,7 +22,7 @@ SHELLS = 3  # at so many distances neighbours are looked for
 LEAST = {"IQ1_S": 1e-12, "IQ1_M": 1e-7}
 
 
-class Ternary(NamedTuple):
+class TernaryGroups(NamedTuple):
     """Packed groups."""
 
     scale: Array   # (G,)
@@ -41,7 +41,7 @@ class Cuts(NamedTuple):
     found: Array
 
 
-def pack_ternary(kind: str, x: Array, weights: Array) -> Ternary:
+def pack_ternary(kind: str, x: Array, weights: Array) -> TernaryGroups:
     """The groups (n, G) of a type."""
     grid = grid_of("IQ1_S", SHELLS)
     halves = 2 if kind == "IQ1_M" else 1
@@ -59,7 +59,7 @@ def pack_ternary(kind: str, x: Array, weights: Array) -> Ternary:
     shifts = numpy.repeat(numpy.where(turned, -cuts.shifts, cuts.shifts), points // halves, axis=0)
     first_levels = shifts.astype(numpy.float32) * DELTA - F(1)            # (points, G)
     places, is_on = places_of(grid, as_points(codes, 8), as_points(x, 8), as_points(weights, 8),
-                              numpy.tile(scale, points), Line(1, first_levels.reshape(-1)))
+                              numpy.tile(scale, points), LevelValues(1, first_levels.reshape(-1)))
     places = places.reshape(points, -1)
     levels = grid.codes[:, places].swapaxes(0, 1).reshape(x.shape)
     values = levels + numpy.repeat(first_levels, 8, axis=0)
@@ -68,7 +68,7 @@ def pack_ternary(kind: str, x: Array, weights: Array) -> Ternary:
     squares = summed(weighted * values)
     is_moved = ~is_on.reshape(points, -1).all(0)
     scale = numpy.where(is_moved & (products > 0) & (squares > 0) & ~is_empty, products / squares, scale)
-    return Ternary(scale, numpy.where(is_empty, 0, places), numpy.where(is_empty, 1, shifts), values)
+    return TernaryGroups(scale, numpy.where(is_empty, 0, places), numpy.where(is_empty, 1, shifts), values)
 
 
 def best_cuts(x: Array, weights: Array, order: Array, halves: int) -> Cuts:

@@ -30,7 +30,7 @@ BEGIN = b"GGUF"
 LONGEST_NOTE = 10_000
 
 
-class Note(NamedTuple):
+class ResumePoint(NamedTuple):
     """What FILE.part.json says."""
 
     job: str     # a digest of all that the file depends on
@@ -92,7 +92,7 @@ class UnfinishedFile:
                 os.close(number)
                 raise not_ours(self.part)
             return number
-        self._write_note(Note(self.job, 0, 0))
+        self._write_note(ResumePoint(self.job, 0, 0))
         try:
             with create(self.part) as file:
                 return os.dup(file.fileno())
@@ -123,22 +123,22 @@ class UnfinishedFile:
                 self.pieces = note.pieces
                 self.at = note.at
             else:  # first: the other job must not go on after pieces of this one
-                self._write_note(Note(self.job, 0, 0))
+                self._write_note(ResumePoint(self.job, 0, 0))
             os.ftruncate(self.file, self.at)
 
-    def _note(self) -> Note | None:
+    def _note(self) -> ResumePoint | None:
         """What the note says; None if there is none, or it is not ours."""
         try:
             number = take_up(self.side, os.O_RDONLY)
             with open(number, "rb") as file:
                 stated = json.loads(file.read(LONGEST_NOTE))
-            note = Note(**stated)
+            note = ResumePoint(**stated)
         except (OSError, ValueError, TypeError, RecursionError, ConfigError):
             return None
         is_sound = type(note.job) is str and all(type(count) is int and count >= 0 for count in note[1:])
         return note if is_sound else None
 
-    def _write_note(self, note: Note):
+    def _write_note(self, note: ResumePoint):
         replace_with(self.side, json.dumps(note._asdict()).encode())
 
     def reserve(self, size: int):
@@ -170,7 +170,7 @@ class UnfinishedFile:
         with named_errors(self.path):
             os.fsync(self.file)
             self.unsafe = 0
-            self._write_note(Note(self.job, self.pieces, self.at))
+            self._write_note(ResumePoint(self.job, self.pieces, self.at))
 
     def finish(self):
         """The file takes its name."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chatlm.common.answering import path_of_word
+from chatlm.common.answering import path_of_lease
 from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model, with_draft_model
@@ -80,7 +80,7 @@ class LocalDevices:
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
-                                    (self.workers.index(worker), len(self.workers)), path_of_word(),
+                                    (self.workers.index(worker), len(self.workers)), path_of_lease(),
                                     draft_terms(worker, self.renews, self.workers, self.draft_stamp))
 
     def changed_source(self) -> ModelSource | None:

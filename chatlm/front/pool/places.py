@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.worker import Worker
 
 
-class Place(NamedTuple):
+class QueuePlace(NamedTuple):
     """Who holds it, and whether in the background."""
 
     client: str
@@ -31,7 +31,7 @@ class Places:
 
     def __init__(self, workers: Seq[Worker]):
         self.workers = workers
-        self.held: dict[str, Place] = {}
+        self.held: dict[str, QueuePlace] = {}
 
     def __len__(self) -> int:
         return len(self.held)
@@ -40,7 +40,7 @@ class Places:
         return request_id in self.held
 
     @contextmanager
-    def holding(self, request_id: str, place: Place) -> Iterator[None]:
+    def holding(self, request_id: str, place: QueuePlace) -> Iterator[None]:
         self.held[request_id] = place
         try:
             yield

@@ -27,7 +27,7 @@ from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
 from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.names import accepted_names
-from chatlm.front.pool.places import Place
+from chatlm.front.pool.places import QueuePlace
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.served_version import ServedVersion
 from chatlm.front.pool.supervisor import Supervisor
@@ -216,7 +216,7 @@ class WorkerPool:
         """Hold a place for an answer in rounds, from its begin to its end. Raises Overloaded and RequestError
         as for any other request."""
         self._check_capacity(request.id, request.client, request.low_priority)
-        with self.dispatcher.places.holding(request.id, Place(request.client, request.low_priority)):
+        with self.dispatcher.places.holding(request.id, QueuePlace(request.client, request.low_priority)):
             try:
                 yield
             finally:

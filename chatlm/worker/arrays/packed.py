@@ -71,7 +71,7 @@ def powers_of_two(exponents: numpy.ndarray) -> numpy.ndarray:
 
 
 def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
-    """The values of some rows of the data of a gguf_header.Tensor.
+    """The values of some rows of the data of a tensor of `formats.gguf.header`.
 
     Float types stay as they are. All others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):

@@ -17,7 +17,7 @@ import numpy
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
-from chatlm.worker.doctor.portraits import head_rows, joined_parts
+from chatlm.worker.doctor.tensor_statistics import head_rows, joined_parts
 from chatlm.worker.doctor.running import ready, row_bytes, step
 from chatlm.worker.doctor.sample_text import TEXT
 from chatlm.worker.model.tensors import Cut, MappedRows
@@ -27,7 +27,7 @@ from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.weights.loaded.model import LoadedModel
@@ -49,30 +49,30 @@ KINDS = {"embedding and head": ("embed", "head", "layer_embed", "value_embed"),
          "feed-forward down": ("down", "expert_down", "shared_down")}
 
 
-def check_against(patient: Patient) -> Findings:
-    original = patient.original
+def check_against(examined: ExaminedModel) -> Findings:
+    original = examined.original
     assert original is not None
-    if patient.tokenizer.encode(TEXT) != original.tokenizer.encode(TEXT):
+    if examined.tokenizer.encode(TEXT) != original.tokenizer.encode(TEXT):
         yield error("the original has another vocabulary: the same text becomes other tokens, so the two "
                     "cannot be compared", where=original.source.name,
                     advice="give the model that this one was made from")
         return
-    yield from other_arithmetic(patient.model, original.model)
-    if shapes_of(patient.model.architecture) != shapes_of(original.model.architecture):
+    yield from other_arithmetic(examined.model, original.model)
+    if shapes_of(examined.model.architecture) != shapes_of(original.model.architecture):
         yield error("the original's tensors have other shapes, so the two cannot be compared",
                     where=original.source.name, advice="give the model that this one was made from")
         return
-    far = distances(patient.floats, original.floats)
+    far = distances(examined.floats, original.floats)
     yield from strange_distances(far) if far else ()
-    if patient.model.architecture.of_texts or patient.model.head.size or patient.model.ranking is not None:
+    if examined.model.architecture.of_texts or examined.model.head.size or examined.model.ranking is not None:
         return
-    needed = max(memory_of(patient), memory_of(original))
+    needed = max(memory_of(examined), memory_of(original))
     free = available_memory()
     if needed > free:
         yield note(f"what they predict was not compared: that takes {needed / 1e9:,.1f} GB, and "
                    f"{free / 1e9:,.1f} GB are free")
         return
-    yield from predictions(patient, original, far)
+    yield from predictions(examined, original, far)
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
@@ -159,19 +159,19 @@ def settings_for(settings: Settings) -> Settings:
     return replace(settings, arithmetic="fine", max_batch=CHUNK, prefill_chunk=CHUNK, drafts="none")
 
 
-def memory_of(patient: Patient) -> int:
+def memory_of(examined: ExaminedModel) -> int:
     """The bytes of a model, its activations, and the original's predictions."""
-    made = patient.model.architecture
+    made = examined.model.architecture
     predicted = 2 * 4 * TEXT_TOKENS * made.vocab_size
-    return weight_bytes(patient.model, patient.settings.quantize) + 2 * CHUNK * row_bytes(made) + predicted
+    return weight_bytes(examined.model, examined.settings.quantize) + 2 * CHUNK * row_bytes(made) + predicted
 
 
-def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
-    return ready(model, settings_for(patient.settings), TEXT_TOKENS, shared)
+def computed(examined: ExaminedModel, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
+    return ready(model, settings_for(examined.settings), TEXT_TOKENS, shared)
 
 
-def open_exactly(patient: Patient) -> LoadedModel:
-    return open_model(patient.source, settings_for(patient.settings), "cpu")
+def open_exactly(examined: ExaminedModel) -> LoadedModel:
+    return open_model(examined.source, settings_for(examined.settings), "cpu")
 
 
 def logits_of(transformer: Transformer, ids: Seq[int]) -> Iterator[numpy.ndarray]:
@@ -207,15 +207,15 @@ def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int])
     return Compared(float(numpy.mean(kl)), float(numpy.mean(same)), own, original, len(kl))
 
 
-def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -> Findings:
-    ids = patient.tokenizer.encode(TEXT)[:min(TEXT_TOKENS, patient.model.context_length) - 1]
-    if patient.text.add_bos and patient.text.bos_token is not None:
-        ids = [patient.text.bos_token, *ids]
+def predictions(examined: ExaminedModel, original: ExaminedModel, far: Mapping[str, float]) -> Findings:
+    ids = examined.tokenizer.encode(TEXT)[:min(TEXT_TOKENS, examined.model.context_length) - 1]
+    if examined.text.add_bos and examined.text.bos_token is not None:
+        ids = [examined.text.bos_token, *ids]
     began = time.monotonic()
     judged = []
     for logits in logits_of(computed(original, open_exactly(original)), ids[:-1]):
         judged.append(log_shares(logits))
-    own = computed(patient, open_exactly(patient))
+    own = computed(examined, open_exactly(examined))
     whole = compare(own, judged, ids)
     facts = {"kl": round(whole.kl, 5), "top_1": round(whole.same, 4), "positions": whole.positions,
              "perplexity": round(whole.perplexity, 4), "perplexity_of_original": round(whole.of_original, 4)}
@@ -229,13 +229,14 @@ def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -
     else:
         yield note(words, **facts)
     if whole.kl > 1e-4:
-        yield from kinds_that_cost(patient, original, own, judged, ids[:FEWER], far, began + KINDS_S)
-        yield from tensors_that_cost(patient, original, own, judged, ids[:FEWER], far,
+        yield from kinds_that_cost(examined, original, own, judged, ids[:FEWER], far, began + KINDS_S)
+        yield from tensors_that_cost(examined, original, own, judged, ids[:FEWER], far,
                                      time.monotonic() + TENSORS_S)
 
 
-def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
-                    ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
+def kinds_that_cost(examined: ExaminedModel, original: ExaminedModel, own: Transformer,
+                    judged: Seq[numpy.ndarray], ids: Seq[int], far: Mapping[str, float],
+                    until: float) -> Findings:
     """How much smaller the KL becomes with the original's tensors of one kind, for each kind, on the
     beginning of the text."""
     regained = dict[str, float]()
@@ -246,7 +247,7 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
             continue  # they are the original's
         if time.monotonic() > until:
             left.append(kind)
-        elif (kl := with_original(patient, original, own, judged, of_parts(parts), ids)) is not None:
+        elif (kl := with_original(examined, original, own, judged, of_parts(parts), ids)) is not None:
             regained[kind] = (base - kl) / base
     if regained:
         costs = sorted(regained.items(), key=lambda pair: -pair[1])
@@ -256,8 +257,9 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
                    regained={kind: round(share, 4) for kind, share in costs})
 
 
-def tensors_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
-                      ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
+def tensors_that_cost(examined: ExaminedModel, original: ExaminedModel, own: Transformer,
+                      judged: Seq[numpy.ndarray], ids: Seq[int], far: Mapping[str, float],
+                      until: float) -> Findings:
     """How much smaller the KL becomes with the original's tensor in place of each that differs. Those that
     are farthest from the original's come first, as far as there is time."""
     base = compare(own, judged, ids).kl
@@ -266,7 +268,7 @@ def tensors_that_cost(patient: Patient, original: Patient, own: Transformer, jud
     for name in changed:
         if time.monotonic() > until:
             break
-        kl = with_original(patient, original, own, judged, name.__eq__, ids)
+        kl = with_original(examined, original, own, judged, name.__eq__, ids)
         if kl is not None:
             regained[name] = (base - kl) / base
     if len(regained) > 1:
@@ -281,10 +283,11 @@ def of_parts(parts: Seq[str]) -> Callable[[str], bool]:
     return lambda name: name.rpartition(".")[2] in parts
 
 
-def with_original(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
-                  is_replaced: Callable[[str], bool], ids: Seq[int]) -> float | None:
+def with_original(examined: ExaminedModel, original: ExaminedModel, own: Transformer,
+                  judged: Seq[numpy.ndarray], is_replaced: Callable[[str], bool],
+                  ids: Seq[int]) -> float | None:
     """The KL of the model with some of the original's tensors; None if it has none of them."""
-    model = open_exactly(patient)
+    model = open_exactly(examined)
     other = open_exactly(original)
     names = [name for name in model.tensors if is_replaced(name) and name in other.tensors
              and not reordered(model, other, name)]
@@ -294,4 +297,4 @@ def with_original(patient: Patient, original: Patient, own: Transformer, judged:
                      for name, tensor in model.tensors.items()}
     shared = {name: weight for name, weight in own.weights.items()
               if name not in names and not (name == "head" and model.architecture.tied)}
-    return compare(computed(patient, model, shared), judged, ids).kl
+    return compare(computed(examined, model, shared), judged, ids).kl

@@ -10,7 +10,7 @@ from chatlm.worker.doctor.against import check_against
 from chatlm.worker.doctor.findings import Findings
 from chatlm.worker.doctor.fit import check_fit, check_speed
 from chatlm.worker.doctor.forward import check_forward, is_trained
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.doctor.stated import check_head, check_rope, check_types
 from chatlm.worker.doctor.weights import check_weights
 
@@ -19,10 +19,10 @@ class Check(NamedTuple):
     """A check. Its name is shown beside its findings, and must not change."""
 
     name: str
-    function: Callable[[Patient], Findings]
+    function: Callable[[ExaminedModel], Findings]
     limit_s: float = 60.0         # of the processor; a check that takes longer is ended, which is an error
     memory: int | None = 4 << 30  # bytes of addresses that it may take in addition; None: any, to map files
-    needs: Callable[[Patient], bool] = lambda patient: True  # else it does not apply, and is not run
+    needs: Callable[[ExaminedModel], bool] = lambda examined: True  # else it does not apply, and is not run
 
 
 OF_TEXT: tuple[Check, ...] = (
@@ -41,7 +41,7 @@ OF_WEIGHTS = (  # weights, their original, and what they need
     Check("memory", check_fit, memory=None),
     Check("speed", check_speed, 300.0, None),
     Check("forward", check_forward, 3600.0, None, is_trained),
-    Check("against", check_against, 1200.0, None, lambda patient: patient.original is not None),
+    Check("against", check_against, 1200.0, None, lambda examined: examined.original is not None),
 )
 
 CHECKS = (*OF_TEXT, *OF_WEIGHTS)

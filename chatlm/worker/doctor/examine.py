@@ -16,7 +16,7 @@ from chatlm.common.memory import limit_memory
 from chatlm.common.messages.doctor import DoctorConfig, Examined, Examining, Finding, Opened
 from chatlm.worker.doctor.checks import CHECKS, Check
 from chatlm.worker.doctor.findings import Findings, error, note, warning
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
@@ -43,22 +43,22 @@ class KeptLog(logging.Handler):
 
 def examine(channel: Channel, config: DoctorConfig):
     """Open the model and run its checks. Raises ConfigError if it cannot be opened."""
-    patient = Patient(config.source, config.settings, config.against, config.threads)
+    examined = ExaminedModel(config.source, config.settings, config.against, config.threads)
     said = KeptLog()
     log.addHandler(said)
     log.propagate = False  # what a worker would log is a finding here
     began_s = time.monotonic()
-    patient.tokenizer  # opens the model too
-    checks = [check for check in CHECKS if check.name not in config.skip and check.needs(patient)]
+    examined.tokenizer  # opens the model too
+    checks = [check for check in CHECKS if check.name not in config.skip and check.needs(examined)]
     names = tuple(check.name for check in checks)
-    channel.send(Opened(patient.source.name, patient.model.description, (OPENING, *names)))
+    channel.send(Opened(examined.source.name, examined.model.description, (OPENING, *names)))
     if OPENING not in config.skip:
-        notes = [note(line) for line in (*said.lines, *patient.model.notes)]
+        notes = [note(line) for line in (*said.lines, *examined.model.notes)]
         channel.send(Examined(OPENING, time.monotonic() - began_s, labelled(OPENING, notes)))
     for check in checks:
         channel.send(Examining(check.name, WALL_PER_CPU * check.limit_s))
         began_s = time.monotonic()
-        findings = labelled(check.name, findings_of(check, patient))
+        findings = labelled(check.name, findings_of(check, examined))
         channel.send(Examined(check.name, time.monotonic() - began_s, findings))
 
 
@@ -68,12 +68,12 @@ def labelled(name: str, findings: Findings) -> tuple[Finding, ...]:
                                   advice=printable(finding.advice)) for finding in findings)
 
 
-def findings_of(check: Check, patient: Patient) -> list[Finding]:
+def findings_of(check: Check, examined: ExaminedModel) -> list[Finding]:
     """Run a check and yield its findings. A check that breaks or takes too long adds a finding about that."""
     findings = list[Finding]()
     try:
         with limited(check):
-            findings.extend(check.function(patient))
+            findings.extend(check.function(examined))
     except OutOfTime:
         findings.append(error(f"the check was ended after {check.limit_s:g} s of the processor"))
     except ConfigError as reason:

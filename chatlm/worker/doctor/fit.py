@@ -24,7 +24,7 @@ from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
     from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.model.pages import LayerGroups
@@ -71,10 +71,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-def check_fit(patient: Patient) -> Findings:
+def check_fit(examined: ExaminedModel) -> Findings:
     """Memory: weights, and a sequence of several lengths, against what is free here."""
-    model = patient.model
-    settings = patient.settings
+    model = examined.model
+    settings = examined.settings
     free = available_memory()
     plan = FitPlan.of(model, settings)
     taken = plan.memory.without_cache
@@ -82,7 +82,7 @@ def check_fit(patient: Patient) -> Findings:
     if model.architecture.of_texts:
         yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
         return
-    lighter = [*lighter_flags(patient, plan)]
+    lighter = [*lighter_flags(examined, plan)]
     contexts = sorted({min(context, most) for context in (*CONTEXTS, most)})
     needed = {context: taken + plan.cache(context) for context in contexts}
     if taken > free:
@@ -98,7 +98,7 @@ def check_fit(patient: Patient) -> Findings:
         return
     fitting = plan.longest(free, most)
     advice = [f"--context-length {fitting}"] * (fitting > 0)
-    if settings.kv_cache_dtype == "auto" and (half := with_cache(patient, "q8_0")):
+    if settings.kv_cache_dtype == "auto" and (half := with_cache(examined, "q8_0")):
         advice.append(f"--kv-cache-dtype q8_0 ({half.longest(free, most):,} tokens fit)")
     advice += [f"{text} ({gigabytes(size)} less)" for text, size in
                ((text, taken - size) for text, size in lighter if "--quantize" in text)]
@@ -111,23 +111,23 @@ def dict_of(needed: dict[int, int]) -> dict[str, int]:
     return {str(context): size for context, size in needed.items()}
 
 
-def with_cache(patient: Patient, kind: str) -> FitPlan | None:
+def with_cache(examined: ExaminedModel, kind: str) -> FitPlan | None:
     """The plan with another type of keys and values; None if the model cannot have it."""
     try:
-        return FitPlan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
+        return FitPlan.of(examined.model, replace(examined.settings, kv_cache_dtype=kind))
     except ConfigError:
         return None
 
 
-def lighter_flags(patient: Patient, plan: FitPlan) -> list[tuple[str, int]]:
+def lighter_flags(examined: ExaminedModel, plan: FitPlan) -> list[tuple[str, int]]:
     """(a flag that makes the weights smaller, the bytes that the model then takes)."""
     found = []
     taken = plan.memory.without_cache
-    if patient.settings.dtype == "float32":
+    if examined.settings.dtype == "float32":
         found.append(("--dtype bfloat16", taken - plan.memory.weights // 2))
     if plan.memory.quantizes:
-        found += [(f"--quantize {kind}", taken - plan.memory.weights + weight_bytes(patient.model, kind))
-                  for kind in ("q8_0", "q4_k") if fits_blocks(patient.model, kind)]
+        found += [(f"--quantize {kind}", taken - plan.memory.weights + weight_bytes(examined.model, kind))
+                  for kind in ("q8_0", "q4_k") if fits_blocks(examined.model, kind)]
     return found
 
 
@@ -136,27 +136,27 @@ def fits_blocks(model: LoadedModel, kind: str) -> bool:
     return not kind.endswith("_k") or model.architecture.width % 256 == 0
 
 
-def check_speed(patient: Patient) -> Findings:
+def check_speed(examined: ExaminedModel) -> Findings:
     """Tokens per second: of a short trial, or of a large model from how fast memory is read."""
-    model = patient.model
-    plan = FitPlan.of(model, patient.settings)
+    model = examined.model
+    plan = FitPlan.of(model, examined.settings)
     needed = plan.memory.without_cache + plan.cache(PROMPT + ANSWER)
     if model.architecture.of_texts or needed > available_memory():
         return
     quicker = "--quantize q4_k" if fits_blocks(model, "q4_k") else "--quantize q4_0"
     advice = f"{quicker} is faster, and loses a little" if plan.memory.quantizes else ""
     if plan.memory.weights > TRIED_BYTES:
-        read = bytes_per_token(model, patient.settings)
-        bandwidth = read_bandwidth(patient.threads)
+        read = bytes_per_token(model, examined.settings)
+        bandwidth = read_bandwidth(examined.threads)
         speed = bandwidth / read
         yield note(f"about {speed:,.1f} tokens per second for one answer, estimated: a token reads "
-                   f"{gigabytes(read)}, and {patient.threads} threads read {gigabytes(bandwidth)} a second",
+                   f"{gigabytes(read)}, and {examined.threads} threads read {gigabytes(bandwidth)} a second",
                    advice=advice, tokens_per_s=round(speed, 2), measured=False)
     else:
         began = time.monotonic()
-        prompt, answer = trial(patient)
+        prompt, answer = trial(examined)
         yield note(f"{answer:,.1f} tokens per second for one answer, {prompt:,.0f} of prompts (measured now, "
-                   f"with {patient.threads} threads)", advice=advice, tokens_per_s=round(answer, 2),
+                   f"with {examined.threads} threads)", advice=advice, tokens_per_s=round(answer, 2),
                    prompt_tokens_per_s=round(prompt, 1), measured=True,
                    took_s=round(time.monotonic() - began, 2))
         speed = answer
@@ -190,10 +190,10 @@ def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
         return max(once() for _ in range(3))
 
 
-def trial(patient: Patient) -> tuple[float, float]:
+def trial(examined: ExaminedModel) -> tuple[float, float]:
     """(tokens of a prompt, tokens of an answer) per second."""
-    settings = patient.settings
-    model = open_model(patient.source, settings, "cpu")
+    settings = examined.settings
+    model = open_model(examined.source, settings, "cpu")
     length = min(PROMPT + ANSWER, model.context_length)
     transformer = ready(model, replace(settings, drafts="none"), length)
     ids = numpy.random.default_rng(0).integers(0, min(model.architecture.vocab_size, 1000), length).tolist()

@@ -22,7 +22,7 @@ from chatlm.worker.weights.loaded.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
     from chatlm.worker.model.transformer import Transformer
 
 CHUNK = 128           # tokens in a step
@@ -33,21 +33,21 @@ SOFTCAPS = 15.0, 20.0, 30.0  # upstream's, today's and that of one week, and wha
 ADVICE = "compare nanochat/gpt.py of the code that trained it with upstream's: softcap, windows, gates"
 
 
-def is_trained(patient: Patient) -> bool:
+def is_trained(examined: ExaminedModel) -> bool:
     """Whether the training of this checkpoint has written a loss that we can compute too."""
-    return patient.kind == "nanochat" and evaluation_of(patient.path) is not None
+    return examined.kind == "nanochat" and evaluation_of(examined.path) is not None
 
 
-def check_forward(patient: Patient) -> Findings:
+def check_forward(examined: ExaminedModel) -> Findings:
     """Compare the meta file's val_bpb with our own, on as many rows of the same texts as a minute allows."""
-    evaluation = evaluation_of(patient.path)
+    evaluation = evaluation_of(examined.path)
     assert evaluation is not None
-    settings = settings_for(patient)
-    lack = why_not(patient, settings, evaluation)
+    settings = settings_for(examined)
+    lack = why_not(examined, settings, evaluation)
     compared = list[LossComparison]()
-    for shard in [] if lack else validation_shards(patient.path)[:MOST_SHARDS]:
+    for shard in [] if lack else validation_shards(examined.path)[:MOST_SHARDS]:
         try:
-            found = compared_on(patient, settings, evaluation, shard)
+            found = compared_on(examined, settings, evaluation, shard)
         except ConfigError as reason:
             lack = str(reason)
             continue
@@ -63,8 +63,8 @@ def check_forward(patient: Patient) -> Findings:
                    f"{lack or 'no validation shard is in its base folder'}")
         return
     closest = min(compared, key=lambda found: abs(found.ours - found.theirs))
-    advice = softcap_advice(patient, settings, evaluation, closest) or ADVICE
-    if is_of_known_texts(patient.path):
+    advice = softcap_advice(examined, settings, evaluation, closest) or ADVICE
+    if is_of_known_texts(examined.path):
         yield error(closest.sentence, where="val_bpb", advice=advice, **facts_of(closest))
     else:
         yield warning(f"{closest.sentence}, unless training evaluated other texts", where="val_bpb",
@@ -78,42 +78,42 @@ def facts_of(found: LossComparison) -> dict:
             "rows": found.rows, "of_rows": found.of_rows, "shard": found.shard}
 
 
-def settings_for(patient: Patient) -> Settings:
+def settings_for(examined: ExaminedModel) -> Settings:
     """The arithmetic that is closest to exact, whatever the model is served with."""
-    settings = replace(patient.settings, quantize=None, kv_cache_dtype="auto", context_length=None,
+    settings = replace(examined.settings, quantize=None, kv_cache_dtype="auto", context_length=None,
                        arithmetic="fine", max_batch=CHUNK, prefill_chunk=CHUNK, drafts="none")
     exact = replace(settings, dtype="float32")
-    return exact if memory_of(patient, exact) < available_memory() // 2 else settings
+    return exact if memory_of(examined, exact) < available_memory() // 2 else settings
 
 
-def memory_of(patient: Patient, settings: Settings) -> int:
+def memory_of(examined: ExaminedModel, settings: Settings) -> int:
     """The bytes of a model and of a step's activations."""
-    model = open_model(patient.source, settings, "cpu")
+    model = open_model(examined.source, settings, "cpu")
     return weight_bytes(model, None) + 3 * CHUNK * row_bytes(model.architecture)
 
 
-def why_not(patient: Patient, settings: Settings, evaluation: Evaluation) -> str:
+def why_not(examined: ExaminedModel, settings: Settings, evaluation: Evaluation) -> str:
     """Why nothing can be compared; "" if it can."""
-    needed = memory_of(patient, settings)
+    needed = memory_of(examined, settings)
     free = available_memory()
     if needed > free:
         return f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-    context = open_model(patient.source, settings, "cpu").context_length
+    context = open_model(examined.source, settings, "cpu").context_length
     if evaluation.targets > context:
         return f"it was evaluated on rows of {evaluation.targets:,} tokens, and its context is {context:,}"
-    return "" if patient.text.bos_token is not None else "it has no token that begins a text"
+    return "" if examined.text.bos_token is not None else "it has no token that begins a text"
 
 
-def compared_on(patient: Patient, settings: Settings, evaluation: Evaluation,
+def compared_on(examined: ExaminedModel, settings: Settings, evaluation: Evaluation,
                 shard: Path) -> LossComparison | None:
     """Compare on a shard's rows. None if LIMIT_S is too short for enough rows. Raises ConfigError if the
     shard cannot be read."""
-    begin = [token for token in (patient.text.bos_token,) if token is not None]
-    rows = chosen_rows(evaluation, shard, lambda text: begin + patient.tokenizer.encode(text))
+    begin = [token for token in (examined.text.bos_token,) if token is not None]
+    rows = chosen_rows(evaluation, shard, lambda text: begin + examined.tokenizer.encode(text))
     scores = list[RowScore]()
     ends_s = time.monotonic() + LIMIT_S
     ends_cpu_s = time.process_time() + LIMIT_CPU_S
-    for score in row_scores(patient, settings, rows, evaluation.targets):
+    for score in row_scores(examined, settings, rows, evaluation.targets):
         scores.append(score)
         if time.monotonic() > ends_s or time.process_time() > ends_cpu_s:
             break
@@ -122,14 +122,14 @@ def compared_on(patient: Patient, settings: Settings, evaluation: Evaluation,
     return compare(evaluation, scores, shard, settings.dtype == "float32")
 
 
-def row_scores(patient: Patient, settings: Settings, rows: Iterable[Seq[int]],
+def row_scores(examined: ExaminedModel, settings: Settings, rows: Iterable[Seq[int]],
                targets: int) -> Iterator[RowScore]:
-    transformer = ready(open_model(patient.source, settings, "cpu"), settings, targets)
+    transformer = ready(open_model(examined.source, settings, "cpu"), settings, targets)
     sizes = {}
     for row in rows:
         for token in row:
             if token not in sizes:
-                text = patient.tokenizer.token_bytes(token)
+                text = examined.tokenizer.token_bytes(token)
                 sizes[token] = len(text), former_size(text)
         nats = nats_of(transformer, row)
         scored = numpy.array([sizes[token][0] > 0 for token in row[1:]])
@@ -151,15 +151,15 @@ def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
     return numpy.concatenate(found)
 
 
-def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation,
+def softcap_advice(examined: ExaminedModel, settings: Settings, evaluation: Evaluation,
                    worse: LossComparison) -> str:
     """The flag with which the losses agree, if a usual softcap makes them; else ""."""
-    shard = next((one for one in validation_shards(patient.path) if one.name == worse.shard), None)
-    head = open_model(patient.source, settings, "cpu").architecture.head
+    shard = next((one for one in validation_shards(examined.path) if one.name == worse.shard), None)
+    head = open_model(examined.source, settings, "cpu").architecture.head
     for softcap in SOFTCAPS:
         if shard is None or head is None or softcap == head.softcap:
             continue
-        found = compared_on(patient, replace(settings, softcap=softcap), evaluation, shard)
+        found = compared_on(examined, replace(settings, softcap=softcap), evaluation, shard)
         if found and found.agrees:
             return f"serve it with --softcap {softcap:g}: {found.numbers}"
     return ""

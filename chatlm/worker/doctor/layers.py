@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 if TYPE_CHECKING:
-    from chatlm.worker.doctor.portraits import Portrait
+    from chatlm.worker.doctor.tensor_statistics import TensorStatistics
     from chatlm.worker.model.blocks.model import Model
 
 READERS = ("qkv", "gate_up", "up", "mix_in", "router", "expert_gate_up", "expert_up", "shared_gate_up",
@@ -25,12 +25,12 @@ NORMS = ("attention_norm", "ffn_norm", "output_norm", "down_norm")
 class Level(NamedTuple):
     """A tensor that is larger or smaller than one expects from its neighbours."""
 
-    portrait: Portrait
+    statistics: TensorStatistics
     log_factor: float
     edge: bool  # is it of one of the first two layers, or of the last?
 
 
-def strange_levels(of_kind: Seq[Portrait]) -> list[Level]:
+def strange_levels(of_kind: Seq[TensorStatistics]) -> list[Level]:
     """The tensors of a kind whose root mean square is far from those of the two layers before and after.
 
     The first two layers and the last differ in good models, their norms by a factor of 5."""
@@ -64,7 +64,7 @@ def profile(values: numpy.ndarray) -> numpy.ndarray | None:
     return None if length < 1e-3 * math.sqrt(len(logs)) else logs / length
 
 
-def channel_profile(one: Portrait, width: int) -> numpy.ndarray | None:
+def channel_profile(one: TensorStatistics, width: int) -> numpy.ndarray | None:
     """How strongly a tensor reads or writes each channel of the residual stream, as a profile."""
     if one.part in READERS and len(one.columns) == width:
         return profile(one.columns)
@@ -78,7 +78,7 @@ def channel_profile(one: Portrait, width: int) -> numpy.ndarray | None:
 class Features:
     """The profiles of all layers: `by_kind[kind][layer]`; experts of a layer count as their mean."""
 
-    def __init__(self, model: Model, kinds: Mapping[str, Seq[Portrait]]):
+    def __init__(self, model: Model, kinds: Mapping[str, Seq[TensorStatistics]]):
         self.width = model.width
         self.groups = groups_of(model)
         self.by_kind: dict[str, dict[int, numpy.ndarray]] = {}
@@ -131,8 +131,8 @@ def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
     return best and (best[1], best[2], best[0])
 
 
-def transposed(features: Features, kinds: Mapping[str, Seq[Portrait]],
-               orders: Seq[numpy.ndarray]) -> list[tuple[Portrait, float]]:
+def transposed(features: Features, kinds: Mapping[str, Seq[TensorStatistics]],
+               orders: Seq[numpy.ndarray]) -> list[tuple[TensorStatistics, float]]:
     """Square matrices whose other side has the profile of the channels, with that correlation. `orders`: how
     a file may order the rows of q and k."""
     found = []
@@ -156,8 +156,8 @@ def transposed(features: Features, kinds: Mapping[str, Seq[Portrait]],
     return found
 
 
-def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kind: str,
-                     one: Portrait) -> numpy.ndarray | None:
+def expected_profile(features: Features, kinds: Mapping[str, Seq[TensorStatistics]], kind: str,
+                     one: TensorStatistics) -> numpy.ndarray | None:
     """The mean profile of the tensors that read, or write, the same channels: of the same kind in the two
     layers before and after, and of the others of the same part in this one."""
     assert one.layer is not None
@@ -174,7 +174,7 @@ def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kin
 LEAST_APART = {"neighbours": (0.7, 8.0), "quarters": (0.95, 5.0)}  # the ratio, and standard errors
 
 
-def pairs_of_others(model: Model, kinds: Mapping[str, Seq[Portrait]]) -> float:
+def pairs_of_others(model: Model, kinds: Mapping[str, Seq[TensorStatistics]]) -> float:
     """How much better the rows of q and k go together as other rotary pairs than as the model's, as the ratio
     of their mean differences; 0 if they do not."""
     apart: dict[str, list[numpy.ndarray]] = {}

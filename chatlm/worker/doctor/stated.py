@@ -10,30 +10,30 @@ import numpy
 
 from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
-from chatlm.worker.doctor.portraits import rows_of
+from chatlm.worker.doctor.tensor_statistics import rows_of
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.weights.families.table import FAMILIES
 from chatlm.worker.weights.formats.configs import TIED
 
 if TYPE_CHECKING:
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
     from chatlm.worker.model.blocks.model import Model
 
 FEW_BITS = 3.0  # of a weight: Q2_K, the types IQ2 and IQ1, ternary ones
 OF_TRAINING = ("Q1_0", "Q2_0", "Q2_0_G128", "TQ1_0", "TQ2_0")  # types that only models trained for them bear
 
 
-def check_types(patient: Patient) -> Findings:
+def check_types(examined: ExaminedModel) -> Findings:
     """Find tensors in a type that is known to make a model worse."""
     bits = {}  # of a weight, by tensor
-    for name, tensor in patient.gguf[1].items():
+    for name, tensor in examined.gguf[1].items():
         block, size = block_of(tensor.tensor_type.name)
         bits[name] = 8 * size / block
-    kinds = {name: tensor.tensor_type.name for name, tensor in patient.gguf[1].items()}
+    kinds = {name: tensor.tensor_type.name for name, tensor in examined.gguf[1].items()}
     head = "output.weight" if "output.weight" in bits else "token_embd.weight"
-    if patient.floats.architecture.of_texts:
+    if examined.floats.architecture.of_texts:
         head = ""
-    trained = trained_for(patient.gguf[1])
+    trained = trained_for(examined.gguf[1])
     if trained:
         yield note(f"the matrices of the layers are of type {trained}: only a model that was trained for so "
                    "few bits answers well; one that was quantized to them afterwards does not",
@@ -58,12 +58,12 @@ def trained_for(stored: Mapping[str, Any]) -> str:
     return ", ".join(sorted(kinds)) if kinds and kinds <= set(OF_TRAINING) else ""
 
 
-def check_rope(patient: Patient) -> Findings:
+def check_rope(examined: ExaminedModel) -> Findings:
     """Compare rotary scaling with the context."""
-    scaling = stated_scaling(patient)
-    context = patient.model.context_length
+    scaling = stated_scaling(examined)
+    context = examined.model.context_length
     kind, factor, original = (scaling.get(key) for key in ("type", "factor", "original"))
-    own = patient.settings.context_length
+    own = examined.settings.context_length
     if factor and original and not own and kind in ("yarn", "linear", "llama3"):
         reach = int(factor * original)
         if kind != "llama3" and context > 1.01 * max(reach, original):
@@ -74,7 +74,7 @@ def check_rope(patient: Patient) -> Findings:
     if kind in ("yarn", "linear") and factor is not None and factor < 1:
         yield warning(f"rotary scaling ({kind}) has the factor {factor:g}, which shortens the context",
                       where=scaling["where"], advice="correct the file: a factor is at least 1")
-    made = patient.model.architecture
+    made = examined.model.architecture
     if kind in ("", "none", "default", None) and not any(made.windows):
         if (turn := longest_turn(made)) and context > turn:
             base = made.attentions[0].rope.base
@@ -94,14 +94,14 @@ def longest_turn(model: Model) -> int:
     return int(max(2 * math.pi * rope.base ** ((rope.size - 2) / rope.size) for rope in ropes))
 
 
-def stated_scaling(patient: Patient) -> dict[str, Any]:
+def stated_scaling(examined: ExaminedModel) -> dict[str, Any]:
     """The type, factor and original context of rotary scaling, as the files state them."""
-    if patient.kind == "gguf":
-        own = f"{patient.metadata.get('general.architecture')}.rope.scaling."
-        value = patient.metadata.get
+    if examined.kind == "gguf":
+        own = f"{examined.metadata.get('general.architecture')}.rope.scaling."
+        value = examined.metadata.get
         return {"type": value(f"{own}type"), "factor": value(f"{own}factor"), "where": f"{own}factor",
                 "original": value(f"{own}original_context_length")}
-    config = patient.config
+    config = examined.config
     config = config if isinstance(config.get("text_config"), Mapping) is False else config["text_config"]
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name)
@@ -116,11 +116,11 @@ SAME = 0.9
 OTHER = 0.5
 
 
-def check_head(patient: Patient) -> Findings:
+def check_head(examined: ExaminedModel) -> Findings:
     """A head that is not the embedding although it should be, or the embedding in another order."""
-    model = patient.floats
-    made = patient.floats.architecture
-    if patient.kind == "hf" and not made.tied and not made.of_texts and says_tied(patient):
+    model = examined.floats
+    made = examined.floats.architecture
+    if examined.kind == "hf" and not made.tied and not made.of_texts and says_tied(examined):
         name = FAMILIES[model.family].all_tensors["head"][0]
         yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
                     f"have another {name}, which is used", where=name,
@@ -160,10 +160,10 @@ def unit(rows: numpy.ndarray) -> numpy.ndarray:
     return rows / numpy.maximum(lengths, 1e-20)
 
 
-def says_tied(patient: Patient) -> bool:
+def says_tied(examined: ExaminedModel) -> bool:
     """Whether config.json, or its part on the text model, says that the head is the embedding."""
-    config = patient.json("config.json")
+    config = examined.json("config.json")
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
     stated = [part[TIED] for part in parts if TIED in part]
-    default = FAMILIES[patient.model.family].config.get(TIED, False)
+    default = FAMILIES[examined.model.family].config.get(TIED, False)
     return any(stated) if stated else default

@@ -16,7 +16,7 @@ from chatlm.worker.doctor.findings import Findings, error, examples, note, quote
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
 
 WHERE = "chat template"
 # what a server's sandbox allows: PREPARE_S, Admission.TEMPLATE_S
@@ -106,11 +106,11 @@ class Chats:
         return self.turns.text.partition(before)[2].partition(after)[0]
 
 
-def check_template(patient: Patient) -> Findings:
-    tokenizer = patient.tokenizer
-    if patient.text.embedder:
+def check_template(examined: ExaminedModel) -> Findings:
+    tokenizer = examined.tokenizer
+    if examined.text.embedder:
         return
-    if patient.text.kind == "hf" and not patient.text.chat_template or patient.text.kind == "characters":
+    if examined.text.kind == "hf" and not examined.text.chat_template or examined.text.kind == "characters":
         yield note("the model has no chat template, so it cannot chat; it continues texts", WHERE)
         return
     if tokenizer.continues_texts:
@@ -118,7 +118,7 @@ def check_template(patient: Patient) -> Findings:
                    "asked to chat", WHERE)
     chats = Chats(tokenizer)
     began_s = time.process_time()
-    if patient.text.kind == "hf":
+    if examined.text.kind == "hf":
         try:
             getattr(tokenizer, "template")
         except ChatServerError as reason:
@@ -137,7 +137,7 @@ def check_template(patient: Patient) -> Findings:
                     f"after {FILL_S:g}", WHERE)
         return
     for part in (lost_or_doubled, typed_specials, prompts, ends, begins, unused, features):
-        yield from part(patient, chats)
+        yield from part(examined, chats)
 
 
 def miscounted(rendered: Rendered, texts: Seq[str]) -> tuple[list[str], list[str]]:
@@ -146,7 +146,7 @@ def miscounted(rendered: Rendered, texts: Seq[str]) -> tuple[list[str], list[str
     return [text for text in texts if not counts[text]], [text for text in texts if counts[text] > 1]
 
 
-def lost_or_doubled(patient: Patient, chats: Chats) -> Findings:
+def lost_or_doubled(examined: ExaminedModel, chats: Chats) -> Findings:
     for what, rendered, texts, weight in (
             ("a user's message", chats.one, (FIRST,), error),
             ("a conversation of several turns", chats.turns, (FIRST, ANSWER, SECOND, REPLY, THIRD), error),
@@ -171,7 +171,7 @@ def lost_or_doubled(patient: Patient, chats: Chats) -> Findings:
                          WHERE)
 
 
-def typed_specials(patient: Patient, chats: Chats) -> Findings:
+def typed_specials(examined: ExaminedModel, chats: Chats) -> Findings:
     """The name of a special token in a user's message must not become the token."""
     tokenizer = chats.tokenizer
     for name in dict.fromkeys(names_in(tokenizer, chats.one.text)):
@@ -181,7 +181,7 @@ def typed_specials(patient: Patient, chats: Chats) -> Findings:
             yield error(f"whoever writes {quoted(name)} in a message ends or begins turns with it", WHERE)
 
 
-def prompts(patient: Patient, chats: Chats) -> Findings:
+def prompts(examined: ExaminedModel, chats: Chats) -> Findings:
     """Check that the prompt ends where the answer begins."""
     if chats.turns.refused or chats.unprompted.refused:
         return
@@ -203,7 +203,7 @@ def without_thoughts(chats: Chats, text: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}\\s*", "", text, flags=re.DOTALL) if end else text
 
 
-def ends(patient: Patient, chats: Chats) -> Findings:
+def ends(examined: ExaminedModel, chats: Chats) -> Findings:
     """Check that the template ends answers with a token that ends them here, and does not begin them with
     one."""
     if chats.turns.refused:
@@ -228,7 +228,7 @@ def ends(patient: Patient, chats: Chats) -> Findings:
             remedy = "name it as eos or eot"
         yield error(f"the template ends answers with {quoted(end)}, {why}", WHERE,
                     f"answers never end; {remedy}")
-    eos = None if patient.text.eos_token is None else tokenizer.show([patient.text.eos_token])
+    eos = None if examined.text.eos_token is None else tokenizer.show([examined.text.eos_token])
     if eos and stops.intersection(written) and eos not in written:
         yield note(f"the template ends answers with {quoted(written[0])}, not with eos, {quoted(eos)}; both "
                    "end them here", WHERE)
@@ -237,16 +237,16 @@ def ends(patient: Patient, chats: Chats) -> Findings:
         yield error(f"{quoted(opening[-1])} ends answers, but the template begins them with it", WHERE,
                     "the id of eos is another token's")
     for name in dict.fromkeys(names_in(tokenizer, chats.turns.text)):
-        if name not in named and (name in patient.vocab or AN_END.search(name) or "start" in name):
+        if name not in named and (name in examined.vocab or AN_END.search(name) or "start" in name):
             yield error(f"the template writes {quoted(name)}, which "
-                        + ("is an ordinary token in the vocabulary" if name in patient.vocab else
+                        + ("is an ordinary token in the vocabulary" if name in examined.vocab else
                            "is no token here") + f", so it splits into {len(tokenizer.encode(name))}", WHERE,
                         "the type of its token should be control (special)")
-    stated = {patient.text.eos_token, *(patient.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    stated = {examined.text.eos_token, *(examined.metadata.get(f"tokenizer.ggml.{name}_token_id")
                                         for name in ("eos", "eot", "eom"))}
     silent = [tokenizer.show([token]) for token in sorted(tokenizer.stop_tokens - stated)
-              if tokenizer.show([token]) not in (patient.text.chat_template or "")]
-    if silent and patient.kind == "gguf":
+              if tokenizer.show([token]) not in (examined.text.chat_template or "")]
+    if silent and examined.kind == "gguf":
         yield note(f"answers end also with {examples([*map(quoted, silent)])}, which the file does not name "
                    "as an end", WHERE)
 
@@ -258,10 +258,10 @@ def names_in(tokenizer: Tokenizer, text: str) -> list[str]:
     return re.findall(pattern, text)
 
 
-def begins(patient: Patient, chats: Chats) -> Findings:
+def begins(examined: ExaminedModel, chats: Chats) -> Findings:
     """Check that BOS comes once, where the model expects it."""
     tokenizer = chats.tokenizer
-    bos = patient.text.bos_token
+    bos = examined.text.bos_token
     ids = chats.one.ids
     if bos is None:
         return
@@ -269,24 +269,24 @@ def begins(patient: Patient, chats: Chats) -> Findings:
     if ids[:2] == [bos, bos]:
         yield error(f"a chat begins with {name} twice", WHERE,
                     "the model has never seen that; remove it from the template")
-    elif ids[:1] != [bos] and expects_bos(patient):
+    elif ids[:1] != [bos] and expects_bos(examined):
         yield warning(f"a chat does not begin with {name}, with which texts of this vocabulary begin", WHERE,
                       "set tokenizer.ggml.add_bos_token, or write it in the template")
 
 
-def expects_bos(patient: Patient) -> bool:
+def expects_bos(examined: ExaminedModel) -> bool:
     """Whether texts of this vocabulary begin with BOS, whatever the file says of chats."""
-    text = patient.text
-    metadata = patient.metadata
-    if text.add_bos or patient.kind != "gguf":
+    text = examined.text
+    metadata = examined.metadata
+    if text.add_bos or examined.kind != "gguf":
         return text.add_bos
     return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in (
         "llama-bpe", "llama3", "llama-v3", "tekken", "pixtral")
 
 
-def unused(patient: Patient, chats: Chats) -> Findings:
+def unused(examined: ExaminedModel, chats: Chats) -> Findings:
     """A template of another model writes none of the tokens that this one was trained to chat with."""
-    if patient.text.kind != "hf" or chats.turns.refused:
+    if examined.text.kind != "hf" or chats.turns.refused:
         return
     named = chats.tokenizer.named_tokens
     missing = next((pair for pair in CHAT_TOKENS if all(name in named for name in pair)), None)
@@ -296,7 +296,7 @@ def unused(patient: Patient, chats: Chats) -> Findings:
                       "before an answer", WHERE, "it may be another model's, or an old one")
 
 
-def features(patient: Patient, chats: Chats) -> Iterator:
+def features(examined: ExaminedModel, chats: Chats) -> Iterator:
     tokenizer = chats.tokenizer
     thinks = chats.tokenizer.thoughts
     for difference in differences(tokenizer.forms):

@@ -24,7 +24,7 @@ from chatlm.worker.weights.text.splits import NANOCHAT_SPLITS, PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
 
 WRONG_SPLITS = ("the pre-tokenizer, which cuts text into words (tokenizer.ggml.pre of a GGUF file), may be "
                 "another one's: convert the model again, with a newer converter")
@@ -34,23 +34,23 @@ def quoted_texts(texts: Seq[str]) -> str:
     return examples([*map(quoted, texts)])
 
 
-def check_kind(patient: Patient) -> Findings:
+def check_kind(examined: ExaminedModel) -> Findings:
     """Say which tokenizer the model has."""
-    yield note(f"the tokenizer is {kind_of(patient)}, {patient.tokenizer.vocab_size:,} tokens",
-               file_of(patient))
+    yield note(f"the tokenizer is {kind_of(examined)}, {examined.tokenizer.vocab_size:,} tokens",
+               file_of(examined))
 
 
-def kind_of(patient: Patient) -> str:
+def kind_of(examined: ExaminedModel) -> str:
     """The kind of a tokenizer in words."""
-    if patient.text.kind == "nanochat":
+    if examined.text.kind == "nanochat":
         return "tiktoken's byte-level BPE"
-    if patient.text.kind == "characters":
+    if examined.text.kind == "characters":
         return "a token for each character"
-    model = patient.pipeline["model"]
-    pre = patient.metadata.get("tokenizer.ggml.pre")
+    model = examined.pipeline["model"]
+    pre = examined.metadata.get("tokenizer.ggml.pre")
     words = f" with words cut as by {shown(pre)}" if pre in PRE_TOKENIZERS else ""
     match model.get("type"):
-        case "BPE" if getattr(patient.tokenizer, "byte_level", False):
+        case "BPE" if getattr(examined.tokenizer, "byte_level", False):
             return f"byte-level BPE{words}"
         case "BPE":
             return "sentencepiece's BPE"
@@ -60,30 +60,30 @@ def kind_of(patient: Patient) -> str:
             return str(kind)
 
 
-def file_of(patient: Patient) -> str:
+def file_of(examined: ExaminedModel) -> str:
     """The file, or the key of a file, that says what the tokenizer is."""
-    if patient.kind == "gguf":
-        return f"tokenizer.ggml.model {shown(patient.metadata.get('tokenizer.ggml.model'))}"
-    if patient.text.kind == "nanochat":
+    if examined.kind == "gguf":
+        return f"tokenizer.ggml.model {shown(examined.metadata.get('tokenizer.ggml.model'))}"
+    if examined.text.kind == "nanochat":
         return "tokenizer.pkl"
     names = ("tokenizer.json", *MAKERS)
-    return next((name for name in names if (patient.path / name).exists()), patient.path.name)
+    return next((name for name in names if (examined.path / name).exists()), examined.path.name)
 
 
 # Tables
 
 
-def check_vocabulary(patient: Patient) -> Findings:
+def check_vocabulary(examined: ExaminedModel) -> Findings:
     """Ids: unique, without holes, within the embedding; no token that hides another."""
-    where = "tokenizer.ggml.tokens" if patient.kind == "gguf" else "tokenizer.json"
-    tokens = patient.metadata.get("tokenizer.ggml.tokens")
+    where = "tokenizer.ggml.tokens" if examined.kind == "gguf" else "tokenizer.json"
+    tokens = examined.metadata.get("tokenizer.ggml.tokens")
     if tokens is not None:
         counts = Counter(list(tokens) if isinstance(tokens, Texts) else tokens)
         if twice := [token for token, count in counts.items() if count > 1 and token]:
             yield warning(f"{len(twice):,} tokens are there more than once: {quoted_texts(twice)}", where,
                           "only the last of each is ever encoded")
-    vocab = patient.vocab
-    added = patient.pipeline.get("added_tokens", [])
+    vocab = examined.vocab
+    added = examined.pipeline.get("added_tokens", [])
     by_id: dict[int, str] = {}
     for text, token in vocab.items():
         if by_id.setdefault(token, text) != text:
@@ -100,15 +100,15 @@ def check_vocabulary(patient: Patient) -> Findings:
     ids = {*by_id, *(entry["id"] for entry in added)}
     if ids and (holes := max(ids) + 1 - len(ids)):
         yield note(f"{holes:,} ids below {max(ids):,} have no token", where)
-    rows = patient.model.architecture.vocab_size
-    count = patient.tokenizer.vocab_size
+    rows = examined.model.architecture.vocab_size
+    count = examined.tokenizer.vocab_size
     if rows > count + 8192:
         yield note(f"the model can draw {rows:,} tokens, of which the tokenizer knows {count:,}", where)
 
 
-def check_added_tokens(patient: Patient) -> Findings:
+def check_added_tokens(examined: ExaminedModel) -> Findings:
     """Ordinary words that are tokens of their own are cut out of every text before it is read."""
-    words = [entry["content"] for entry in patient.pipeline.get("added_tokens", [])
+    words = [entry["content"] for entry in examined.pipeline.get("added_tokens", [])
              if re.fullmatch(r"[^\W\d_]{2,}", re.sub("^[ \u2581\u0120]", "", entry["content"]))]
     if words:
         yield warning(f"ordinary words are added tokens: {quoted_texts(words)}", "added_tokens",
@@ -116,41 +116,41 @@ def check_added_tokens(patient: Patient) -> Findings:
                       "tokens")
 
 
-def check_ends(patient: Patient) -> Findings:
+def check_ends(examined: ExaminedModel) -> Findings:
     """Check the tokens that begin a text and end an answer."""
-    tokenizer = patient.tokenizer
-    text = patient.text
+    tokenizer = examined.tokenizer
+    text = examined.text
     ends = sorted(tokenizer.stop_tokens)
     if not ends and text.kind != "characters" and not text.embedder:
         yield error("no token ends an answer, so answers end only where they are cut off",
-                    key_of_eos(patient), "name the token with which the model ends its turn")
-    yield from misnamed_tokens(patient)
+                    key_of_eos(examined), "name the token with which the model ends its turn")
+    yield from misnamed_tokens(examined)
     names = {token: tokenizer.show([token]) for token in ends}
     plain = [names[token] for token in ends if tokenizer.token_bytes(token) and token not in tokenizer.added]
     if named := [*filter(LIKE_A_NAME.fullmatch, plain)]:
         yield warning(f"the types of {quoted_texts(named)}, which end answers, are those of ordinary tokens",
-                      key_of_eos(patient), "their type should be control (special)")
+                      key_of_eos(examined), "their type should be control (special)")
     if plain := [name for name in plain if name not in named]:
-        yield error(f"answers end with ordinary text: {quoted_texts(plain)}", key_of_eos(patient),
+        yield error(f"answers end with ordinary text: {quoted_texts(plain)}", key_of_eos(examined),
                     "each answer would be cut where this text occurs; the id is probably another token's")
     if text.bos_token is not None and tokenizer.token_bytes(text.bos_token):
         yield warning(f"texts begin with the ordinary token {quoted(tokenizer.show([text.bos_token]))}",
                       "bos_token_id")
     for role in ("bos", "eos"):
-        stated = patient.json("tokenizer_config.json").get(f"{role}_token")
+        stated = examined.json("tokenizer_config.json").get(f"{role}_token")
         name = stated.get("content") if isinstance(stated, dict) else stated
-        if isinstance(name, str) and name not in tokenizer.named_tokens and name not in patient.vocab:
+        if isinstance(name, str) and name not in tokenizer.named_tokens and name not in examined.vocab:
             yield warning(f"{role}_token is {quoted(name)}, which is no token", "tokenizer_config.json",
                           "it has no effect here; it may be another model's")
     if text.add_bos and text.bos_token is None:
         yield warning("a first token is asked for (add_bos), but none is named", "bos_token_id")
 
 
-def misnamed_tokens(patient: Patient) -> Findings:
+def misnamed_tokens(examined: ExaminedModel) -> Findings:
     """Control tokens to which a GGUF file gives another type."""
-    types = patient.metadata.get("tokenizer.ggml.token_type", ())
-    names = [name for name, token in patient.tokenizer.specials.items()
-             if patient.text.kind == "hf" and token < len(types) and types[token] in (NORMAL, USER_DEFINED)]
+    types = examined.metadata.get("tokenizer.ggml.token_type", ())
+    names = [name for name, token in examined.tokenizer.specials.items()
+             if examined.text.kind == "hf" and token < len(types) and types[token] in (NORMAL, USER_DEFINED)]
     if names:
         yield warning(f"the types of {quoted_texts(names)}, which mark turns, are those of ordinary tokens; "
                       "they count as control tokens here", "tokenizer.ggml.token_type",
@@ -158,18 +158,18 @@ def misnamed_tokens(patient: Patient) -> Findings:
                       "something else")
 
 
-def key_of_eos(patient: Patient) -> str:
+def key_of_eos(examined: ExaminedModel) -> str:
     of_folder = "eos_token of tokenizer_config.json, or eos_token_id of generation_config.json"
     return {"gguf": "tokenizer.ggml.eos_token_id", "hf": of_folder, "litgpt": of_folder}.get(
-        patient.kind, "tokenizer.pkl")
+        examined.kind, "tokenizer.pkl")
 
 
-def check_pre_tokenizer(patient: Patient) -> Findings:
+def check_pre_tokenizer(examined: ExaminedModel) -> Findings:
     """Check that the file says how text is cut into words, in a way that is known here."""
-    if patient.text.kind == "nanochat" and json.loads(patient.text.payload)[0] not in NANOCHAT_SPLITS:
+    if examined.text.kind == "nanochat" and json.loads(examined.text.payload)[0] not in NANOCHAT_SPLITS:
         yield note("text is cut into words by an expression that is not nanochat's own", "tokenizer.pkl")
-    named = patient.metadata.get("tokenizer.ggml.pre")
-    if patient.metadata.get("tokenizer.ggml.model") == "gpt2" and not named:
+    named = examined.metadata.get("tokenizer.ggml.pre")
+    if examined.metadata.get("tokenizer.ggml.model") == "gpt2" and not named:
         yield warning("the file does not say how text is cut into words, so a guess is used that fits few "
                       "models", "tokenizer.ggml.pre", "convert the model again, with a newer converter")
 
@@ -177,11 +177,11 @@ def check_pre_tokenizer(patient: Patient) -> Findings:
 MOST_DESCENTS = 0.25  # of the merges; with more, the order of the ids says nothing about theirs
 
 
-def check_merges(patient: Patient) -> Findings:
+def check_merges(examined: ExaminedModel) -> Findings:
     """Merges in the order of the tokens that they make, as training writes both, and none missing."""
-    if patient.text.kind == "nanochat":
-        yield from check_ranks(patient)
-    model = patient.pipeline.get("model", {})
+    if examined.text.kind == "nanochat":
+        yield from check_ranks(examined)
+    model = examined.pipeline.get("model", {})
     where = "merges"
     if model.get("type") != "BPE":
         return
@@ -191,7 +191,7 @@ def check_merges(patient: Patient) -> Findings:
     if again := [pair for pair, count in Counter(map(tuple, pairs)).items() if count > 1]:
         yield warning(f"{len(again):,} merges are there more than once: "
                       f"{quoted_texts([' '.join(pair) for pair in again])}", where)
-    if not getattr(patient.tokenizer, "byte_level", False):  # sentencepiece's scores may be equal
+    if not getattr(examined.tokenizer, "byte_level", False):  # sentencepiece's scores may be equal
         return
     falls = [place for place, (before, after) in enumerate(itertools.pairwise(made)) if after < before]
     if falls and len(falls) <= max(MOST_DESCENTS * len(made), 1):
@@ -200,9 +200,9 @@ def check_merges(patient: Patient) -> Findings:
                       where, "some words are cut otherwise than in training; convert the model again")
 
 
-def check_ranks(patient: Patient) -> Findings:
+def check_ranks(examined: ExaminedModel) -> Findings:
     """Check ranks without merges: each token must consist of two that come before it."""
-    _, ranks, _ = json.loads(patient.text.payload)
+    _, ranks, _ = json.loads(examined.text.payload)
     orphans = [piece for piece, rank in ranks.items() if len(piece) > 1 and not any(
         max(ranks.get(piece[:cut], rank), ranks.get(piece[cut:], rank)) < rank
         for cut in range(1, len(piece)))]
@@ -216,15 +216,15 @@ def check_ranks(patient: Patient) -> Findings:
 # Texts there and back
 
 
-def check_round_trips(patient: Patient) -> Findings:
+def check_round_trips(examined: ExaminedModel) -> Findings:
     """Each of HARD_TEXTS is encoded and decoded; what is lost, nobody can ask the model about."""
-    tokenizer = patient.tokenizer
+    tokenizer = examined.tokenizer
     lost = list[str]()
-    if not covers_all(patient):
+    if not covers_all(examined):
         yield note("the vocabulary does not have all characters, so texts are not compared")
         return
     for text in (*HARD_TEXTS, HALF):
-        wanted = accepted_forms(patient, text.replace(HALF, "\ufffd"))
+        wanted = accepted_forms(examined, text.replace(HALF, "\ufffd"))
         try:
             found = tokenizer.decode(tokenizer.encode(text))
         except RequestError as reason:
@@ -242,27 +242,27 @@ def check_round_trips(patient: Patient) -> Findings:
 HALF = "\ud83d"  # of a surrogate pair, which JSON may hold: it is replaced, as invalid UTF-8 is
 
 
-def covers_all(patient: Patient) -> bool:
+def covers_all(examined: ExaminedModel) -> bool:
     """Whether the tokenizer has a token for each byte, and keeps texts as they are."""
-    if patient.text.kind != "hf":
-        return patient.text.kind == "nanochat"
-    model = patient.pipeline["model"]
-    if model.get("type") != "BPE" or patient.text.embedder:
+    if examined.text.kind != "hf":
+        return examined.text.kind == "nanochat"
+    model = examined.pipeline["model"]
+    if model.get("type") != "BPE" or examined.text.embedder:
         return False
-    tokenizer = patient.tokenizer
+    tokenizer = examined.tokenizer
     return isinstance(tokenizer, HuggingFaceTokenizer) and (tokenizer.byte_level or bool(
         model.get("byte_fallback")))
 
 
-def accepted_forms(patient: Patient, text: str) -> set[str]:
+def accepted_forms(examined: ExaminedModel, text: str) -> set[str]:
     """What may come back: normalizers of Unicode, and U+2581 for spaces, are common and intended."""
-    state = json.dumps(patient.pipeline.get("normalizer"))
+    state = json.dumps(examined.pipeline.get("normalizer"))
     forms = {text}
     for form in ("NFC", "NFKC", "NFD", "NFKD"):
         if f'"{form}"' in state or form == "NFKC" and "Precompiled" in state:
             forms.add(unicodedata.normalize(form, text))
-    if "\u2581" in json.dumps(patient.pipeline.get("decoder"), ensure_ascii=False) or "Metaspace" in state + (
-            json.dumps(patient.pipeline.get("pre_tokenizer"))):
+    decoder = json.dumps(examined.pipeline.get("decoder"), ensure_ascii=False)
+    if "\u2581" in decoder or "Metaspace" in state + json.dumps(examined.pipeline.get("pre_tokenizer")):
         forms |= {form.replace("\u2581", " ") for form in forms}
     return forms
 
@@ -275,23 +275,23 @@ LEAST = 8
 ENOUGH = 4_000         # tokens: in a smaller vocabulary, shares say nothing of how it was trained
 
 
-def check_reach(patient: Patient) -> Findings:
+def check_reach(examined: ExaminedModel) -> Findings:
     """Does each token's own text become that token? A vocabulary trained with other words or merges has
     tokens that no text becomes. So have whole small ones, such as those made from ranks: there, only tokens
     that no merge makes prove something."""
-    if patient.pipeline.get("model", {}).get("type") != "BPE":
+    if examined.pipeline.get("model", {}).get("type") != "BPE":
         return
-    tokenizer = merging(patient)
+    tokenizer = merging(examined)
     tried = 0
     missed = list[str]()
-    for token, text in sampled_texts(patient, tokenizer):
+    for token, text in sampled_texts(examined, tokenizer):
         tried += 1
         if tokenizer.encode(text) != [token]:
             missed.append(text)
     share = len(missed) / max(tried, 1)
     if share < FEW or len(missed) < LEAST:
         return
-    proven = tried >= ENOUGH or share_unmade(patient, tokenizer) >= FEW
+    proven = tried >= ENOUGH or share_unmade(examined, tokenizer) >= FEW
     severity = error if share > MANY else warning
     if not proven:
         severity = note
@@ -301,26 +301,26 @@ def check_reach(patient: Patient) -> Findings:
         f"merges are missing or in a wrong order, or {WRONG_SPLITS}", share=round(share, 4))
 
 
-def share_unmade(patient: Patient, tokenizer: Tokenizer) -> float:
+def share_unmade(examined: ExaminedModel, tokenizer: Tokenizer) -> float:
     """The share of the sampled tokens that no merge makes."""
     merges = (merge.split(" ") if isinstance(merge, str) else merge
-              for merge in patient.pipeline["model"].get("merges", ()))
+              for merge in examined.pipeline["model"].get("merges", ()))
     made = {"".join(merge) for merge in merges}
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    sampled = [tokenizer.name_of(token) for token, _ in sampled_texts(patient, tokenizer)]
+    sampled = [tokenizer.name_of(token) for token, _ in sampled_texts(examined, tokenizer)]
     return sum(name not in made for name in sampled) / max(len(sampled), 1)
 
 
-def merging(patient: Patient) -> Tokenizer:
+def merging(examined: ExaminedModel) -> Tokenizer:
     """The tokenizer, without the rule that a word of the vocabulary needs no merges: it would hide what is
     wrong with them."""
-    if not patient.pipeline["model"].get("ignore_merges"):
-        return patient.tokenizer
-    changed = patient.pipeline | {"model": patient.pipeline["model"] | {"ignore_merges": False}}
+    if not examined.pipeline["model"].get("ignore_merges"):
+        return examined.tokenizer
+    changed = examined.pipeline | {"model": examined.pipeline["model"] | {"ignore_merges": False}}
     return open_tokenizer(TextSpec("hf", json.dumps(changed, ensure_ascii=False).encode()))
 
 
-def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
+def sampled_texts(examined: ExaminedModel, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
     """Ordinary tokens and their texts, where these are whole characters that begin a text as they are."""
     spaced = any(tokenizer.token_bytes(token).startswith(b" ") for token in tokenizer.encode("a")[:1])
     tokens = range(tokenizer.vocab_size)
@@ -345,9 +345,9 @@ def added_texts(tokenizer: Tokenizer) -> Seq[str]:
     return [text.decode() for text in tokenizer.added.values()]
 
 
-def check_likeness(patient: Patient) -> Findings:
+def check_likeness(examined: ExaminedModel) -> Findings:
     """Check that it encodes as the published tokenizer that it is like."""
-    tokenizer = patient.tokenizer
+    tokenizer = examined.tokenizer
     names = added_texts(tokenizer)
     byte_level = getattr(tokenizer, "byte_level", True)
 

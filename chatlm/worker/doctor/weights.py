@@ -14,21 +14,22 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.layers import (
     NORMS, Features, exchanged_layers, pairs_of_others, strange_levels, transposed)
-from chatlm.worker.doctor.portraits import GROUP, LARGE, MOST_VALUES, Portrait, of_kinds, portraits
+from chatlm.worker.doctor.tensor_statistics import (
+    GROUP, LARGE, MOST_VALUES, TensorStatistics, all_statistics, of_kinds)
 from chatlm.worker.model.tensors import Cut, Unread
 
 if TYPE_CHECKING:
-    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.doctor.examined_model import ExaminedModel
     from chatlm.worker.model.blocks.model import Model
 
 AGAIN = "download or convert the file again"
 VOCABULARY = ("embed", "head", "layer_embed", "value_embed", "positions", "types")  # rows of tokens
 
 
-def check_weights(patient: Patient) -> Findings:
+def check_weights(examined: ExaminedModel) -> Findings:
     """Check all values for NaN, zeros and strange scales, and how the layers go together."""
-    model = patient.floats
-    drawn = portraits(model, patient.threads)
+    model = examined.floats
+    drawn = all_statistics(model, examined.threads)
     kinds = of_kinds(drawn)
     values = sum(math.prod(one.shape) for one in drawn)
     if values > MOST_VALUES:
@@ -67,11 +68,11 @@ def row_orders(model: Model) -> tuple[numpy.ndarray, ...]:
     return order, numpy.argsort(unpermute_rope(order, pairs))
 
 
-def first_of(kinds: Mapping[str, Seq[Portrait]], part: str) -> str:
+def first_of(kinds: Mapping[str, Seq[TensorStatistics]], part: str) -> str:
     return next((of_kind[0].name for of_kind in kinds.values() if of_kind[0].part == part), part)
 
 
-def of_one(one: Portrait) -> Findings:
+def of_one(one: TensorStatistics) -> Findings:
     """Find what is wrong with a tensor by itself."""
     if one.bad:
         yield error(f"{one.name} has {one.bad:,} values that are NaN or infinite"
@@ -90,7 +91,7 @@ def of_one(one: Portrait) -> Findings:
 LEAST_HOLE = 64  # rows of a vocabulary in succession; unused tokens are rarely so many among others
 
 
-def empty_tokens(one: Portrait) -> Findings:
+def empty_tokens(one: TensorStatistics) -> Findings:
     """Runs of zeros in a vocabulary's rows, followed by more tokens; padding at the end is usual."""
     empty = one.rows == 0
     if not empty.any() or empty.all():
@@ -106,7 +107,7 @@ def empty_tokens(one: Portrait) -> Findings:
         yield note(f"{one.name}: the rows of {count:,} tokens are zeros", where=one.name)
 
 
-def empty_tensors(of_kind: Seq[Portrait]) -> Findings:
+def empty_tensors(of_kind: Seq[TensorStatistics]) -> Findings:
     """Matrices, norms and rows of zeros, where others of the kind have none."""
     if of_kind[0].part in VOCABULARY or not (of_kind[0].matrix or of_kind[0].part in NORMS):
         return
@@ -134,7 +135,7 @@ def empty_tensors(of_kind: Seq[Portrait]) -> Findings:
 ROW_FACTOR = 200.0   # a row as its tensor's median row; good models: up to 10
 
 
-def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
+def strange_blocks(of_kind: Seq[TensorStatistics]) -> Findings:
     """Find blocks and rows that have a wrong scale."""
     usual = float(numpy.quantile([one.usual for one in of_kind], 0.9))  # heads differ much in some layers
     least = max(math.log(LARGE), usual + math.log(4))
@@ -157,11 +158,11 @@ def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
                           "median row", where=one.name, advice=AGAIN)
 
 
-def lone_peaks(one: Portrait, of_kind: Seq[Portrait]) -> list[tuple[float, int, int]]:
+def lone_peaks(one: TensorStatistics, of_kind: Seq[TensorStatistics]) -> list[tuple[float, int, int]]:
     """The large blocks of a tensor that are no massive weights of a trained model: these are in the same row
     in several layers (a channel of the residual stream), or in several rows of the same columns (a head that
     writes to few channels)."""
-    def large_peaks(of: Portrait) -> list[tuple[float, int, int]]:
+    def large_peaks(of: TensorStatistics) -> list[tuple[float, int, int]]:
         return [peak for peak in of.peaks if peak[0] > math.log(LARGE)]
 
     large = large_peaks(one)
@@ -174,23 +175,24 @@ def lone_peaks(one: Portrait, of_kind: Seq[Portrait]) -> list[tuple[float, int, 
             if peak[1] not in rows_of_others and groups.count(peak[2] // GROUP) == 1]
 
 
-def levels(of_kind: Seq[Portrait]) -> Findings:
+def levels(of_kind: Seq[TensorStatistics]) -> Findings:
     """Find tensors that are larger or smaller than those of the neighbouring layers."""
     if not (of_kind[0].matrix or of_kind[0].part in NORMS):
         return
     for strange in strange_levels(of_kind):
         times = math.exp(abs(strange.log_factor))
         compared = "larger" if strange.log_factor > 0 else "smaller"
-        yield error(f"{strange.portrait.name} is {times:,.1f} times {compared} than in the layers around it: "
-                    "its scale is not its own", where=strange.portrait.name, advice=AGAIN)
+        name = strange.statistics.name
+        yield error(f"{name} is {times:,.1f} times {compared} than in the layers around it: its scale is not "
+                    "its own", where=name, advice=AGAIN)
 
 
-def copies(kinds: Mapping[str, Seq[Portrait]]) -> Findings:
+def copies(kinds: Mapping[str, Seq[TensorStatistics]]) -> Findings:
     """Matrices that are those of another layer: a whole layer may be on purpose, one tensor is not."""
     same: dict[tuple[int, int], list[str]] = {}
     count: dict[int, int] = {}
     for of_kind in kinds.values():
-        seen: dict[bytes, Portrait] = {}
+        seen: dict[bytes, TensorStatistics] = {}
         for one in of_kind:
             if not one.matrix or one.layer is None or one.level == -math.inf or not one.rows.size:
                 continue

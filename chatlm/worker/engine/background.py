@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.common.answering import Word
+    from chatlm.common.answering import AnswerLease
     from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.engine.times import StepTimes, Times
 
@@ -33,16 +33,16 @@ class BackgroundLane:
         self.recorded = recorded
         self.room = 1   # what the last step beside interactive answers had
         self.steps = 0  # beside interactive answers
-        self.word: Word | None = None  # of workers that compute on the same processors
+        self.lease: AnswerLease | None = None  # of workers that compute on the same processors
 
-    def give_way_to(self, word: Word):
+    def give_way_to(self, lease: AnswerLease):
         """Wait from now on while other workers on the same processors write interactive answers."""
-        self.word = word
+        self.lease = lease
 
     def must_wait(self) -> bool:
         """Is another worker on the same processors writing an interactive answer, or was it a moment ago?
         Nobody measures how much work here would lengthen its steps."""
-        return self.word is not None and self.word.others_write
+        return self.lease is not None and self.lease.others_write
 
     def room_beside(self, times: StepTimes, tokens: int, most: int) -> int:
         """How many tokens, at most `most`, may join a step with so many `tokens` of interactive sequences. A

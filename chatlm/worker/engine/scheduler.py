@@ -13,7 +13,7 @@ from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.times import Times
 
 if TYPE_CHECKING:
-    from chatlm.common.answering import Word
+    from chatlm.common.answering import AnswerLease
     from chatlm.worker.engine.sequence import Chunk
 
 
@@ -37,9 +37,9 @@ class Scheduler:
         self.texts = TextPlanner(self.queue, limits, self.prompts, self.times)
         self.background = BackgroundPlanner(self.queue, limits, self.lane, self.prompts, self.times)
 
-    def give_way_to(self, word: Word):
+    def give_way_to(self, lease: AnswerLease):
         """Background work waits from now on while other workers on the same processors write answers."""
-        self.lane.give_way_to(word)
+        self.lane.give_way_to(lease)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step. A running sequence may have no chunk in it: one in the background, or an answer

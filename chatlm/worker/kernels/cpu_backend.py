@@ -26,7 +26,7 @@ from chatlm.worker.kernels.tiles import KINDS, Arena, Matrix, multiply
 from chatlm.worker.kernels.weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 if TYPE_CHECKING:
-    from chatlm.common.answering import Word
+    from chatlm.common.answering import AnswerLease
     from chatlm.worker.arrays.kinds import AdapterMatrix
     from chatlm.worker.kernels.sampling import SampleBatch
     from chatlm.worker.model.batch import Batch
@@ -179,9 +179,9 @@ class CpuBackend:
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer),
             ahead=batch.ahead, turns=batch.turns))
 
-    def pause_while(self, word: Word, most_s: float) -> None:
-        _core.pause_while(word.address, int(1e9 * most_s), word.SLICE_NS)
-        self.word = word        # its memory stays mapped
+    def pause_while(self, lease: AnswerLease, most_s: float) -> None:
+        _core.pause_while(lease.address, int(1e9 * most_s), lease.SLICE_NS)
+        self.lease = lease        # its memory stays mapped
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         return self.program.adapters.pack(matrices)

@@ -28,7 +28,7 @@ from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.tensors import zeroed
 
 if TYPE_CHECKING:
-    from chatlm.common.answering import Word
+    from chatlm.common.answering import AnswerLease
     from chatlm.worker.arrays.kinds import AdapterMatrix
     from chatlm.worker.model.core_sizes import CoreSizes
     from chatlm.worker.model.transformer import Transformer
@@ -129,7 +129,7 @@ class CudaBackend:
     def record(self, transformer: Transformer) -> None:
         """Nothing is recorded: GraphSteps captures whole steps as graphs."""
 
-    def pause_while(self, word: Word, most_s: float) -> None:
+    def pause_while(self, lease: AnswerLease, most_s: float) -> None:
         """Nothing pauses: what a GPU computes takes no CPU from others."""
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: Any) -> dict[str, Any]:

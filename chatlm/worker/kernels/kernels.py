@@ -18,7 +18,7 @@ from chatlm.worker.arrays.kinds import AdapterMatrix, Arrays, Device
 from chatlm.worker.model.pages import KvType
 
 if TYPE_CHECKING:
-    from chatlm.common.answering import Word
+    from chatlm.common.answering import AnswerLease
     from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
@@ -119,9 +119,9 @@ class Backend:
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
 
-    def pause_while(self, word: Word, most_s: float):
-        """From now on the op `pause` waits while the word says that answers are written, at most `most_s`."""
-        references().pausing.update(word=word, most_s=most_s)
+    def pause_while(self, lease: AnswerLease, most_s: float):
+        """From now on the op `pause` waits while by the lease answers are written, at most `most_s`."""
+        references().pausing.update(lease=lease, most_s=most_s)
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         """An adapter in the form that ops read. Its matrices are named after those they change."""

@@ -23,7 +23,7 @@ pausing: dict = {}  # the arguments of Backend.pause_while
 def pause_reference():
     """Wait while answers are written. A model that embeds texts does so between its layers."""
     if pausing:
-        pausing["word"].wait(pausing["most_s"])
+        pausing["lease"].wait(pausing["most_s"])
 
 
 def embed_reference(table, ids, out, part=None):

@@ -12,7 +12,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import ModelSource
 from chatlm.export.gguf.export import export_gguf
-from chatlm.export.gguf.importance import Importance, Sums, read_importance, write_importance
+from chatlm.export.gguf.importance import Importance, SquareSums, read_importance, write_importance
 from chatlm.export.gguf.measure import measure_importance
 from chatlm.export.gguf.packers import pack
 from chatlm.worker.arrays.gguf_types import TYPES
@@ -43,7 +43,7 @@ def measured(source, text=TEXT, **more):
 
 def some_importance(columns=256, experts=1):
     squares = np.random.default_rng(1).random((experts, columns), np.float32) * 100
-    return Importance({"blk.0.ffn_up.weight": Sums(squares, np.full(experts, 50, np.float32))}, ("book.txt",), 3, 64)
+    return Importance({"blk.0.ffn_up.weight": SquareSums(squares, np.full(experts, 50, np.float32))}, ("book.txt",), 3, 64)
 
 
 def test_a_file_comes_back_and_the_gguf_package_reads_it(tmp_path):
@@ -60,7 +60,7 @@ def test_a_file_comes_back_and_the_gguf_package_reads_it(tmp_path):
 
 
 def test_a_matrix_that_no_token_used_counts_as_usual():
-    sums = Sums(np.array([[2, 4], [0, 0]], np.float32), np.array([2, 0], np.float32))
+    sums = SquareSums(np.array([[2, 4], [0, 0]], np.float32), np.array([2, 0], np.float32))
     assert sums.means.tolist() == [[1, 2], [1, 1]]
 
 
@@ -109,7 +109,7 @@ def test_importance_of_another_model_is_refused(model, tmp_path):
     write_importance(some_importance(columns=128), tmp_path / "imatrix.gguf")
     with pytest.raises(ConfigError, match="of another model: .*128 columns there and 256"):
         export_gguf(source_of(model), tmp_path / "out.gguf", type="Q4_0", imatrix=tmp_path / "imatrix.gguf")
-    other = Importance({"blk.90.ffn_up.weight": Sums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
+    other = Importance({"blk.90.ffn_up.weight": SquareSums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
     write_importance(other, tmp_path / "other.gguf")
     with pytest.raises(ConfigError, match="none of its tensors is in this one"):
         export_gguf(source_of(model), tmp_path / "out.gguf", type="Q4_0", imatrix=tmp_path / "other.gguf")
@@ -120,7 +120,7 @@ def test_importance_of_another_model_is_refused(model, tmp_path):
 def test_a_type_that_needs_importance_says_so(kind, model, tmp_path):
     with pytest.raises(ConfigError, match=f"--type {kind} needs --imatrix"):
         export_gguf(source_of(model), tmp_path / "out.gguf", type=kind)
-    few = Importance({"blk.0.ffn_up.weight": Sums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
+    few = Importance({"blk.0.ffn_up.weight": SquareSums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
     write_importance(few, tmp_path / "few.gguf")
     with pytest.raises(ConfigError, match=f"--type {kind} needs --imatrix, which has none of .*blk.0"):
         export_gguf(source_of(model), tmp_path / "out.gguf", type=kind, imatrix=tmp_path / "few.gguf")
@@ -155,7 +155,7 @@ def test_each_expert_is_packed_by_its_own_importance(tmp_path):
     random = np.random.default_rng(3)
     experts = random.standard_normal((3, 8, 64)).astype(np.float32)
     write_gguf(tmp_path / "model.gguf", {"blk.0.ffn_up_exps.weight": experts}, LLAMA_NUMBERS | {"llama.expert_count": 3})
-    sums = Sums(random.random((3, 64), np.float32), np.array([4, 0, 9], np.float32))
+    sums = SquareSums(random.random((3, 64), np.float32), np.array([4, 0, 9], np.float32))
     write_importance(Importance({"blk.0.ffn_up_exps.weight": sums}), tmp_path / "imatrix.gguf")
     export_gguf(source_of(tmp_path / "model.gguf"), tmp_path / "out.gguf", type="Q4_0", imatrix=tmp_path / "imatrix.gguf")
     stored = read_gguf(tmp_path / "out.gguf")[1]["blk.0.ffn_up_exps.weight"].data

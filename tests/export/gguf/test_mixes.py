@@ -5,7 +5,7 @@ import json
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.export.gguf.mixes import MIXES, Matrix, Shape, TypeRules, mix_of
+from chatlm.export.gguf.mixes import MIXES, ModelShape, TensorInfo, TypeRules, mix_of
 from ggml_blocks import MIX_RECORD, MODELS, exceptions, matrices_of
 
 RECORDED = json.loads(MIX_RECORD.read_text())
@@ -15,8 +15,8 @@ RECORDED = json.loads(MIX_RECORD.read_text())
 @pytest.mark.parametrize("with_importance", (False, True), ids=("plain", "important"))
 def test_types_are_llama_quantizes(model, with_importance):
     changes, heads, kv_heads = MODELS[model]
-    matrices = [Matrix(name, sizes, "F32") for name, sizes in matrices_of(**changes).items()]
-    shape = Shape("llama", changes.get("layers", 33), heads, kv_heads, changes.get("experts", 0))
+    matrices = [TensorInfo(name, sizes, "F32") for name, sizes in matrices_of(**changes).items()]
+    shape = ModelShape("llama", changes.get("layers", 33), heads, kv_heads, changes.get("experts", 0))
     for name, mix in MIXES.items():
         if mix.needs_importance and not with_importance:
             continue
@@ -26,24 +26,24 @@ def test_types_are_llama_quantizes(model, with_importance):
 
 
 def test_a_fused_matrix_counts_as_values():
-    matrices = [Matrix(name, sizes, "F16") for name, sizes in matrices_of(layers=8, qkv=True).items()]
-    types = TypeRules(MIXES["Q4_K_M"], Shape("phi3", 8, 4, 4), False).types_of(matrices)
+    matrices = [TensorInfo(name, sizes, "F16") for name, sizes in matrices_of(layers=8, qkv=True).items()]
+    types = TypeRules(MIXES["Q4_K_M"], ModelShape("phi3", 8, 4, 4), False).types_of(matrices)
     assert {types[f"blk.{layer}.attn_qkv.weight"] for layer in (0, 7)} == {"Q6_K"}
     assert types["blk.1.attn_qkv.weight"] == "Q4_K"
 
 
 def test_70b_gets_better_values():
     sizes = matrices_of(layers=80)
-    matrices = [Matrix(name, shape, "F16") for name, shape in sizes.items()]
-    types = TypeRules(MIXES["Q4_K_M"], Shape("llama", 80, 64, 8), False).types_of(matrices)
+    matrices = [TensorInfo(name, shape, "F16") for name, shape in sizes.items()]
+    types = TypeRules(MIXES["Q4_K_M"], ModelShape("llama", 80, 64, 8), False).types_of(matrices)
     values = {types[name] for name in sizes if "attn_v" in name}
     assert values == {"Q5_K", "Q6_K"}
 
 
 def test_nanochats_own_tensors_keep_enough():
     names = ("value_embd.weight", "blk.1.value_embd.weight", "blk.1.ve_gate.weight", "smear_gate.weight")
-    matrices = [Matrix(name, (256, 64), "F32") for name in (*names, "output.weight", "token_embd.weight")]
-    types = TypeRules(MIXES["Q4_K_M"], Shape("nanochat5", 4, 4, 4), False).types_of(matrices)
+    matrices = [TensorInfo(name, (256, 64), "F32") for name in (*names, "output.weight", "token_embd.weight")]
+    types = TypeRules(MIXES["Q4_K_M"], ModelShape("nanochat5", 4, 4, 4), False).types_of(matrices)
     assert types["blk.1.value_embd.weight"] == "Q8_0"
     assert types["blk.1.ve_gate.weight"] == types["smear_gate.weight"] == "F32"
     assert types["output.weight"] == "Q6_K" and types["token_embd.weight"] == "Q4_K"

@@ -16,13 +16,13 @@ from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.export import export_gguf
 from chatlm.export.gguf.gguf_source import pairs_of, written_gguf
-from chatlm.export.gguf.mixes import Matrix
+from chatlm.export.gguf.mixes import TensorInfo
 from chatlm.export.gguf.packers import pack
 from chatlm.export.gguf.size_label import size_label
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.doctor.portraits import joined_parts
+from chatlm.worker.doctor.tensor_statistics import joined_parts
 from chatlm.worker.doctor.running import ready, step
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_model
@@ -136,7 +136,7 @@ def test_a_template_in_the_file_changes_no_chat(written, tmp_path):
     ([(768, 50304)], "39M"), ([(64, 10)], "0.6K"), ([(1280, 1280)] * 342, "560M"), ([(1024, 1024)] * 1024, "1.1B"),
     ([(1 << 20, 1 << 20)], "1.1T"), ([(9_999_999,)], "10M")))
 def test_the_size_label_is_the_converters(sizes, label):
-    matrices = [Matrix("blk.0.attn_q.weight", each, "F32") for each in sizes]
+    matrices = [TensorInfo("blk.0.attn_q.weight", each, "F32") for each in sizes]
     assert size_label(matrices) == label
     assert gguf.size_label(sum(int(np.prod(each)) for each in sizes), 0, 0, 0) == label
 

@@ -20,7 +20,7 @@ from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.times import StepTimes, Times
-from chatlm.worker.process import share_word
+from chatlm.worker.process import share_lease
 from engines import make_engine
 from families import make_model, save
 from works import assignment
@@ -292,11 +292,11 @@ def test_a_chat_s_first_token_comes_at_the_next_step(nanochat_fixtures):
 
 def test_lines_wait_while_another_worker_writes(nanochat_fixtures):
     """The background waits while another worker on the same processors writes."""
-    if not (path := answering.path_of_word()):
+    if not (path := answering.path_of_lease()):
         pytest.skip("no memory file here")
-    other = answering.Word(path)
+    other = answering.AnswerLease(path)
     engine, apart = (make_engine(nanochat_fixtures / "gen5", max_batch=4) for _ in range(2))
-    share_word(engine, path), share_word(apart, path, apart=True)
+    share_lease(engine, path), share_lease(apart, path, apart=True)
     [line, *_], [chat, *_] = works_of(engine)
     try:
         other.until.value = time.monotonic_ns() + 10**12
@@ -305,7 +305,7 @@ def test_lines_wait_while_another_worker_writes(nanochat_fixtures):
         with torch.inference_mode():
             assert not any(engine.step() for _ in range(3)) and apart.step() + apart.step()
             engine.add(chat)
-            assert {name for name, event in engine.step() + engine.step()} == {chat.id}     # which has moved the word on
+            assert {name for name, event in engine.step() + engine.step()} == {chat.id}     # which has moved the lease on
             for each in (engine, apart):
                 while each.busy:
                     each.step()
@@ -316,7 +316,7 @@ def test_lines_wait_while_another_worker_writes(nanochat_fixtures):
             while engine.busy:
                 engine.step()
             until = other.until.value
-            engine.word.note(0.0)
+            engine.lease.note(0.0)
             assert other.until.value != until and not engine.scheduler.lane.must_wait()     # its own
     finally:
         other.until.value = 0

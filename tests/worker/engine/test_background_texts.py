@@ -8,7 +8,7 @@ import pytest
 from chatlm.common import answering
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.kernels import choice, kernels
-from chatlm.worker.process import share_word
+from chatlm.worker.process import share_lease
 from engines import make_engine, pieces
 import encoders
 import retrieval
@@ -19,15 +19,15 @@ PROMPTS = [tuple(range(5, 5 + length)) for length in (3, 40, 17)]
 
 
 @pytest.fixture
-def word(monkeypatch):
-    """The word of this process; afterwards nothing waits for it any more."""
-    path = answering.path_of_word()
+def lease(monkeypatch):
+    """The lease of this process; afterwards nothing waits for it any more."""
+    path = answering.path_of_lease()
     if not path:
         pytest.skip("no memory file here")
     monkeypatch.setattr(answering, "PAUSE_S", 0.03)
-    word = answering.Word(path)
-    yield word
-    word.until.value = 0
+    lease = answering.AnswerLease(path)
+    yield lease
+    lease.until.value = 0
     _core.pause_while(0, 0, 0)
 
 
@@ -42,53 +42,53 @@ def embedder(request, tmp_path_factory):
     return encoders.engine_of(folder)[1]
 
 
-def test_layers_wait_while_another_worker_writes(word, embedder):
+def test_layers_wait_while_another_worker_writes(lease, embedder):
     """Layers wait while another worker writes, and the vectors stay the same."""
     before = encoders.vectors(embedder, PROMPTS, pooling=embedder.answers.tokenizer.spec.embedder.pooling)
     waited = _core.paused_ns()
-    share_word(embedder, answering.path_of_word())
+    share_lease(embedder, answering.path_of_lease())
     pooling = embedder.answers.tokenizer.spec.embedder.pooling
     assert np.array_equal(encoders.vectors(embedder, PROMPTS, pooling=pooling), before) and _core.paused_ns() == waited     # nobody writes
-    word.until.value = time.monotonic_ns() + 10**12
+    lease.until.value = time.monotonic_ns() + 10**12
     assert np.array_equal(encoders.vectors(embedder, PROMPTS, pooling=pooling), before)       # and it comes to an end
     assert _core.paused_ns() - waited >= 30_000_000
 
 
-def test_a_writer_moves_the_word_on(word, nanochat_fixtures):
-    """A writer moves the word on, and leaves it alone when it embeds."""
+def test_a_writer_moves_the_word_on(lease, nanochat_fixtures):
+    """A writer moves the lease on, and leaves it alone when it embeds."""
     engine = make_engine(nanochat_fixtures / "gen5")
-    share_word(engine, answering.path_of_word())
+    share_lease(engine, answering.path_of_lease())
     pieces(engine, [assignment("text", PROMPTS[0], SamplingParams(), 0, pooling="mean")])
-    assert word.until.value == 0
+    assert lease.until.value == 0
     begin = time.monotonic_ns()
     pieces(engine, [assignment("answer", PROMPTS[0], SamplingParams(), 2)])
-    assert word.until.value >= begin + 1e9 * answering.LEAST_S
+    assert lease.until.value >= begin + 1e9 * answering.LEAST_S
 
 
 def test_child_processes_find_the_word():
-    """The word is there for processes that this one starts."""
-    assert answering.path_of_word() == answering.path_of_word()
+    """The lease is there for processes that this one starts."""
+    assert answering.path_of_lease() == answering.path_of_lease()
     assert answering.longest_pause_s(6) == answering.PAUSE_S and answering.longest_pause_s(24) * 24 == answering.STEP_S
 
 
-def test_without_decode_core_layers_wait_too(word, monkeypatch, tmp_path):
+def test_without_decode_core_layers_wait_too(lease, monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "decode_core", lambda: None)
     encoders.save_folder(tmp_path, "bert", encoders.make_encoder("bert"))
     _, engine = encoders.engine_of(tmp_path)
     waits = []
-    monkeypatch.setattr(answering.Word, "wait", lambda word, most_s: waits.append(most_s))
-    share_word(engine, answering.path_of_word())
+    monkeypatch.setattr(answering.AnswerLease, "wait", lambda lease, most_s: waits.append(most_s))
+    share_lease(engine, answering.path_of_lease())
     encoders.vectors(engine, PROMPTS[:1], pooling="mean")
     kernels.references().pausing.clear()
     assert waits == [answering.PAUSE_S] * len(engine.transformer.model.layers)
 
 
-def test_a_wait_has_an_end_and_a_slice_after_it(word):
-    word.until.value = time.monotonic_ns() + 10**12
+def test_a_wait_has_an_end_and_a_slice_after_it(lease):
+    lease.until.value = time.monotonic_ns() + 10**12
     begin = time.monotonic_ns()
-    word.wait(0.02)
+    lease.wait(0.02)
     assert time.monotonic_ns() - begin >= 20_000_000
-    word.wait(1e9)         # a slice: at once, or this would not end
-    word.until.value = 0
-    word.sliced = 0
-    word.wait(1e9)         # nobody writes
+    lease.wait(1e9)         # a slice: at once, or this would not end
+    lease.until.value = 0
+    lease.sliced = 0
+    lease.wait(1e9)         # nobody writes

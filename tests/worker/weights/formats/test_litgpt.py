@@ -20,7 +20,7 @@ from chatlm.common.hub.stamps import Changed, files_of, refuse_changed
 from chatlm.common.hub.run_checkpoints import find_steps
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.doctor.stated import stated_scaling
 from chatlm.worker.doctor.tokenizer import key_of_eos
 from chatlm.worker.weights.load import open_model
@@ -335,6 +335,6 @@ def test_a_folder_is_served_quantized_with_an_adapter(tmp_path):
 def test_check_examines_a_folder(tmp_path):
     folder = copy_of("llama3", tmp_path)
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "a"}')
-    found = Patient(resolve_model(Settings(model=str(folder))), Settings(model=str(folder)))
+    found = ExaminedModel(resolve_model(Settings(model=str(folder))), Settings(model=str(folder)))
     assert stated_scaling(found) == {"type": "llama3", "factor": 32.0, "where": "rope_scaling", "original": 64}
     assert "eos_token of tokenizer_config.json" in key_of_eos(found) and found.json("tokenizer_config.json")["eos_token"] == "a"

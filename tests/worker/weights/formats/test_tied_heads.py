@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.doctor.stated import check_head
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.formats.folder.description import hf_spec
@@ -126,7 +126,7 @@ def test_the_doctor_names_a_head_of_its_own(tmp_path):
     from chatlm.common.config import Settings
     from chatlm.common.hub.find import resolve_model
     settings = Settings(model=str(with_head("llama3.2", save(make_model("llama3.2"), tmp_path))))
-    [found] = check_head(Patient(resolve_model(settings), settings))
+    [found] = check_head(ExaminedModel(resolve_model(settings), settings))
     assert found.severity == "error" and "the files have another lm_head.weight, which is used" in found.what
 
 

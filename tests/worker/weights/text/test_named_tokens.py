@@ -9,7 +9,7 @@ import transformers
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.weights.formats.folder.description import hf_text
 from families import CHAT, clear_cases, make_model, write_tokenizer
 from real_server import ask, get, post, server
@@ -137,10 +137,10 @@ def test_a_server_ends_answers_where_the_map_says(tmp_path):
     folder = folder_of(tmp_path, special_tokens_map=NAMED)
     (folder / "generation_config.json").unlink(missing_ok=True)
     settings = Settings(model=str(folder), dtype="float32")
-    patient = Patient(resolve_model(settings), settings)
-    assert patient.tokenizer.stop_tokens == {257}
+    examined = ExaminedModel(resolve_model(settings), settings)
+    assert examined.tokenizer.stop_tokens == {257}
     with server(folder, "--dtype", "float32") as (_, url):
         body = ask("hi", max_tokens=2, logit_bias={"257": 100})
         answer = json.load(post(url + "/v1/chat/completions", body))
-        assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["prompt_tokens"] == len(patient.tokenizer.render([Message("user", "hi")]))
+        assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["prompt_tokens"] == len(examined.tokenizer.render([Message("user", "hi")]))
         assert get(url + "/v1/models")["data"][0]["capabilities"]["chat"]

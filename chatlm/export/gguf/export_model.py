@@ -1,4 +1,4 @@
-"""`Written`: a model that is to be written as one file, its metadata and its tensors, yet to be read."""
+"""`ExportModel`: a model that is to be written as one file, its metadata and its tensors, yet to be read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy
 
 from chatlm.common.records import record
 from chatlm.export.gguf.encoding import Value
-from chatlm.export.gguf.mixes import Matrix, Shape
+from chatlm.export.gguf.mixes import ModelShape, TensorInfo
 
 
-class WrittenTensor(NamedTuple):
+class ExportTensor(NamedTuple):
     """A tensor of the model. Its rows are those of all its matrices, one after the other."""
 
-    matrix: Matrix
+    matrix: TensorInfo
     rows: Callable[[int, int], numpy.ndarray]             # (begin, end) -> float32 (end - begin, K)
     raw: Callable[[int, int], numpy.ndarray] | None       # the same as bytes of its type, if it has them
 
@@ -39,12 +39,12 @@ class WrittenTensor(NamedTuple):
 
 
 @record
-class Written:
+class ExportModel:
     """A model, ready to be written as one file."""
 
     metadata: dict[str, Value]
-    tensors: tuple[WrittenTensor, ...]
-    shape: Shape
+    tensors: tuple[ExportTensor, ...]
+    shape: ModelShape
     files: tuple[Path, ...]   # that it is read from
     is_quantized: bool        # is any of its tensors of a quantized type?
 

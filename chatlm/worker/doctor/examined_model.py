@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.formats.gguf.file import read_gguf, readable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.loaded.model import LoadedModel
 
 
-class Patient:
+class ExaminedModel:
     """A model as a worker would open it, and what its files say themselves.
 
     Each property may raise ConfigError. `against`: the model it was quantized from, if one was given."""
@@ -32,7 +32,7 @@ class Patient:
         self.source = source
         self.settings = settings
         self.threads = threads
-        self.original = against and Patient(against, replace(settings, quantize=None, lora=()),
+        self.original = against and ExaminedModel(against, replace(settings, quantize=None, lora=()),
                                             threads=threads)
 
     @property

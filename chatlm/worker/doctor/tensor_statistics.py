@@ -28,7 +28,7 @@ PEAKS_TRIED = 64          # blocks of a chunk that are looked at weight by weigh
 
 
 @dataclass
-class Portrait:
+class TensorStatistics:
     """A file's tensor as statistics. `name`: the file's; `part`: our tensor that it is part of, without its
     layer; `index`: which of those that form it."""
 
@@ -69,13 +69,13 @@ class Portrait:
         return math.log(square) / 2 if 0 < square < math.inf else -math.inf
 
 
-def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
-    """The portraits of all tensors of a model whose matrices are float32 when they are read."""
+def all_statistics(model: LoadedModel, threads: int = 1) -> list[TensorStatistics]:
+    """The statistics of all tensors of a model whose matrices are float32 when they are read."""
     tasks = [*tasks_of(model)]
-    total = sum(math.prod(portrait.shape) for portrait, _ in tasks)
+    total = sum(math.prod(statistics.shape) for statistics, _ in tasks)
     every = -(-total // MOST_VALUES)
     with ThreadPoolExecutor(threads) as pool:
-        return [*pool.map(partial(draw_portrait, heads=head_rows(model), every=every), *zip(*tasks))]
+        return [*pool.map(partial(measure_tensor, heads=head_rows(model), every=every), *zip(*tasks))]
 
 
 def head_rows(model: LoadedModel) -> int:
@@ -85,27 +85,28 @@ def head_rows(model: LoadedModel) -> int:
     return attentions[0].head_size if attentions else 1
 
 
-def tasks_of(model: LoadedModel) -> Iterator[tuple[Portrait, Unread | MappedRows]]:
+def tasks_of(model: LoadedModel) -> Iterator[tuple[TensorStatistics, Unread | MappedRows]]:
     for ours, tensor in model.tensors.items():
         layer, _, part = ours.rpartition(".")
         of = tensor.of[1] if isinstance(tensor, Unread) else {ours: tensor.table.shape}
         for index, (name, shape) in enumerate(of.items()):
-            yield Portrait(name, part, int(layer) if layer else None, index, tuple(shape)), tensor
+            yield TensorStatistics(name, part, int(layer) if layer else None, index, tuple(shape)), tensor
 
 
-def draw_portrait(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: int) -> Portrait:
-    """The portrait of a tensor. Only each `every`-th chunk of it is read."""
-    shape = portrait.shape
+def measure_tensor(statistics: TensorStatistics, tensor: Unread | MappedRows, heads: int,
+                   every: int) -> TensorStatistics:
+    """Statistics of a tensor. Only each `every`-th chunk of it is read."""
+    shape = statistics.shape
     with numpy.errstate(all="ignore"):
         if isinstance(tensor, Unread) and len(tensor.cut.full) == 1:
-            values = tensor.alone(portrait.name, Cut.whole((math.prod(shape),)))  # may be one of q, k and v
-            draw_vector(portrait, floats(numpy.asarray(joined_parts(values))).reshape(-1))
-            return portrait
+            values = tensor.alone(statistics.name, Cut.whole((math.prod(shape),)))  # may be one of q, k and v
+            measure_vector(statistics, floats(numpy.asarray(joined_parts(values))).reshape(-1))
+            return statistics
         rows = math.prod(shape[:-1])
         columns = shape[-1]
         step = max(CHUNK // columns // heads, 1) * heads
-        portrait.rows = numpy.full(rows, numpy.nan)
-        portrait.columns = numpy.zeros(columns)
+        statistics.rows = numpy.full(rows, numpy.nan)
+        statistics.columns = numpy.zeros(columns)
         usual = list[float]()
         for number, begin in enumerate(range(0, rows, step)):
             if number % every:
@@ -114,13 +115,13 @@ def draw_portrait(portrait: Portrait, tensor: Unread | MappedRows, heads: int, e
             if isinstance(tensor, MappedRows):
                 values = tensor.look_up(numpy.arange(span.start, span.stop))
             else:
-                values = tensor.alone(portrait.name, Cut((rows, columns), (len(span), columns), 0, [span]))
-            draw_chunk(portrait, floats(joined_parts(values)), begin, usual)
-        portrait.rows = portrait.rows[~numpy.isnan(portrait.rows)] if every > 1 else portrait.rows
-        portrait.columns /= max(portrait.read, 1)
-        portrait.usual = max(usual, default=0.0)
+                values = tensor.alone(statistics.name, Cut((rows, columns), (len(span), columns), 0, [span]))
+            measure_chunk(statistics, floats(joined_parts(values)), begin, usual)
+        statistics.rows = statistics.rows[~numpy.isnan(statistics.rows)] if every > 1 else statistics.rows
+        statistics.columns /= max(statistics.read, 1)
+        statistics.usual = max(usual, default=0.0)
         advise(getattr(tensor, "mapped", ()), "MADV_DONTNEED")
-    return portrait
+    return statistics
 
 
 def rows_of(model: LoadedModel, ours: str, span: range) -> numpy.ndarray:
@@ -138,13 +139,13 @@ def joined_parts(values) -> numpy.ndarray:
     return numpy.concatenate(values) if isinstance(values, tuple) else values
 
 
-def draw_vector(portrait: Portrait, values: numpy.ndarray):
-    portrait.values = values
-    portrait.read = len(values)
-    portrait.bad = int((~numpy.isfinite(values)).sum())
+def measure_vector(statistics: TensorStatistics, values: numpy.ndarray):
+    statistics.values = values
+    statistics.read = len(values)
+    statistics.bad = int((~numpy.isfinite(values)).sum())
 
 
-def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: list[float]):
+def measure_chunk(statistics: TensorStatistics, values: numpy.ndarray, begin: int, usual: list[float]):
     """Add rows (n, K), which begin at row `begin`."""
     n, K = values.shape
     squares = numpy.square(values)
@@ -154,28 +155,28 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
     if not math.isfinite(float(total.sum())):
         finite = numpy.isfinite(values)
         if count := int((~finite).sum()):
-            if not portrait.bad:
-                portrait.first_bad = begin + int((~finite).any(1).argmax())
-            portrait.bad += count
-    portrait.rows[begin:begin + n] = total / K
-    portrait.columns += squares.sum(0, dtype=numpy.float32)
-    portrait.read += n
+            if not statistics.bad:
+                statistics.first_bad = begin + int((~finite).any(1).argmax())
+            statistics.bad += count
+    statistics.rows[begin:begin + n] = total / K
+    statistics.columns += squares.sum(0, dtype=numpy.float32)
+    statistics.read += n
     lean = numpy.abs(values.sum(1)) / numpy.sqrt(numpy.maximum(total, 1e-30) * K)
-    if (row := int(numpy.nan_to_num(lean).argmax())) + 1 and lean[row] > portrait.leaning:
-        portrait.leaning = float(lean[row])
-        portrait.leaning_row = begin + row
-    portrait.usual_leaning = min(portrait.usual_leaning, float(numpy.median(lean)))
+    if (row := int(numpy.nan_to_num(lean).argmax())) + 1 and lean[row] > statistics.leaning:
+        statistics.leaning = float(lean[row])
+        statistics.leaning_row = begin + row
+    statistics.usual_leaning = min(statistics.usual_leaning, float(numpy.median(lean)))
     largest = numpy.maximum.reduceat(squares, range(0, K, width), 1)
     even = (sums > 0) & (numpy.abs(sums - width * largest) <= 1e-5 * sums)  # all of one magnitude
     for row in numpy.flatnonzero(even.all(1) & (K >= BLOCK)):
         if (values[row] == values[row, 0]).all():
-            portrait.constant.append(begin + int(row))
+            statistics.constant.append(begin + int(row))
     if width != K and K // width >= 4 and n >= 16:
-        compare_blocks(portrait, values, sums, largest, begin, usual)
+        compare_blocks(statistics, values, sums, largest, begin, usual)
 
 
-def compare_blocks(portrait: Portrait, values: numpy.ndarray, sums: numpy.ndarray, largest: numpy.ndarray,
-                   begin: int, usual: list[float]):
+def compare_blocks(statistics: TensorStatistics, values: numpy.ndarray, sums: numpy.ndarray,
+                   largest: numpy.ndarray, begin: int, usual: list[float]):
     """Compare blocks of values (n, K), whose sums of squares and largest squares are given (n, B), with what
     their row and their column of blocks let expect.
 
@@ -206,11 +207,11 @@ def compare_blocks(portrait: Portrait, values: numpy.ndarray, sums: numpy.ndarra
         expected = math.exp(columns[block] + rows[row])
         found[row, block] = math.sqrt(float(group.max())) < ROUNDED_AWAY * expected
     if count := int(found.sum()):
-        if not portrait.holes:
-            portrait.hole = begin + int(found.any(1).argmax())
-        portrait.holes += count
+        if not statistics.holes:
+            statistics.hole = begin + int(found.any(1).argmax())
+        statistics.holes += count
     over = numpy.nan_to_num(without - numpy.maximum(columns, -3), nan=-9.0, posinf=99.0, neginf=-9.0)
-    portrait.peaks.append(whole_peak(over, values, begin))
+    statistics.peaks.append(whole_peak(over, values, begin))
     usual.append(float(numpy.partition(over, -1 - over.size // 1000, None)[-1 - over.size // 1000]))
 
 
@@ -237,10 +238,10 @@ def whole_peak(over: numpy.ndarray, values: numpy.ndarray, begin: int) -> tuple[
     return float(whole[best]), begin + int(rows[best]), int(blocks[best]) * width
 
 
-def of_kinds(all_portraits: Iterable[Portrait]) -> dict[str, list[Portrait]]:
-    """The portraits by kind, in the order of the layers."""
-    found: dict[str, list[Portrait]] = {}
-    for portrait in all_portraits:
-        found.setdefault(portrait.kind, []).append(portrait)
+def of_kinds(measured: Iterable[TensorStatistics]) -> dict[str, list[TensorStatistics]]:
+    """The statistics by kind, in the order of the layers."""
+    found: dict[str, list[TensorStatistics]] = {}
+    for statistics in measured:
+        found.setdefault(statistics.kind, []).append(statistics)
     return {kind: sorted(of_kind, key=lambda one: -1 if one.layer is None else one.layer)
             for kind, of_kind in found.items()}
