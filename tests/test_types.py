@@ -46,7 +46,7 @@ MORE: tuple[Route[BatchRoutes], ...] = (Route("GET", "/x", OPENAI, lambda room, 
 Annex("batches", load_batches, close=lambda batches: batches.end())
 from chatlm.front.api.additions import ServerTool
 Annex("batches", load_batches, tools=(ServerTool("x", "x", {}, lambda batches, call: batches.run(call)),))
-Annex("batches", load_batches, prompt=lambda batches, parsed, caller: batches.prompted(parsed))
+Annex("batches", load_batches, prompt=lambda batches, parsed, caller, pool: batches.prompted(parsed))
 Annex("batches", load_batches, tables=lambda: (1,))
 from chatlm.common.commands import Command
 Command("x", "which is x", run=lambda settings: None)
