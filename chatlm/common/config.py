@@ -272,7 +272,7 @@ class Flag(NamedTuple):
     def is_text(self) -> bool:
         """Whether its value is text, so that a number in a --config file is a mistake."""
         return self.parse in (str, str.lower, file_name, counted_text, store_text, url_prefix, origin,
-                              adapter)
+                              adapter, knowledge)
 
     @property
     def variable(self) -> str:

@@ -1,8 +1,8 @@
 """Vector stores of --knowledge: each has the files of a folder of the server, and follows it.
 
 A look lists the folder in a thread and compares it with what the database has of it. Every difference is one
-transaction: a file that came or changed is copied into the database, where `Ingest` finds it; one that went is
-deleted with its passages. So a look that a kill ends is done again after the next start, and what was taken
+transaction: a file that came or changed is copied into the database, where `Ingest` finds it; one that went
+is deleted with its passages. So a look that a kill ends is done again after the next start, and what was taken
 over is not. A folder that cannot be listed, or is empty all at once, as where a disk is not mounted, changes
 nothing: its store says so."""
 
@@ -63,6 +63,7 @@ class Following:
         self.followed: list[Followed] = []
         self.trusted = set[int]()     # stores whose stamps this server has seen itself
         self.problems: dict[int, str] = {}
+        self.lock = asyncio.Lock()    # one look at a time
         self.task: asyncio.Task | None = None
 
     async def start(self):
@@ -83,7 +84,8 @@ class Following:
         while True:
             for followed in self.followed:
                 try:
-                    await self.follow(followed)
+                    async with self.lock:
+                        await self.follow(followed)
                 except RequestError as error:  # more files than a store may have
                     await self._tell(followed, str(error))
                 except Overloaded as error:    # a full disk: the next look goes on
@@ -195,7 +197,8 @@ def forget(connection: sqlite3.Connection, store: int, path: str):
         connection.execute("DELETE FROM knowledge_folder_files WHERE store = ? AND path = ?", (store, path))
 
 
-def take(connection: sqlite3.Connection, followed: Followed, found: Found, data: bytes, digest: str, now: int):
+def take(connection: sqlite3.Connection, followed: Followed, found: Found, data: bytes, digest: str,
+         now: int):
     """Put a file into the store, in place of what it had of this path. One that is not read is there as
     failed, with its reason."""
     forget(connection, followed.store, found.path)

@@ -153,7 +153,8 @@ class KnowledgeRoutes:
         return await require_store(self.store).run(run, adds_bytes)
 
     async def handle_store(self, http: web.Request) -> web.Response:
-        return polled(await self._on_store(http, lambda connection, store, now: store.body(now), changes=False))
+        return polled(await self._on_store(http, lambda connection, store, now: store.body(now),
+                                            changes=False))
 
     async def handle_update(self, http: web.Request) -> web.Response:
         require_store(self.store)
@@ -246,8 +247,9 @@ class KnowledgeRoutes:
             file = stores.file_of_store(connection, store, name)
             parts = list[bytes]()
             size = 0
-            for place, text in stores.passages_after(connection, file, begin):
-                parts.append(dump({"type": "text", "text": text}))
+            for place, text, start, page, heading in stores.passages_after(connection, file, begin):
+                parts.append(dump({"type": "text", "text": text, "start": start, "page": page,
+                                   "heading": heading}))
                 size += len(parts[-1])
                 if size > PAGE_BYTES:
                     return file.body(store.id), parts, place + 1 if place + 1 < file.passages else None

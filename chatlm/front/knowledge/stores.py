@@ -368,9 +368,11 @@ def remove_file(connection: sqlite3.Connection, file: StoreFile):
     connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE number = ?", (file.number,))
 
 
-def passages_after(connection: sqlite3.Connection, file: StoreFile, place: int) -> Iterator[tuple[int, str]]:
-    """(place, text) of the passages of a file from a place on."""
-    return connection.execute("SELECT place, text FROM knowledge_passages WHERE file = ? AND place >= ? "
+def passages_after(connection: sqlite3.Connection, file: StoreFile,
+                   place: int) -> Iterator[tuple[int, str, int, int | None, str]]:
+    """(place, text, start, page, heading) of the passages of a file from a place on."""
+    return connection.execute("SELECT place, text, start, page, heading FROM knowledge_passages "
+                              "WHERE file = ? AND place >= ? "
                               "ORDER BY place", (file.number, place))
 
 

@@ -173,7 +173,7 @@ CREATE INDEX knowledge_folders_active ON knowledge_folders (active) WHERE active
 CREATE TABLE knowledge_folder_files (
     store INTEGER NOT NULL REFERENCES knowledge_folders (store),
     path TEXT NOT NULL,             -- within the folder
-    stamp TEXT NOT NULL,            -- size, times and place on the disk: if these are the same, so is the file
+    stamp TEXT NOT NULL,            -- size, times, place on the disk: if these are the same, so is the file
     digest TEXT NOT NULL,           -- of its content; or why it is not read
     file TEXT NOT NULL,             -- its file-... in the store
     PRIMARY KEY (store, path)
