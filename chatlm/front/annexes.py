@@ -20,7 +20,7 @@ from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
     AFTER, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
-from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
+from chatlm.front.api.knowledge_fields import BEFORE, KNOWLEDGE_OF_CHAT, PAGE, STATUS
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.intake.intake import KeptBefore
     from chatlm.front.knowledge.routes import KnowledgeRoutes
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answering, Ask, Begin
     from chatlm.front.server.batches import BatchRoutes
     from chatlm.front.server.budgets import Budgets
@@ -83,9 +84,10 @@ class Annex(Generic[T]):
     # The part of the worker's engine (chatlm/worker/parts.py) that gets the values of these fields, by their
     # names. What it says of the answer, `watch` gets
     part: str = ""
-    # The hooks of those that are wanted. `prompt` may change what a body asks the model, before that is
-    # rendered: of bodies with one of its fields or tools; of all, if it has neither
-    prompt: Callable[[T, ParsedBody, Caller], Awaitable[ParsedBody]] | None = None
+    # The hooks of those that are wanted. `prompt` may change what a body asks the model (of this pool), before
+    # that is rendered, and what its answer has `beside`: of bodies with one of its fields or tools; of all, if
+    # it has neither
+    prompt: Callable[[T, ParsedBody, Caller, WorkerPool], Awaitable[ParsedBody]] | None = None
     # Has it to do with the answer to a body? Then `prepare` may change how the body is answered, before its
     # encoder is made, and `around` begins the answer: it gets what begins the one within
     joins: Callable[[ParsedBody], bool] = lambda parsed: False
@@ -363,6 +365,9 @@ def with_knowledge(front: Front) -> bool:
 
 KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
                   lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
+                  fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
+                  needs="--database",
+                  prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
                   tables=knowledge_tables)
 
 

@@ -191,7 +191,7 @@ class Front:
             pool = served.pool
             for annex in self.wanted:
                 if annex.prompt and annex.name in parsed.changed_by:
-                    parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller())
+                    parsed = await annex.prompt(self.room(annex), parsed, self.bodies.caller(), pool)
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             parsed = with_parts(parsed, self.wanted)
@@ -453,7 +453,7 @@ def routes_with(annexes: Seq[Annex]) -> tuple[Route, ...]:
     rows = [row for part in parts for row in part]
     check_once("two rows are the route", [f"{row.method} {row.pattern}" for row in rows])
     additions = Additions(additions_of(annexes))
-    return tuple(row.with_added(additions.of_route(row.pattern)) for row in rows)
+    return tuple(row.with_added(additions.of_route) for row in rows)
 
 
 def check_once(problem: str, names: Seq[str]):

@@ -38,7 +38,7 @@ class Toy:
         kept = await self.front.store.run(lambda db: db.execute("SELECT owner, text FROM toys").fetchall())
         return json_response({"did": self.did, "kept": kept})
 
-    async def prompted(self, parsed, caller):
+    async def prompted(self, parsed, caller, pool):
         words = parsed.added.get("toy")
         if words is None:                                   # it is asked for its tool alone
             return parsed
@@ -102,7 +102,7 @@ TOY = Annex(
     fields=(AddedField(WORDS, ("/chat/completions", "/v1/chat/completions", "/v1/responses")),),
     tools=(ServerTool("echo", "Say it.", {"type": "object", "properties": {"text": {"type": "string"}}},
                       lambda toy, call: toy.echo(call), (TIMES,)),),
-    needs="--database", prompt=lambda toy, parsed, caller: toy.prompted(parsed, caller),
+    needs="--database", prompt=lambda toy, parsed, caller, pool: toy.prompted(parsed, caller, pool),
     joins=lambda parsed: "toy" in parsed.added, prepare=lambda toy, parsed: toy.prepared(parsed),
     around=lambda toy, begin, ask: toy.around(begin, ask), tables=toy_tables, part="counter",
     watch=lambda toy, request: toy.watch(request),

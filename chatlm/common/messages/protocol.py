@@ -476,6 +476,8 @@ class ParsedBody:
     plan: ToolPlan | None = None         # the tools that the server calls for it; None: none
     added: Mapping = field(default_factory=dict)  # values of the fields that annexes add, checked
     changed_by: tuple[str, ...] = ()     # annexes that may change its prompt, so a sandbox has made none
+    beside: Mapping = field(default_factory=dict)  # what annexes add to the answer's body, as its members
+    citable: tuple[Mapping, ...] = ()    # what [1], [2], ... in the answer cite, as members of an annotation
 
     @property
     def is_kept(self) -> bool:

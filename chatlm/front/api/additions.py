@@ -6,7 +6,7 @@ front checks their values."""
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
@@ -75,6 +75,13 @@ class Addition:
         needs = f" without {self.needs}" if self.needs else f" without {self.annex}"
         return f"left out: the server was started{needs}"
 
+    def refusal(self, name: str, value: Any) -> RequestError:
+        """The error for a body with a field of it. What needs a database is said as its routes say it."""
+        error = bad_value(name, value, self.why_not)
+        if self.needs != "--database":
+            return error
+        return RequestError(str(error), status=404, code="no_database", param=name)
+
 
 class AddedNames(NamedTuple):
     """What to take out of a body."""
@@ -135,51 +142,71 @@ def has_answer(path: str) -> bool:
     return has_body(path) and isinstance(form_of(path), Form)
 
 
-def alike(path: str) -> Iterator[str]:
-    """The routes whose bodies have the same fields as those of `path`."""
-    return (each for each in paths_of(path) if fields_of(each) is fields_of(path))
+def is_alike(form: str, path: str) -> bool:
+    """Have bodies of a path the same fields as those of this form? Asks no dialect but theirs."""
+    return form == path or path in paths_of(form) and fields_of(path) is fields_of(form)
 
 
 class Additions:
-    """What all annexes add, made once. Raises ValueError for a row that cannot be."""
+    """What all annexes add, made once. Raises ValueError for a row that cannot be; what only a dialect can tell
+    is said once its route is asked, so that nothing imports dialects that nobody speaks."""
 
     def __init__(self, rows: Seq[Addition] = ()):
         self.rows = rows
-        self.fields: dict[tuple[str, str], tuple[Addition, Field]] = {}  # by path and name
+        self.paths: dict[str, dict[str, tuple[Addition, Field]]] = {}  # fields by paths and names, if asked
         for row in rows:
             for added in row.fields:
-                self._add(row, added)
+                self._check_row(row, added)
         tools = [(row, tool) for row in rows if row.wanted for tool in row.tools]
         self.tools = {tool.type: (row, tool) for row, tool in tools}
         if len(self.tools) < len(tools):
             raise ValueError(f"two annexes run tools of one type, among {', '.join(self.tools)}")
 
-    def _add(self, row: Addition, added: AddedField):
-        name = added.field.name
-        what = f"annex {row.annex}: the field {name}"
+    @staticmethod
+    def _check_row(row: Addition, added: AddedField):
+        what = f"annex {row.annex}: the field {added.field.name}"
         if added.field.required:
             raise ValueError(f"{what} must not be required: bodies of other servers lack it")
         for form in added.forms:
-            if not has_answer(form):
+            if not has_body(form):
                 raise ValueError(f"{what} joins {form}, which is no kind of body with an answer: "
                                  f"{', '.join(filter(has_answer, all_paths()))}")
-            for path in alike(form):
-                if name in {field.name for field in fields_of(path)} or (path, name) in self.fields:
-                    raise ValueError(f"{what} joins {path}, which has a field of this name")
-                self.fields[path, name] = row, added.field
+
+    def _fields(self, path: str) -> dict[str, tuple[Addition, Field]]:
+        """What is added to the bodies of a path, by names."""
+        if path not in self.paths:
+            own = {field.name for field in fields_of(path)}
+            found: dict[str, tuple[Addition, Field]] = {}
+            for row in self.rows:
+                for added in row.fields:
+                    name = added.field.name
+                    if not any(is_alike(form, path) for form in added.forms):
+                        continue
+                    if not has_answer(path):
+                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no kind of "
+                                         "body with an answer")
+                    if name in own or name in found:
+                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which has a field "
+                                         "of this name")
+                    found[name] = row, added.field
+            self.paths[path] = found
+        return self.paths[path]
 
     def of_route(self, path: str) -> tuple[Field, ...]:
         """The fields that are added to the bodies of a route."""
-        return tuple(field for (each, _), (_, field) in self.fields.items() if each == path)
+        if not self.rows or not has_body(path):
+            return ()
+        return tuple(field for _, field in self._fields(path).values())
 
     def names(self, route: str) -> AddedNames:
         """What to take out of bodies of a route: also fields that only other routes have, to refuse them."""
-        if not self.fields and not self.tools:
+        added = {each.field.name for row in self.rows for each in row.fields}
+        if not added and not self.tools:
             return NO_NAMES
         own = {field.name for field in fields_of(route)}
-        names = dict.fromkeys(name for _, name in self.fields if name not in own)
+        names = [name for row in self.rows for each in row.fields if (name := each.field.name) not in own]
         runs_tools = has_body(route) and may_run_tools(form_of(route))
-        return AddedNames([*names], [*self.tools] if runs_tools else [])
+        return AddedNames([*dict.fromkeys(names)], [*self.tools] if runs_tools else [])
 
     def read(self, route: str, asked: Asked, names_model: bool = False, in_batch: bool = False) -> Added:
         """Check what a body asks for. Raises RequestError for a field that this route, a line of a batch or
@@ -187,7 +214,7 @@ class Additions:
         route = path_of_form(route, names_model)
         for name, value in asked.fields.items():
             self._check(route, name, value, in_batch)
-        rows = [self.fields[route, name] for name in asked.fields]
+        rows = [self._fields(route)[name] for name in asked.fields]
         fields = parse_fields({**asked.fields}, [field for _, field in rows])
         if in_batch or not asked.tools and not fields and not self._change_all:
             return NOTHING_ADDED
@@ -207,12 +234,13 @@ class Additions:
     def _check(self, route: str, name: str, value: Any, in_batch: bool):
         if in_batch:
             raise bad_value(name, value, "left out in a batch, whose lines have no such field")
-        if (route, name) not in self.fields:
-            paths = [path for path, each in self.fields if each == name]
+        if not has_body(route) or name not in self._fields(route):
+            paths = [form for row in self.rows for each in row.fields if each.field.name == name
+                     for form in each.forms]
             raise bad_value(name, value, f"left out: {route} has no such field, unlike {', '.join(paths)}")
-        row, _ = self.fields[route, name]
+        row, _ = self._fields(route)[name]
         if not row.wanted:
-            raise bad_value(name, value, row.why_not)
+            raise row.refusal(name, value)
 
     def _options(self, index: int, entry: Mapping) -> dict[str, Any]:
         """The checked members of an entry of `tools`."""

@@ -58,6 +58,15 @@ RANKING = FieldType(
                   score_threshold={"type": "number", "minimum": 0, "maximum": 1}))
 FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"}, or {"type": "and" or "or", '
                     '"filters"}', {"type": "object"})
+MOST_STORES = 8
+KNOWLEDGE_TYPE = FieldType(
+    f'an object with stores, a list of 1 to {MOST_STORES} ids of vector stores, and perhaps a mode: "auto", '
+    '"search" or "whole"',
+    object_schema(["stores"], stores=list_schema(A_TEXT, minItems=1, maxItems=MOST_STORES),
+                  mode={"enum": ["auto", "search", "whole", None]}))
+KNOWLEDGE_OF_CHAT = Field(
+    "knowledge", KNOWLEDGE_TYPE, "vector stores that the answer is to be found in. The model reads the passages "
+    "that fit the last question (search), or all of them (whole); auto is whole if that fits")
 STORES_PATH = "/v1/vector_stores"
 ONE_STORE = f"{STORES_PATH}/{{id}}"
 KNOWLEDGE_FIELDS: dict[str, tuple[Field, ...]] = {

@@ -17,6 +17,7 @@ from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.following import Following
 from chatlm.front.knowledge.ingest import Ingest
+from chatlm.front.knowledge.prompting import Prompting
 from chatlm.front.knowledge.search import Search, Terms
 from chatlm.front.knowledge.stores import VectorStore, Wanted
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -27,7 +28,10 @@ from chatlm.front.store.pages import PAGE_BYTES, Listed, ListPage, page_of
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.intake.opened_body import Caller
     from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
@@ -68,6 +72,7 @@ class KnowledgeRoutes:
         """search: None without a database."""
         self.store = store
         self.search = search
+        self.prompting = Prompting(store, search) if store and search else None
         self.bodies = bodies
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,
@@ -290,6 +295,11 @@ class KnowledgeRoutes:
         return json_response({"object": "vector_store.search_results.page", "search_query": as_list(query),
                               "data": data, "has_more": False, "next_page": None,
                               "passages": found.passages})
+
+    async def prompted(self, parsed: ParsedBody, caller: Caller, pool: WorkerPool) -> ParsedBody:
+        """A body with the passages that it asks to be read."""
+        assert self.prompting  # without a database such a body is refused
+        return await self.prompting.prompted(parsed, caller, pool)
 
     # batches of files
 

@@ -29,6 +29,10 @@ async def answer_nothing(room: object, http: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
+def no_fields(pattern: str) -> tuple[Field, ...]:
+    return ()
+
+
 @record
 class Route(Generic[T]):
     """One route, whose handler is a method of T. Router, access rules, log, errors and /openapi.json are made
@@ -45,12 +49,12 @@ class Route(Generic[T]):
     operator_act: str = ""          # what only an operator may do here: "load and unload models"; "": anyone
     quiet: bool = False             # successes are logged only at level debug
     polled: bool = False            # likewise, and also served on surplus connections
-    added: tuple[Field, ...] = ()   # to its body, by annexes
+    added: Callable[[str], tuple[Field, ...]] = no_fields  # by annexes, to the body of its pattern
     also: tuple[Api, ...] = ()      # APIs that have this path too; the header of their clients tells
 
-    def with_added(self, fields: tuple[Field, ...]) -> Route[T]:
-        """The same route, with fields that annexes add to its body."""
-        return replace(self, added=fields) if fields else self
+    def with_added(self, fields: Callable[[str], tuple[Field, ...]]) -> Route[T]:
+        """The same route, with fields that annexes add to its body: those of its pattern."""
+        return replace(self, added=fields)
 
     def api_for(self, headers: Mapping[str, str]) -> Api:
         """Whose API a request with these headers asks."""
@@ -67,7 +71,7 @@ class Route(Generic[T]):
             return ()
         kept = STORE_FIELDS if self.method == "POST" else {}
         own = fields_of(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
-        return (*own, *self.added)
+        return (*own, *self.added(self.pattern))
 
 
 class RouteTable:

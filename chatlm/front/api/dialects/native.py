@@ -22,7 +22,7 @@ from chatlm.front.api.readers import make_request, parse_answer
 from chatlm.front.api.tables import COMMON_FIELDS, PREFIX, SAMPLED, TEMPLATE_OPTIONS
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Delta, Finished, Message
+    from chatlm.common.messages.requests import Accepted, Delta, Finished, Message
     from chatlm.common.text.answer_decoder import CallCounter
     from chatlm.front.api.dialect import Terms
 
@@ -111,6 +111,10 @@ class NativeEncoder(Encoder):
         if call is not None:
             return {"calculator": call}
         return {cls.MEMBERS[delta.kind]: delta.text} if delta.kind in cls.MEMBERS else {}
+
+    def start(self, accepted: Accepted) -> bytes:
+        """What stands beside the answer comes first."""
+        return frame(self.parsed.beside) if self.parsed.beside else b""
 
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -16,6 +17,7 @@ from chatlm.common.messages.requests import (
     NEW_DOCUMENT, AnswerParams, Delta, Finished, Infill, Piece, PromptScores)
 from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.front.api import idle
+from chatlm.front.api.citations import Citations, citations_in
 from chatlm.front.api.dialect import Dialect, Form
 from chatlm.front.api.encode import (
     SYSTEM_FINGERPRINT, Choice, Encoder, calculator_member, frame, is_plain_text, timings_body)
@@ -220,6 +222,7 @@ def read_infill(body: dict, terms: Terms) -> ParsedBody:
 # the encoders of chats and of texts
 
 NOTHING = Piece()
+NO_MEMBERS: Mapping = MappingProxyType({})
 
 
 class OpenAIEncoder(Encoder):
@@ -304,6 +307,8 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
+        if self.parsed.citable and type(event) is Piece:
+            self.cite(choice, event)
         if type(event) is Piece and self.is_plain(choice, event):
             return self.plain_chunk(choice, event.deltas[0])
         part = self.take(choice, event)
@@ -313,6 +318,9 @@ class OpenAIEncoder(Encoder):
         if choice.done:
             frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return frames
+
+    def cite(self, choice: Choice, piece: Piece):
+        """Note what a piece of a stream cites."""
 
     def is_plain(self, choice: Choice, piece: Piece) -> bool:
         """Is a piece's chunk like the last one but for its text?"""
@@ -329,9 +337,9 @@ class OpenAIEncoder(Encoder):
             choice.around_text = chunk.split(dump(mark))
         return dump(delta.text).join(choice.around_text)
 
-    def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
+    def chunk(self, choice: Choice, body: dict, last: bool = False, beside: Mapping = NO_MEMBERS) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
-        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}]}
+        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}], **beside}
         if self.parsed.include_usage:
             chunk["usage"] = None
         if last:
@@ -395,7 +403,7 @@ class OpenAIEncoder(Encoder):
 
         The log-probabilities are JSON already, so they are put between the other members."""
         body = {**self.head, "object": self.whole_object, "usage": self.usage_body(),
-                "timings": timings_body(self.choices[0].done)}
+                "timings": timings_body(self.choices[0].done), **self.parsed.beside}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
             whole = Piece(deltas=tuple(Delta(kind, choice.text(kind)) for kind in ("reasoning", "text")))
@@ -423,9 +431,18 @@ class ChatEncoder(OpenAIEncoder):
     logprobs_beside = {"refusal": None}
     scores_above = True
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.cited = [Citations(self.parsed.citable) for _ in self.choices]  # of streams
+
+    def cite(self, choice: Choice, piece: Piece):
+        self.cited[choice.index].add(piece.text)
+
     def start(self, accepted: Accepted) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return b"".join(self.chunk(choice, opening) for choice in self.choices)
+        first, *others = self.choices
+        return self.chunk(first, opening, beside=self.parsed.beside) + b"".join(
+            self.chunk(choice, opening) for choice in others)
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
@@ -435,6 +452,7 @@ class ChatEncoder(OpenAIEncoder):
             calls = [self.call_body(call, call.text) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
             message |= calculator_member(choice.calculator)
+            message |= citations_in(text, self.parsed.citable)
         else:
             calls = self.call_deltas(choice, part)
             if text or part.logprobs and not reasoning:
@@ -443,6 +461,8 @@ class ChatEncoder(OpenAIEncoder):
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if not whole:
             message |= calculator_member(choice.counter.numbered(part.deltas))
+            if part is NOTHING and choice.done:
+                message |= self.cited[choice.index].member()
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}

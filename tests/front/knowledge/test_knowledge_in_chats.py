@@ -1,0 +1,209 @@
+"""`knowledge` in Chat Completions, by OpenAI's client over a real server with the real all-MiniLM-L6-v2."""
+
+import json
+import re
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import openai
+import psutil
+import pytest
+
+from real_server import descendants, server
+
+pytestmark = pytest.mark.timeout(600)
+ZOO = b"# Cats\n\nCats sleep a lot.\n\n## Food\n\nThey eat fish and milk.\n\n# Cars\n\nA car needs fuel."
+BOOK = "\n\n".join(f"# Chapter {number}\n\nIt tells how {number} ships sailed to the island number {number * 3}."
+                   for number in range(200)).encode()
+
+
+@contextmanager
+def knowing(store, *words):
+    with server("--embedder", f"--database={store}", *words, forked=False) as (process, url):
+        yield process, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def place(default_embedder_path, tmp_path_factory):
+    with knowing(tmp_path_factory.mktemp("knowledge") / "k.db") as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def client(place):
+    return place[1]
+
+
+def filled(client, name, content):
+    store = client.vector_stores.create(name=name)
+    file = client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=(name, content))
+    assert file.status == "completed"
+    return store.id, file.id
+
+
+@pytest.fixture(scope="module")
+def zoo(client):
+    return filled(client, "zoo.md", ZOO)
+
+
+@pytest.fixture(scope="module")
+def book(client):
+    return filled(client, "book.md", BOOK)
+
+
+def ask(client, stores, *questions, mode=None, **more):
+    messages = [{"role": "user", "content": text} if isinstance(text, str) else text for text in questions]
+    knowledge = {"stores": stores} | ({"mode": mode} if mode else {})
+    extra = {"knowledge": knowledge, **more.pop("extra_body", {})}
+    return client.chat.completions.create(model="default", messages=messages, extra_body=extra, temperature=0,
+                                          **{"max_tokens": 12, **more})
+
+
+def test_whole_documents_are_read_where_they_fit(client, zoo):
+    store, file = zoo
+    answer = ask(client, [store], "What do cats eat?")
+    known = answer.knowledge
+    assert (known["mode"], known["read"], known["of"], known["words_only"]) == ("whole", 3, 3, False)
+    assert [(each["index"], each["file_id"], each["filename"]) for each in known["passages"]] == [
+        (number, file, "zoo.md") for number in (1, 2, 3)]
+    assert [each["start"] for each in known["passages"]] == [ZOO.index(b"# Cats"), ZOO.index(b"## Food"),
+                                                             ZOO.index(b"# Cars")]
+    alone = client.chat.completions.create(model="default", max_tokens=1,
+                                           messages=[{"role": "user", "content": "What do cats eat?"}])
+    assert answer.usage.prompt_tokens > alone.usage.prompt_tokens + 30
+
+
+def test_passages_are_searched_where_documents_do_not_fit(client, book):
+    store, file = book
+    known = ask(client, [store], "To which island did 17 ships sail?").knowledge
+    assert known["mode"] == "search" and 0 < known["read"] < known["of"] == 200
+    assert known["passages"][0]["heading"] == "Chapter 17"
+    assert known["passages"][0]["start"] == BOOK.index(b"# Chapter 17\n")
+
+
+def test_a_question_that_follows_is_searched_with_the_one_before_it(client, book):
+    store, _ = book
+    known = ask(client, [store], "Tell me about chapter 17.", {"role": "assistant", "content": "Yes."},
+                "And where did they go?", mode="search").knowledge
+    assert "Chapter 17" in [each["heading"] for each in known["passages"]]
+
+
+def test_the_same_question_has_the_same_answer_and_its_documents_are_cached(client, zoo):
+    store, _ = zoo
+    first, second = (ask(client, [store], "What do cats eat?", seed=1) for _ in range(2))
+    assert first.choices[0].message == second.choices[0].message and first.knowledge == second.knowledge
+    other = ask(client, [store], "Why does a car need fuel?")
+    details = other.usage.prompt_tokens_details
+    assert details.cached_tokens > other.usage.prompt_tokens // 2
+
+
+def test_streams_say_first_what_was_read(client, zoo):
+    store, file = zoo
+    chunks = list(ask(client, [store], "What do cats eat?", stream=True))
+    assert [hasattr(chunk, "knowledge") for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert chunks[0].knowledge == ask(client, [store], "What do cats eat?").knowledge
+
+
+CITES = {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+    "enum": ["Fish [2], not [3]; [99] and [12345] [0] [1"]}}}
+
+
+def test_what_was_given_is_annotated_and_nothing_else(client, zoo):
+    store, file = zoo
+    answer = ask(client, [store], "?", response_format=CITES, max_tokens=100)
+    message = answer.choices[0].message
+    entry = {"type": "file_citation", "file_id": file, "filename": "zoo.md"}
+    wanted = [{**entry, "index": message.content.index(f"[{number}]"), "passage": number} for number in (2, 3)]
+    assert "[99]" in message.content and [each.to_dict() for each in message.annotations] == wanted
+    chunks = list(ask(client, [store], "?", response_format=CITES, max_tokens=100, stream=True))
+    cited = [chunk.choices[0].delta.annotations for chunk in chunks
+             if chunk.choices and hasattr(chunk.choices[0].delta, "annotations")]
+    assert cited == [wanted] and chunks[-1].choices[0].delta.annotations == wanted
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == message.content
+
+
+def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
+    store, _ = zoo
+    body = {"messages": [{"role": "user", "content": "What do cats eat?"}], "max_tokens": 4,
+            "knowledge": {"stores": [store]}}
+    url = f"{client.base_url}".removesuffix("/v1/") + "/chat/completions"
+    http = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(http, timeout=120) as response:
+        frames = [json.loads(line[6:]) for line in response.read().split(b"\n") if line.startswith(b"data: {")]
+    assert [*frames[0]] == ["knowledge"] and frames[0]["knowledge"]["read"] == 3 and frames[-1]["done"]
+
+
+@pytest.mark.parametrize("knowledge, status, why", [
+    ({"stores": ["vs_nothing"]}, 404, "vs_nothing"),
+    ({"stores": []}, 400, "knowledge"),
+    ({"stores": ["a"] * 9}, 400, "1 to 8"),
+    ({"stores": "vs_a"}, 400, "a list"),
+    ({"stores": ["a"], "mode": "all"}, 400, '"auto"'),
+    ({"stores": ["a"], "more": 1}, 400, "knowledge"),
+    ([], 400, "knowledge"),
+])
+def test_a_wrong_value_is_named(client, knowledge, status, why):
+    with pytest.raises(openai.APIStatusError) as error:
+        client.chat.completions.create(model="default", messages=[{"role": "user", "content": "x"}],
+                                       extra_body={"knowledge": knowledge})
+    assert error.value.status_code == status and why in str(error.value)
+    assert (error.value.body["param"] or "").startswith("knowledge")
+
+
+def test_whole_documents_that_do_not_fit_are_refused_with_the_room(client, book):
+    with pytest.raises(openai.BadRequestError, match=r"room for [0-9,]+ tokens of knowledge, but"):
+        ask(client, [book[0]], "x", mode="whole")
+
+
+def test_an_empty_store_gives_nothing_to_read(client):
+    store = client.vector_stores.create()
+    known = ask(client, [store.id], "x").knowledge
+    assert (known["read"], known["of"], known["passages"]) == (0, 0, [])
+    client.vector_stores.delete(store.id)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, [store.id], "x")
+
+
+def test_a_killed_search_process_is_started_anew(place, client, book):
+    process, _ = place
+    before = ask(client, [book[0]], "To which island did 17 ships sail?").knowledge
+    vectors = [each for each in descendants(process) if "vectors" in " ".join(psutil.Process(each.pid).cmdline())]
+    assert vectors
+    for each in vectors:
+        each.kill()
+    assert ask(client, [book[0]], "To which island did 17 ships sail?").knowledge == before
+
+
+def test_stores_of_others_are_unknown_ones(default_embedder_path, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret-of-a\nsecret-of-b\n")
+    with knowing(tmp_path / "k.db", f"--api-keys={keys}") as (_, client):
+        mine, other = client.with_options(api_key="secret-of-a"), client.with_options(api_key="secret-of-b")
+        store, _ = filled(mine, "zoo.md", ZOO)
+        assert ask(mine, [store], "What do cats eat?").knowledge["read"] == 3
+        said = []
+        for name in (store, "vs_" + "0" * (len(store) - 3)):
+            with pytest.raises(openai.NotFoundError) as error:
+                ask(other, [name], "What do cats eat?")
+            said.append(re.sub(name, "", str(error.value)))
+        assert said[0] == said[1]
+
+
+def test_without_an_embedder_words_alone_are_searched_and_without_a_database_nothing(
+        default_embedder_path, tmp_path):
+    with knowing(tmp_path / "k.db") as (_, client):
+        store, _ = filled(client, "book.md", BOOK)
+    with server(f"--database={tmp_path / 'k.db'}", forked=False) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        raw = client.chat.completions.with_raw_response.create(
+            model="default", messages=[{"role": "user", "content": "What does chapter 17 tell?"}], max_tokens=2,
+            extra_body={"knowledge": {"stores": [store]}})
+        known = raw.parse().knowledge
+        assert raw.headers["X-Search"] == "words" and known["words_only"]
+        assert known["passages"][0]["heading"] == "Chapter 17"
+    with server(forked=False) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.NotFoundError) as error:
+            ask(client, [store], "x")
+        assert error.value.code == "no_database"
