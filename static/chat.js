@@ -306,7 +306,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
   const response = await onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools}, id: node.stream.id, signal, model, goOn}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat)}, id: node.stream.id, signal, model, goOn}));
   run.resumable = response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
@@ -469,6 +469,7 @@ async function readEvents(run, response) {
     const news = untaggedNews(run, Server.readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     if (news.prompt) run.prompt = news.prompt;
+    if (news.knowledge) node.knowledge = news.knowledge;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
     Calls.grow(node, news.calls);
