@@ -465,6 +465,6 @@ Parts.register({
 
 return Object.freeze({
   get draft() { return state.draft; }, get typed() { return $("message").value; },
-  setDraft, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+  setDraft, offer: offerCommands, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
 });
 })();

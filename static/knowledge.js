@@ -220,7 +220,7 @@ Parts.register({
         button.setAttribute("aria-label", TEXT.openPassage(passage.index, passage.filename));
         return button;
       }));
-      view.inner.append(passages);
+      view.actions.before(passages);
     },
   },
 });
