@@ -64,6 +64,8 @@ def test_a_followed_folder_says_what_it_has_and_offers_no_change(page):
 def answered(page, knowing):
     """Have the server's answer be one with a passage: the small model's context has no room for any."""
     [store] = page.request.get(f"{knowing}v1/vector_stores").json()["data"]
+    while page.request.get(f"{knowing}v1/vector_stores/{store['id']}").json()["status"] == "in_progress":
+        pass  # the server says when it has read them
     files = page.request.get(f"{knowing}v1/vector_stores/{store['id']}/files?filter=completed").json()["data"]
     passage = {"index": 1, "vector_store_id": store["id"], "file_id": files[0]["id"], "filename": "pump.md",
                "page": None, "heading": "Pump", "start": 0, "cut": False, "score": 0.8}
