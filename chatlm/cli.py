@@ -411,6 +411,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str],
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])  # only their hashes
         in_folder = values["models"] is not None or values["watch"] is not None
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
+        check_folders(values)
         if values["embedder"] is not None:
             if not values["several"] and not in_folder:
                 values["several"] = (model_alone(values["model"], values["served_model_name"]),)
@@ -433,6 +434,24 @@ def check_watch(values: Mapping[str, Any], models: Seq[str]):
                               "folder too")
     if values["watch"] is not None and values["step"] is not None and not models:
         raise ConfigError("--watch serves every step of a run, as TAG@STEP: leave out -s (--step)")
+
+
+def check_folders(values: Mapping[str, Any]):
+    """ConfigError for flags --knowledge that no server can follow."""
+    names = [text.partition("=")[0] for text in values["knowledge"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--knowledge {name} is given twice: each vector store has one folder")
+    if names and values["database"] is None:
+        raise ConfigError("--knowledge keeps its vector stores in the database: give --database too")
+    for text in values["knowledge"]:
+        folder = os.path.expanduser(text.partition("=")[2])
+        try:
+            with os.scandir(folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"--knowledge {text}: the folder {folder} cannot be read: "
+                              f"{error.strerror}") from None
 
 
 def tell_operand(parser: CommandLine, command: Command, values: dict[str, Any],

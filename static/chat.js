@@ -306,7 +306,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
   const post = place => onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools}, id: node.stream.id, signal, model, goOn, place}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat)}, id: node.stream.id, signal, model, goOn, place}));
   const place = goOn || typeof Sync === "undefined" ? null : await Sync.placeOf(node);
   run.kept = Boolean(place);                             // the server writes the answer into the chat itself
   let response;
@@ -482,6 +482,7 @@ async function readEvents(run, response) {
     const news = untaggedNews(run, Server.readEvent(event));
     if (id) node.stream = {...node.stream, next: Number(id) + 1};
     if (news.prompt) run.prompt = news.prompt;
+    if (news.knowledge) node.knowledge = news.knowledge;
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
     Calls.grow(node, news.calls);

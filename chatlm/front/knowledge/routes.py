@@ -15,6 +15,7 @@ from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.filters import read_filter
+from chatlm.front.knowledge.following import Following
 from chatlm.front.knowledge.ingest import Ingest
 from chatlm.front.knowledge.prompting import Prompting
 from chatlm.front.knowledge.search import Search, Terms
@@ -76,12 +77,18 @@ class KnowledgeRoutes:
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,
                              ledger) if store else None
+        folders = catalogue.settings.knowledge
+        self.following = Following(store, folders, self.wake_up) if store else None
 
     async def start(self):
         if self.ingest:
             self.ingest.start()
+        if self.following:
+            await self.following.start()
 
     async def close(self):
+        if self.following:
+            await self.following.close()
         if self.ingest:
             await self.ingest.close()
         if self.search:
@@ -132,9 +139,9 @@ class KnowledgeRoutes:
         return await send_page(http, self.bodies, await require_store(self.store).run(read))
 
     async def _on_store(self, http: web.Request, work: Callable[[Any, VectorStore, int], Any],
-                        usable: bool = False, adds_bytes: int = 0) -> Any:
+                        usable: bool = False, adds_bytes: int = 0, changes: bool = True) -> Any:
         """Do some work on the store that a path names, of this owner. usable: one that has expired is
-        refused."""
+        refused; changes: one that follows a folder."""
         name = http.match_info["id"]
         owner = self.bodies.owner
         client = REQUEST_LOG.get().client
@@ -143,13 +150,16 @@ class KnowledgeRoutes:
             now = now_s()
             find = partial(stores.usable_store, now=now) if usable else stores.store_of_owner
             found = find(connection, name, owner)
+            if changes:
+                found.check_open()
             if adds_bytes:
                 quota.check(connection, found.owner, adds_bytes, client=client)
             return work(connection, found, now)
         return await require_store(self.store).run(run, adds_bytes)
 
     async def handle_store(self, http: web.Request) -> web.Response:
-        return polled(await self._on_store(http, lambda connection, store, now: store.body(now)))
+        return polled(await self._on_store(http, lambda connection, store, now: store.body(now),
+                                            changes=False))
 
     async def handle_update(self, http: web.Request) -> web.Response:
         require_store(self.store)
@@ -196,7 +206,7 @@ class KnowledgeRoutes:
 
         def read(connection, store: VectorStore, now: int) -> ListPage:
             return self._files(connection, store, query, status)
-        return await send_page(http, self.bodies, await self._on_store(http, read))
+        return await send_page(http, self.bodies, await self._on_store(http, read, changes=False))
 
     @staticmethod
     def _files(connection, store: VectorStore, query: ListQuery, status: str,
@@ -208,7 +218,7 @@ class KnowledgeRoutes:
     async def handle_file(self, http: web.Request) -> web.Response:
         name = http.match_info["file"]
         return polled(await self._on_store(http, lambda connection, store, now: stores.file_of_store(
-            connection, store, name).body(store.id)))
+            connection, store, name).body(store.id), changes=False))
 
     async def handle_change(self, http: web.Request) -> web.Response:
         require_store(self.store)
@@ -242,13 +252,14 @@ class KnowledgeRoutes:
             file = stores.file_of_store(connection, store, name)
             parts = list[bytes]()
             size = 0
-            for place, text in stores.passages_after(connection, file, begin):
-                parts.append(dump({"type": "text", "text": text}))
+            for place, text, start, page, heading in stores.passages_after(connection, file, begin):
+                parts.append(dump({"type": "text", "text": text, "start": start, "page": page,
+                                   "heading": heading}))
                 size += len(parts[-1])
                 if size > PAGE_BYTES:
                     return file.body(store.id), parts, place + 1 if place + 1 < file.passages else None
             return file.body(store.id), parts, None
-        file, parts, following = await self._on_store(http, read)
+        file, parts, following = await self._on_store(http, read, changes=False)
         head = dump({"object": "vector_store.file_content.page", "file_id": file["id"],
                      "filename": file["filename"], "attributes": file["attributes"],
                      "has_more": following is not None,
@@ -268,7 +279,7 @@ class KnowledgeRoutes:
         filters = values.get("filters")
         terms = Terms(values.get("max_num_results", 10), filters and read_filter(filters),
                       ranking.get("score_threshold", 0.0), ranking.get("ranker") != "none")
-        store = await self._on_store(http, noted, usable=True)
+        store = await self._on_store(http, noted, usable=True, changes=False)
         record = REQUEST_LOG.get()
         asker = Asker(record.client, self.bodies.owners.of_pages(record.client))
         assert self.search
@@ -312,7 +323,7 @@ class KnowledgeRoutes:
     async def handle_batch(self, http: web.Request) -> web.Response:
         name = http.match_info["batch"]
         return polled(await self._on_store(http, lambda connection, store, now: stores.shown_batch(
-            connection, store, stores.batch_of_store(connection, store, name))))
+            connection, store, stores.batch_of_store(connection, store, name)), changes=False))
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         name = http.match_info["batch"]
@@ -332,7 +343,7 @@ class KnowledgeRoutes:
         def read(connection, store: VectorStore, now: int) -> ListPage:
             batch = stores.batch_of_store(connection, store, name)
             return self._files(connection, store, query, status, batch.number)
-        return await send_page(http, self.bodies, await self._on_store(http, read))
+        return await send_page(http, self.bodies, await self._on_store(http, read, changes=False))
 
 
 def noted(connection, store: VectorStore, now: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence as Seq
+from operator import itemgetter
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -53,6 +55,7 @@ class VectorStore(NamedTuple):
     windows: int
     bytes: int
     embedder_name: str | None
+    problem: str | None  # of its folder; None: it follows none
 
     def status(self, now: int) -> str:
         if self.is_over(now):
@@ -69,7 +72,15 @@ class VectorStore(NamedTuple):
                 "description": self.description or None, "usage_bytes": self.bytes,
                 "file_counts": counts(self), "status": self.status(now), "expires_after": expiry,
                 "expires_at": self.expires, "last_active_at": self.last_active,
-                "metadata": json.loads(self.metadata), "embedding_model": self.model or self.embedder_name}
+                "metadata": json.loads(self.metadata), "embedding_model": self.model or self.embedder_name,
+                "read_only": self.problem is not None, "problem": self.problem or None}
+
+    def check_open(self):
+        """Raise RequestError 403 if no client may change it."""
+        if self.problem is not None:
+            raise RequestError(f"the vector store {shown(self.name)} follows a folder of the server "
+                               "(--knowledge): you can search it, and only its operator changes it, in "
+                               "that folder", status=403, code="read_only", param="id")
 
 
 class StoreFile(NamedTuple):
@@ -149,8 +160,9 @@ def not_found(what: str, name: str, param: str = "id") -> RequestError:
 
 # stores
 
-STORE = (f"SELECT {', '.join(VectorStore._fields[:-1])}, (SELECT name FROM knowledge_embedders WHERE "
-         "knowledge_embedders.number = embedder) FROM knowledge_stores")
+STORE = (f"SELECT {', '.join(VectorStore._fields[:-2])}, (SELECT name FROM knowledge_embedders WHERE "
+         "knowledge_embedders.number = embedder), (SELECT problem FROM knowledge_folders WHERE "
+         "knowledge_folders.store = knowledge_stores.number) FROM knowledge_stores")
 FILE = f"SELECT {', '.join(StoreFile._fields)} FROM knowledge_files"
 BATCH = f"SELECT {', '.join(FileBatch._fields)} FROM knowledge_batches"
 
@@ -158,9 +170,15 @@ BATCH = f"SELECT {', '.join(FileBatch._fields)} FROM knowledge_batches"
 def store_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> VectorStore:
     """The store with this id, if this owner may see it. Raises RequestError 404 if there is none."""
     row = connection.execute(f"{STORE} WHERE id = ? AND deleted = 0", (name,)).fetchone()
-    if row is None or not owns(owner, row[2]):
+    if row is None or not owns(owner, row[2]) and not is_followed(connection, row[0]):
         raise not_found("vector store", name)
     return VectorStore(*row)
+
+
+def is_followed(connection: sqlite3.Connection, number: int) -> bool:
+    """Does this server have a folder for the store, so that all clients see it?"""
+    return bool(connection.execute("SELECT 1 FROM knowledge_folders WHERE store = ? AND active = 1",
+                                   (number,)).fetchone())
 
 
 def usable_store(connection: sqlite3.Connection, name: str, owner: str, now: int) -> VectorStore:
@@ -175,16 +193,25 @@ def usable_store(connection: sqlite3.Connection, name: str, owner: str, now: int
 def stores_of_owner(connection: sqlite3.Connection, owner: str, after: str, before: str,
                     ascending: bool) -> Iterator[VectorStore]:
     """Its stores in order, behind `after` and in front of `before`."""
-    condition = "owner = ? AND deleted = 0"
-    values: list[Any] = [owner]
+    place = ""
+    values: list[Any] = []
     for param, name, later in ("after", after, ascending), ("before", before, not ascending):
         if name:
-            number = number_of(connection, "knowledge_stores", "id", name, "owner = ?", owner, param)
-            condition += f" AND number {'>' if later else '<'} ?"
+            try:
+                number = store_of_owner(connection, name, owner).number
+            except RequestError:
+                raise bad_value(param, name, "the id of a row of the list") from None
+            place += f" AND number {'>' if later else '<'} ?"
             values.append(number)
-    rows = connection.execute(f"{STORE} WHERE {condition} "
-                              f"ORDER BY number {order(ascending, before, after)}", values)
-    return map(VectorStore._make, rows)
+    direction = order(ascending, before, after)
+    own = connection.execute(f"{STORE} WHERE owner = ? AND deleted = 0{place} ORDER BY number {direction}",
+                             [owner, *values])
+    followed = [row for number, in connection.execute(
+        "SELECT store FROM knowledge_folders INDEXED BY knowledge_folders_active WHERE active = 1").fetchall()
+        for row in connection.execute(f"{STORE} WHERE number = ? AND deleted = 0{place}", [number, *values])]
+    backwards = direction == "DESC"
+    followed.sort(reverse=backwards)
+    return map(VectorStore._make, heapq.merge(own, followed, key=itemgetter(0), reverse=backwards))
 
 
 def order(ascending: bool, before: str, after: str) -> str:
@@ -341,9 +368,11 @@ def remove_file(connection: sqlite3.Connection, file: StoreFile):
     connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE number = ?", (file.number,))
 
 
-def passages_after(connection: sqlite3.Connection, file: StoreFile, place: int) -> Iterator[tuple[int, str]]:
-    """(place, text) of the passages of a file from a place on."""
-    return connection.execute("SELECT place, text FROM knowledge_passages WHERE file = ? AND place >= ? "
+def passages_after(connection: sqlite3.Connection, file: StoreFile,
+                   place: int) -> Iterator[tuple[int, str, int, int | None, str]]:
+    """(place, text, start, page, heading) of the passages of a file from a place on."""
+    return connection.execute("SELECT place, text, start, page, heading FROM knowledge_passages "
+                              "WHERE file = ? AND place >= ? "
                               "ORDER BY place", (file.number, place))
 
 

@@ -161,8 +161,26 @@ END;
 """
 HELD = ("(1 - {row}.deleted) * ({row}.held + 512 + LENGTH(CAST({row}.metadata AS BLOB)) "
         "+ LENGTH(CAST({row}.name AS BLOB)) + LENGTH(CAST({row}.description AS BLOB)))")
+# Folders that the server follows (--knowledge), and what was found in them
+FOLDERS = """
+CREATE TABLE knowledge_folders (
+    store INTEGER PRIMARY KEY REFERENCES knowledge_stores (number),
+    name TEXT NOT NULL UNIQUE,
+    active INTEGER NOT NULL DEFAULT 0,   -- 1: the server that runs follows it, so all clients see the store
+    problem TEXT NOT NULL DEFAULT ''     -- why it cannot be followed at the moment
+);
+CREATE INDEX knowledge_folders_active ON knowledge_folders (active) WHERE active = 1;
+CREATE TABLE knowledge_folder_files (
+    store INTEGER NOT NULL REFERENCES knowledge_folders (store),
+    path TEXT NOT NULL,             -- within the folder
+    stamp TEXT NOT NULL,            -- size, times, place on the disk: if these are the same, so is the file
+    digest TEXT NOT NULL,           -- of its content; or why it is not read
+    file TEXT NOT NULL,             -- its file-... in the store
+    PRIMARY KEY (store, path)
+) WITHOUT ROWID;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD))
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS)
 
 
 def words_table(store: int) -> str:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import key_needed, key_unknown
-from chatlm.common.config import SPACE, ApiKey
+from chatlm.common.config import FOLDER, FOLDERS_CLIENT, SPACE, ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.request_ids import id_of_client, is_unguessable
@@ -239,6 +239,8 @@ class Owners:
     def client_of(self, owner: str, maker: str = "") -> str | None:
         """The client whose texts have this owner: `maker`, if that is one of them; None if the server has no
         such key any more."""
+        if owner.startswith(FOLDER):
+            return FOLDERS_CLIENT
         if not self.settings.keys:
             if owner.startswith(SPACE):
                 return maker

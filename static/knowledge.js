@@ -1,0 +1,229 @@
+// Collections: vector stores of the server. Their dialog, which of them a chat asks, and the passages that an answer was given.
+"use strict";
+
+const Knowledge = (() => {
+
+const {TEXT, $, element, iconButton, setText, number, newest, wait} = Parts;
+
+const SHOWN = 100;                // files of a collection
+const POLL_MS = 1000;             // while files are being read
+
+let stores = [];                  // the collections of the server, as v1/vector_stores has them
+let available = false;            // whether the server has a database
+let opened = null;                // the id of the collection whose files are shown
+let place = "";                   // the server and key that these belong to
+const showing = newest();
+
+const path = id => `v1/vector_stores/${encodeURIComponent(id)}`;
+
+async function ask(where, options) {
+  const response = await Server.request(where, {cache: "no-store", ...options});
+  if (!response.ok) throw await Server.errorOf(response);
+  return response.json();
+}
+
+async function send(where, body) { return ask(where, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)}); }
+
+// Reads the collections; a server without a database has none.
+async function load() {
+  const mine = Server.home() + Server.key();
+  try {
+    stores = (await ask(`v1/vector_stores?limit=${SHOWN}`)).data;
+    available = true;
+  } catch (error) {
+    stores = [];
+    available = false;
+  }
+  place = mine;
+}
+
+// the chat --------------------------------------------------------------------------------------------------------------
+
+const chosen = chat => chat.stores ?? [];
+
+// What a question sends beside the chat's parameters.
+const wanted = chat => chosen(chat).length ? {knowledge: {stores: chosen(chat).map(({id}) => id)}} : {};
+
+// Names of collections that begin so, for # in the message box; they are read at the first #.
+function names(begun) {
+  if (place !== Server.home() + Server.key() && Server.model.ours && Server.phase === "ready") {
+    place = Server.home() + Server.key();
+    load().then(() => Composer.offer());
+  }
+  return stores.filter(({name, status}) => name && status !== "expired" && name.toLowerCase().startsWith(begun)).map(({name}) => name);
+}
+
+function choose(name, on = true) {
+  const chat = Chat.current, rest = chosen(chat).filter(each => each.name !== name), store = stores.find(each => each.name === name);
+  Chat.change(chat, {stores: on && store ? [...rest, {id: store.id, name}] : rest});
+  Page.render();
+}
+
+function render() {
+  const list = $("asked-stores"), names = chosen(Chat.current).map(({name}) => name);
+  if (list.dataset.names === names.join("\n")) return;
+  list.dataset.names = names.join("\n");
+  list.replaceChildren(...names.map(name => element("li", {}, element("span", {textContent: `# ${name}`}), iconButton(TEXT.leaveOut(name), "close", () => choose(name, false)))));
+}
+
+// the dialog ------------------------------------------------------------------------------------------------------------
+
+async function open() {
+  opened = null;
+  $("knowledge-dialog").showModal();
+  await show();
+}
+
+// Draws the dialog anew, again and again while files are being read.
+async function show() {
+  const isMine = showing();
+  for (;;) {
+    await load();
+    const store = stores.find(({id}) => id === opened);
+    let files = [];
+    try {
+      if (store) files = (await ask(`${path(store.id)}/files?limit=${SHOWN}`)).data;
+    } catch (error) { tell(error); }
+    if (!isMine()) return;
+    draw(store, files);
+    if (!$("knowledge-dialog").open || !stores.some(({status}) => status === "in_progress")) return;
+    await wait(POLL_MS);
+  }
+}
+
+function draw(store, files) {
+  $("stores").replaceChildren(...stores.flatMap(each => [storeRow(each), ...each === store ? [filesOf(store, files)] : []]),
+    ...(stores.length ? [] : [element("li", {className: "hint", textContent: available ? TEXT.noStores : TEXT.noDatabase})]));
+  $("new-store").hidden = !available;
+}
+
+const stateOf = ({file_counts: count}) => [TEXT.storeFiles(count.completed), count.in_progress ? TEXT.storeReading(count.in_progress) : "", count.failed ? TEXT.storeFailed(count.failed) : ""].filter(Boolean).join(" · ");
+
+function storeRow(store) {
+  const {id, name, problem, read_only: fixed} = store, label = name || id;
+  const toggle = element("button", {type: "button", className: "plain", textContent: label, onclick: () => { opened = opened === id ? null : id; show(); }});
+  toggle.setAttribute("aria-expanded", opened === id);
+  return element("li", {}, toggle, element("small", {textContent: [stateOf(store), fixed ? TEXT.storeFixed : "", problem ?? ""].filter(Boolean).join(" · ")}),
+    ...fixed ? [] : [iconButton(`${TEXT.delete}: ${label}`, "delete", () => change(() => ask(path(id), {method: "DELETE"})))]);
+}
+
+function filesOf(store, files) {
+  const rows = files.map(file => element("li", {}, element("span", {textContent: file.filename}),
+    element("small", {className: file.status === "failed" ? "alert" : "", textContent: file.last_error?.message ?? file.cut ?? TEXT.fileStates[file.status]}),
+    ...store.read_only ? [] : [iconButton(`${TEXT.delete}: ${file.filename}`, "delete", () => change(() => ask(`${path(store.id)}/files/${file.id}`, {method: "DELETE"})))]));
+  const all = store.file_counts.total, box = element("li", {className: "inside"}, element("ul", {className: "counts"}, ...rows));
+  if (all > files.length) box.append(element("small", {textContent: TEXT.newestFiles(files.length, all)}));
+  if (store.read_only) return box;
+  const pick = folder => element("button", {type: "button", className: "plain", textContent: folder ? TEXT.addFolder : TEXT.addDocuments, onclick: () => {
+    const input = element("input", {type: "file", multiple: true, webkitdirectory: folder, onchange: () => add(store, [...input.files])});
+    input.click();
+  }});
+  box.append(element("div", {className: "line"}, pick(false), pick(true), element("small", {textContent: TEXT.orDrop})));
+  box.ondragover = event => event.preventDefault();
+  box.ondrop = async event => {
+    event.preventDefault();
+    event.stopPropagation();
+    const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry()).filter(Boolean);
+    add(store, (await Promise.all(entries.map(filesIn))).flat());
+  };
+  return box;
+}
+
+// The files of a dropped file or folder, each with its path as `path`.
+async function filesIn(entry) {
+  if (entry.isFile) return [Object.assign(await new Promise((resolve, reject) => { entry.file(resolve, reject); }), {path: entry.fullPath.slice(1)})];
+  const reader = entry.createReader(), found = [];
+  for (;;) {                                            // a call returns a hundred entries at most
+    const part = await new Promise((resolve, reject) => { reader.readEntries(resolve, reject); });
+    if (!part.length) return (await Promise.all(found.map(filesIn))).flat();
+    found.push(...part);
+  }
+}
+
+// Uploads files into a collection; what is refused is named, and the others go on.
+async function add(store, files) {
+  const problems = [];
+  for (const [i, file] of files.entries()) {
+    const name = file.path || file.webkitRelativePath || file.name;
+    setText($("knowledge-problem"), TEXT.sendingFile(name, i + 1, files.length));
+    try {
+      const form = new FormData();
+      form.append("purpose", "assistants");
+      form.append("file", file, name);
+      const {id} = await ask("v1/files", {method: "POST", body: form});
+      await send(`${path(store.id)}/files`, {file_id: id});
+    } catch (error) { problems.push(`${name}: ${error.message}`); }
+  }
+  setText($("knowledge-problem"), problems.slice(0, 5).join("\n"));
+  show();
+}
+
+async function change(act) {
+  setText($("knowledge-problem"), "");
+  try { await act(); } catch (error) { tell(error); }
+  await show();
+}
+
+const tell = error => setText($("knowledge-problem"), error.message);
+
+function make() {
+  const name = $("store-name").value.trim();
+  if (!name) return $("store-name").focus();
+  $("store-name").value = "";
+  return change(async () => { opened = (await send("v1/vector_stores", {name})).id; });
+}
+
+// passages --------------------------------------------------------------------------------------------------------------
+
+// Opens a passage in its place: its file's text, with the passage marked.
+async function openPassage(passage) {
+  const {vector_store_id: store, file_id: file, filename, page, heading, start} = passage, body = $("passage-text");
+  setText($("passage-title"), [filename, page ? TEXT.onPage(page) : "", heading].filter(Boolean).join(" · "));
+  body.replaceChildren();
+  $("passage-dialog").showModal();
+  try {
+    for (let next = "0"; next !== null;) {
+      const found = await ask(`${path(store)}/files/${encodeURIComponent(file)}/content?page=${next}`);
+      body.append(...found.data.map(part => element(part.start === start ? "mark" : "span", {textContent: part.text})));
+      next = found.next_page;
+      if (body.querySelector("mark")) break;
+    }
+    body.querySelector("mark")?.scrollIntoView({block: "center"});
+  } catch (error) { body.append(element("p", {className: "alert", textContent: error.message})); }
+}
+
+Parts.register({
+  strings: {
+    knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
+    knowledgeHint: "Documents that a chat can be asked about. # and a name in the message box choose a collection for this chat.",
+    storeFiles: count => Parts.plural(count, "file", "files"), storeReading: count => `${number(count)} being read`, storeFailed: count => `${number(count)} failed`, storeFixed: "follows a folder of the server",
+    fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`,
+    addDocuments: "Add files", addFolder: "Add a folder", orDrop: "or drop them here", sendingFile: (name, at, all) => `Sending ${name} (${at} of ${all})`,
+    leaveOut: name => `Do not ask ${name}`, onPage: page => `page ${page}`, partsRead: (read, of) => `${number(read)} of ${Parts.plural(of, "part was", "parts were")} read`, openPassage: (index, name) => `Passage ${index}, ${name}`,
+  },
+  bind() {
+    $("new-store").onclick = make;
+  },
+  menu: () => Server.model.ours ? [[TEXT.knowledge, "file", open]] : [],
+  render,
+  answer: {
+    buttons(view) {
+      view.passages = element("p", {className: "nothing"});
+      return [];
+    },
+    update(view) {
+      const {node, passages} = view, {read = 0, of = 0, passages: given = []} = node.knowledge ?? {};
+      if (!node.knowledge || passages.childElementCount) return;
+      passages.className = "passages hint";
+      passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passage => {
+        const button = element("button", {type: "button", className: "plain", textContent: `[${passage.index}]`, title: passage.filename, onclick: () => openPassage(passage)});
+        button.setAttribute("aria-label", TEXT.openPassage(passage.index, passage.filename));
+        return button;
+      }));
+      view.actions.before(passages);
+    },
+  },
+});
+
+return Object.freeze({wanted, names, choose});
+})();

@@ -1,0 +1,102 @@
+"""Collections of documents in the page: made, filled, chosen with #, asked, and their passages opened."""
+
+import json
+
+import pytest
+
+from browsing import button, expect, menu, needs_browser, open_page
+from real_server import server
+
+pytestmark = [needs_browser, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory, nanochat_fixtures, default_embedder_path):
+    folder = tmp_path_factory.mktemp("knowing")
+    (folder / "docs").mkdir()
+    (folder / "docs" / "pump.md").write_text("# Pump\n\nPrime it with water.\n\n# Valve\n\nTurn it left.")
+    (folder / "docs" / ".secret").write_text("hidden")
+    with server(nanochat_fixtures / "gen5", "--embedder", "--database", folder / "store.db",
+                "--knowledge", f"manuals={folder / 'docs'}", forked=False) as (_, url):
+        yield url + "/"
+
+
+@pytest.fixture
+def page(browser, knowing):
+    context = browser.new_context()
+    page = context.new_page()
+    open_page(page, knowing)
+    yield page
+    context.close()
+
+
+def opened(page):
+    menu(page, "Collections")
+    return page.get_by_role("dialog", name="Collections")
+
+
+def test_a_collection_is_made_filled_and_deleted(page):
+    dialog = opened(page)
+    dialog.get_by_label("Name of the collection").fill("cats")
+    button(dialog, "New collection").click()
+    with page.expect_file_chooser() as chooser:
+        button(dialog, "Add files").click()
+    chooser.value.set_files([
+        {"name": "cats.md", "mimeType": "text/markdown", "buffer": b"Cats sleep a lot."},
+        {"name": "odd.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256))}])
+    expect(dialog.get_by_text("1 file · 1 failed")).to_be_visible(timeout=60_000)
+    expect(dialog.get_by_text("nor is it text in UTF-8")).to_be_visible()
+    button(dialog, "Delete: odd.bin").click()
+    expect(dialog.get_by_text("odd.bin")).to_have_count(0)
+    button(dialog, "Delete: cats").first.click()
+    expect(dialog.get_by_text("cats.md")).to_have_count(0)
+
+
+def test_a_followed_folder_says_what_it_has_and_offers_no_change(page):
+    dialog = opened(page)
+    button(dialog, "manuals").click()
+    expect(dialog.get_by_text("it is hidden: its name begins with a dot")).to_be_visible(timeout=60_000)
+    expect(dialog.get_by_text("follows a folder of the server")).to_be_visible()
+    expect(dialog.get_by_role("button", name="Delete")).to_have_count(0)
+    expect(dialog.get_by_role("button", name="Add files")).to_have_count(0)
+
+
+def answered(page, knowing):
+    """Have the server's answer be one with a passage: the small model's context has no room for any."""
+    [store] = page.request.get(f"{knowing}v1/vector_stores").json()["data"]
+    while page.request.get(f"{knowing}v1/vector_stores/{store['id']}").json()["status"] == "in_progress":
+        pass  # the server says when it has read them
+    files = page.request.get(f"{knowing}v1/vector_stores/{store['id']}/files?filter=completed").json()["data"]
+    passage = {"index": 1, "vector_store_id": store["id"], "file_id": files[0]["id"], "filename": "pump.md",
+               "page": None, "heading": "Pump", "start": 0, "cut": False, "score": 0.8}
+    given = {"mode": "search", "read": 1, "of": 40, "words_only": False, "passages": [passage]}
+    events = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}], "knowledge": given},
+              {"choices": [{"index": 0, "delta": {"content": "With water [1]."}}]},
+              {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        content_type="text/event-stream", body=body))
+
+
+def test_a_chat_asks_the_collection_that_a_hash_chose_and_shows_its_passages(page, knowing):
+    answered(page, knowing)
+    message = page.get_by_label("Message", exact=True)
+    message.press_sequentially("What of the #man")
+    option = page.get_by_role("option", name="#manuals")
+    expect(option).to_be_visible()
+    message.press("Enter")
+    expect(message).to_have_value("What of the ")
+    expect(button(page, "Do not ask manuals")).to_be_visible()
+    message.press_sequentially("pump?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        message.press("Enter")
+    sent = asked.value.post_data_json["knowledge"]
+    assert [*sent] == ["stores"] and len(sent["stores"]) == 1
+    expect(page.get_by_text("1 of 40 parts were read")).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Passage 1, pump.md").click()
+    dialog = page.get_by_role("dialog", name="pump.md")
+    expect(dialog.locator("mark")).to_have_count(1)
+    expect(dialog.locator("mark")).to_contain_text("it")
+    button(dialog, "Done").click()
+    button(page, "Do not ask manuals").click()
+    expect(button(page, "Do not ask manuals")).to_have_count(0)
