@@ -1,10 +1,10 @@
 """Vector stores of --knowledge: each has the files of a folder of the server, and follows it.
 
-A look lists the folder in a thread and compares it with what the database has of it. Every difference is one
-transaction: a file that came or changed is copied into the database, where `Ingest` finds it; one that went
-is deleted with its passages. So a look that a kill ends is done again after the next start, and what was taken
-over is not. A folder that cannot be listed, or is empty all at once, as where a disk is not mounted, changes
-nothing: its store says so."""
+A look lists the folder in a thread and compares it with what the database has of it. Every difference is
+one transaction: a file that came or changed is copied into the database, where `Ingest` finds it; one that
+went is deleted with its passages. So a look that a kill ends is done again after the next start, and what
+was taken over is not. A folder that cannot be listed, or is empty all at once, as where a disk is not
+mounted, changes nothing: its store says so."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class Following:
         whole = True
         for found in seen.found:
             before = known.get(found.path)
-            same = before and before.stamp == found.stamp
-            if same and (before.digest == found.reason if found.reason else followed.store in self.trusted):
+            if before and before.stamp == found.stamp and (
+                    before.digest == found.reason if found.reason else followed.store in self.trusted):
                 continue
             whole = await self._take(followed, found, before) and whole
         if whole:
@@ -212,9 +212,9 @@ def take(connection: sqlite3.Connection, followed: Followed, found: Found, data:
     file_rows.add_lines(connection, file.id, [file_rows.LineRow(number, piece)
                                               for number, piece in enumerate(pieces, 1)])
     connection.execute("UPDATE files SET state = ?, requests = 0 WHERE id = ?", (file_rows.THERE, file.id))
-    [store] = connection.execute("SELECT id FROM knowledge_stores WHERE number = ?", (followed.store,))
+    [[store]] = connection.execute("SELECT id FROM knowledge_stores WHERE number = ?", (followed.store,))
     wanted = Wanted(file.name, {}, {"type": "auto"}, "file")
-    added = stores.add_file(connection, stores.store_of_owner(connection, *store, owner), wanted, now)
+    added = stores.add_file(connection, stores.store_of_owner(connection, store, owner), wanted, now)
     if reason:
         stores.fail(connection, added, "unsupported_file", reason)
     connection.execute("INSERT INTO knowledge_folder_files (store, path, stamp, digest, file) "
