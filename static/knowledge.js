@@ -192,6 +192,22 @@ async function openPassage(passage) {
   } catch (error) { body.append(element("p", {className: "alert", textContent: error.message})); }
 }
 
+// Makes the numbers of passages in an answer's text buttons that open them; not those in code and links.
+function cite(view, given) {
+  const walker = document.createTreeWalker(view.body, NodeFilter.SHOW_TEXT), found = [];
+  while (walker.nextNode()) if (/\[\d+\]/.test(walker.currentNode.data) && !walker.currentNode.parentNode.closest("pre, code, a, button")) found.push(walker.currentNode);
+  for (const node of found) node.replaceWith(...node.data.split(/(\[\d+\])/).map(part => {
+    const passage = /^\[\d+\]$/.test(part) && given[part.slice(1, -1) - 1];
+    return passage ? passageButton(passage) : part;
+  }));
+}
+
+function passageButton(passage) {
+  const button = element("button", {type: "button", className: "plain cited", textContent: `[${passage.index}]`, title: passage.filename, onclick: () => openPassage(passage)});
+  button.setAttribute("aria-label", TEXT.openPassage(passage.index, passage.filename));
+  return button;
+}
+
 Parts.register({
   strings: {
     knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
@@ -211,15 +227,13 @@ Parts.register({
       view.passages = element("p", {className: "nothing"});
       return [];
     },
-    update(view) {
+    update(view, growing) {
       const {node, passages} = view, {read = 0, of = 0, passages: given = []} = node.knowledge ?? {};
-      if (!node.knowledge || passages.childElementCount) return;
+      if (!node.knowledge) return;
+      if (!growing && /\[\d/.test(node.content)) cite(view, given);
+      if (passages.childElementCount) return;
       passages.className = "passages hint";
-      passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passage => {
-        const button = element("button", {type: "button", className: "plain", textContent: `[${passage.index}]`, title: passage.filename, onclick: () => openPassage(passage)});
-        button.setAttribute("aria-label", TEXT.openPassage(passage.index, passage.filename));
-        return button;
-      }));
+      passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passageButton));
       view.actions.before(passages);
     },
   },

@@ -38,6 +38,7 @@ from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.calculator import as_code, marked
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, calls_in, read_chats
+from chatlm.terminal.knowing import Knowing, passages_line
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
 from chatlm.terminal.tools import ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of
@@ -166,6 +167,7 @@ class Chat:
         self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
                                             *(f"/set {name} " for name in SETTABLE)])
         self.note = self.terminal.note
+        self.knowing = Knowing(pool, self.note)
         self.conversation = conversation or Conversation(settings.system or "")
         self.kept = settings.history and (self.terminal.interactive or settings.continue_)
         self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
@@ -329,6 +331,8 @@ class Chat:
         line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
         is_cut = reply.done and (reply.done.reason == "length" or reply.done.stop_reason == "repetition")
         hint = "; /continue continues it" if is_cut else ""
+        if isinstance(self.pool, RemotePool) and self.pool.passages:
+            line = f"{passages_line(self.pool.passages)}\n{line}"
         self.note(line + hint + ("\n" if self.terminal.interactive else ""))
         if self.settings.json and reply.done:
             print(reply.as_json(request, reply.done), flush=True)
@@ -526,6 +530,10 @@ class Chat:
                 for name, tool in sorted(self.tools.tools.items())]
         mark = " (*)" if self.tools.on else ""
         self.note("\n".join([*rows, *self.tools.troubles, await self.tools.about() + mark]))
+
+    async def slash_know(self, value: str):
+        """/know FOLDER, /know NAME, /know off: documents that the chat asks; alone: list collections"""
+        await self.knowing.take(value)
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""

@@ -52,6 +52,8 @@ class RemotePool:
         # has it only nanochat's route? has it answered yet?
         self.native = False
         self.reached = False
+        self.knowledge: dict = {}        # what requests of chats have besides: which collections they ask
+        self.passages: dict | None = None  # what the last answer was given of them
 
     async def start(self):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
@@ -164,10 +166,12 @@ class RemotePool:
         reader = RemoteAnswerReader()
         stream = RemoteStream(self, reader.end_of, request.id)
         self.native = await stream.post(*self._routes(request)) == NATIVE_ROUTE
+        self.passages = None
         try:
             yield Accepted(0)
             async with aclosing(stream.events()) as bodies:
                 async for body in bodies:
+                    self.passages = object_in(body, "knowledge") or self.passages
                     if event := reader.read(body):
                         yield event
             yield reader.finished()
@@ -178,7 +182,7 @@ class RemotePool:
 
     def _routes(self, request: Request) -> list[tuple[str, dict]]:
         """The routes to try, the preferred one first, each with its body."""
-        native = NATIVE_ROUTE, native_body(request)
+        native = NATIVE_ROUTE, native_body(request) | self.knowledge
         route = "v1/completions" if request.messages is None else "v1/chat/completions"
         return [native] if self.native else [(route, self._body(request)), native]
 
@@ -186,6 +190,8 @@ class RemotePool:
         body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         if request.messages is None:
             body["prompt"] = body.pop("messages")[0]["content"]
+        else:
+            body |= self.knowledge
         ours = self.model.get("owned_by") == "chat_server"  # it has only one model
         if name := self.wanted or not ours and self.model_name:
             body["model"] = name

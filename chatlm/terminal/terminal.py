@@ -217,7 +217,7 @@ class Terminal:
         class Completer(completion.Completer):
             def get_completions(self, typed, event) -> Iterable[Any]:
                 name, _, path = typed.text_before_cursor.partition(" ")
-                if name in ("/load", "/save", "/read", "/file", "/image"):
+                if name in ("/load", "/save", "/read", "/file", "/image", "/know"):
                     return paths.get_completions(document.Document(path), event)
                 return commands.get_completions(typed, event)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from chatlm.terminal.knowing import wanted
 from browsing import button, expect, menu, needs_browser, open_page
 from real_server import server
 
@@ -44,7 +45,7 @@ def test_a_collection_is_made_filled_and_deleted(page):
     chooser.value.set_files([
         {"name": "cats.md", "mimeType": "text/markdown", "buffer": b"Cats sleep a lot."},
         {"name": "odd.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256))}])
-    expect(dialog.get_by_text("1 file · 1 failed")).to_be_visible(timeout=60_000)
+    expect(dialog.get_by_text("1 file · 1 failed", exact=True)).to_be_visible(timeout=60_000)
     expect(dialog.get_by_text("nor is it text in UTF-8")).to_be_visible()
     button(dialog, "Delete: odd.bin").click()
     expect(dialog.get_by_text("odd.bin")).to_have_count(0)
@@ -71,7 +72,7 @@ def answered(page, knowing):
                "page": None, "heading": "Pump", "start": 0, "cut": False, "score": 0.8}
     given = {"mode": "search", "read": 1, "of": 40, "words_only": False, "passages": [passage]}
     events = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}], "knowledge": given},
-              {"choices": [{"index": 0, "delta": {"content": "With water [1]."}}]},
+              {"choices": [{"index": 0, "delta": {"content": "With water [1], not [7] or `a[1]`."}}]},
               {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(
@@ -93,7 +94,11 @@ def test_a_chat_asks_the_collection_that_a_hash_chose_and_shows_its_passages(pag
     sent = asked.value.post_data_json["knowledge"]
     assert [*sent] == ["stores"] and len(sent["stores"]) == 1
     expect(page.get_by_text("1 of 40 parts were read")).to_be_visible(timeout=60_000)
-    page.get_by_role("button", name="Passage 1, pump.md").click()
+    assert asked.value.post_data_json["knowledge"] == wanted({sent["stores"][0]: "manuals"})["knowledge"]
+    both = page.get_by_role("button", name="Passage 1, pump.md")
+    expect(both).to_have_count(2)       # in the text, and below it; not in code, nor a number without passage
+    expect(page.get_by_text("With water [1], not [7] or a[1].")).to_be_visible()
+    both.first.click()
     dialog = page.get_by_role("dialog", name="pump.md")
     expect(dialog.locator("mark")).to_have_count(1)
     expect(dialog.locator("mark")).to_contain_text("it")
