@@ -144,9 +144,11 @@ def state_home(state_folders, monkeypatch):
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(nextitem):
+def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or "page" not in nextitem.path.parts:
         end_browser()
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()        # engines refer to themselves: those of a module had 2 GB long after it
 
 
 def pytest_collection_finish():
