@@ -550,6 +550,10 @@ class Settings:
         "~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
     keep_days: int = flag(30, number(int, 1, 36500),
         "days for which --database keeps batches, their files, and responses", "serve")
+    chats: bool = flag(True, None,
+        "with --database keep the chats that pages send, for all devices of their owner", "serve")
+    chats_keep_days: int | None = flag(None, number(int, 1, 36500),
+        "days after its last change for which such a chat is kept (default: for ever)", "serve")
     share_prefixes: bool = flag(False, None,
         "let API keys share cached prompt prefixes. Then the holder of one key may detect what another "
         "asked (without keys, everybody shares)", "serve")

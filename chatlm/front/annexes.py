@@ -376,8 +376,12 @@ KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
 def load_chats() -> Make[ChatRoutes]:
     from chatlm.front.chats.routes import ChatRoutes
     from chatlm.front.chats.writing import Running
-    return lambda front: ChatRoutes(front.store, front.bodies, bool(front.settings.keys),
+    return lambda front: ChatRoutes(front.store, front.bodies, front.settings,
                                     Running(front.recordings, front.cancel, front.cancel_unread))
+
+
+def with_chats(front: Front) -> bool:
+    return front.store is not None and front.settings.chats
 
 
 def chat_tables() -> Seq[Step]:
@@ -402,7 +406,7 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
           "a chat with its messages"),
     Route("DELETE", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_delete(http), "delete it"),
 )
-CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_database, lambda chats: chats.start(),
+CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_chats, lambda chats: chats.start(),
               lambda chats: chats.close(), tables=chat_tables, needs="--database",
               fields=(AddedField(CHAT_PLACE, ("/v1/chat/completions",)),),
               joins=lambda parsed: CHAT_PLACE.name in parsed.added,

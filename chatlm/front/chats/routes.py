@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence as Seq
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,11 +26,13 @@ from chatlm.front.chats.writing import WrittenAnswer
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
-    now_s, query_value, require_store, send_part, send_parts, take_room)
+    DAY_S, now_s, query_value, require_store, send_part, send_parts, take_room)
 from chatlm.front.server.streams import read_bytes
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
+    import sqlite3
+    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.chats.writing import Running
@@ -41,16 +43,18 @@ if TYPE_CHECKING:
 
 WAITS = 4     # of an owner: a device needs one
 SEARCHES = 2  # at a time
+LOOK_S = 3600.0  # between two looks for chats that are too old
 IN_SANDBOX = "chatlm.front.chats.reading:read_in_sandbox"
 
 
 class ChatRoutes:
     """The handlers, and who waits for changes."""
 
-    def __init__(self, store: Store | None, bodies: Bodies, has_keys: bool, running: Running):
+    def __init__(self, store: Store | None, bodies: Bodies, settings: Settings, running: Running):
         self.store = store
         self.bodies = bodies
-        self.has_keys = has_keys
+        self.settings = settings
+        self.has_keys = bool(settings.keys)
         self.running = running
         self.answers: set[WrittenAnswer] = set()    # that are being written
         self.ending: set[asyncio.Task[None]] = set()  # write the ends of those that were cancelled
@@ -65,6 +69,13 @@ class ChatRoutes:
             await self.store.run(partial(growing.end_cut, now_s=now_s()))
             self.task = asyncio.create_task(supervised(
                 "deleting chats", self.purge, failed=lambda error: True))
+
+    def kept(self) -> Store:
+        """Where chats are kept. Raises RequestError 404 if this server keeps none."""
+        if not self.settings.chats:
+            raise RequestError("this server keeps no chats: it was started with --no-chats", status=404,
+                               code="no_chats")
+        return require_store(self.store)
 
     async def close(self):
         if self.task:
@@ -101,7 +112,7 @@ class ChatRoutes:
     async def written(self, begin: Begin, ask: Ask) -> AsyncIterator[
             tuple[Accepted, AsyncGenerator[Event, None]]]:
         """Begin an answer, and write it into its chat."""
-        store = require_store(self.store)
+        store = self.kept()
         asked = ask.parsed.added[CHAT_PLACE.name]
         place = WrittenPlace(self.owner, ask.parsed.request.client, asked["id"], asked["node"],
                              asked["parent"], ask.parsed.request.id)
@@ -135,7 +146,7 @@ class ChatRoutes:
 
     async def handle_change(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chats/changes"""
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         client = REQUEST_LOG.get().client
         with self.bodies.holding() as holding:
@@ -159,7 +170,7 @@ class ChatRoutes:
 
     async def handle_changes(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/changes: those after a revision, as soon as there are any."""
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         after = query_value(http, SINCE, 0)
         until_s = time.monotonic() + query_value(http, WAIT, 0)
@@ -199,14 +210,23 @@ class ChatRoutes:
             news.set()
 
     async def purge(self):
-        """Remove what was deleted, whenever something was."""
-        store = require_store(self.store)
+        """Remove what was deleted, whenever something was, and what is older than chats are kept."""
+        store = self.kept()
         while True:
-            await self.deleted.wait()
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self.deleted.wait(), LOOK_S if self.settings.chats_keep_days else None)
             self.deleted.clear()
+            while owners := await store.run(partial(self.expire, now_s=now_s())):
+                for owner in owners:
+                    self.tell(owner)
             while await store.run(partial(changes.purge, now_s=now_s())):
                 pass
             await store.clear_log()
+
+    def expire(self, connection: sqlite3.Connection, now_s: int) -> set[str]:
+        """Delete some chats that are too old; whose they were."""
+        days = self.settings.chats_keep_days
+        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else set()
 
     # chats
 
@@ -214,13 +234,13 @@ class ChatRoutes:
         """GET /v1/chats"""
         limit = query_value(http, LIMIT, 20)
         after = query_value(http, AFTER, "")
-        rows, more = await require_store(self.store).run(
+        rows, more = await self.kept().run(
             partial(listing.chats_after, owner=self.owner, after=after, limit=limit))
         return json_response({"object": "list", "data": rows, "has_more": more})
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/{id}: the chat with its nodes; 304 if it has the revision of If-None-Match."""
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         name = http.match_info["id"]
         tag, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
@@ -237,7 +257,7 @@ class ChatRoutes:
 
     async def handle_delete_all(self, http: web.Request) -> web.Response:
         """DELETE /v1/chats?count=N: all chats, if they are as many as the client thinks."""
-        require_store(self.store)
+        self.kept()
         count = query_value(http, COUNT, None)
         if count is None:
             raise RequestError("count is missing: how many chats you mean to delete",
@@ -246,7 +266,7 @@ class ChatRoutes:
         return json_response({"object": "list", "deleted": count})
 
     async def delete(self, names: Seq[str] | None, count: int = 0):
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         await store.run(
             partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()))
@@ -255,7 +275,7 @@ class ChatRoutes:
 
     async def handle_search(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/search: chats with all of the words, the newest first."""
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         question = query_value(http, WORDS, "")
         if not search.words_of(question):
@@ -274,7 +294,7 @@ class ChatRoutes:
 
     async def handle_export(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/export: all chats as a file that the page and the terminal import."""
-        store = require_store(self.store)
+        store = self.kept()
         owner = self.owner
         begin = await store.run(partial(listing.export_begin, owner=owner, now_s=now_s()))
         headers = {"Content-Disposition": 'attachment; filename="chats.json"'}

@@ -51,7 +51,9 @@ CREATE TABLE chat_answers (         -- answers that this server is writing
     stream TEXT NOT NULL            -- the id of the request
 );
 """
+IDLE = "CREATE INDEX chat_records_idle ON chat_records (changed) WHERE kind = 'chat' AND body <> '';"
 STEPS: tuple[Step, ...] = (
     RECORDS + counted("chat_records", "256 + LENGTH(CAST({row}.body AS BLOB)) + {row}.words"),
     ANSWERS,
+    IDLE,
 )
