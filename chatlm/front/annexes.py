@@ -381,7 +381,7 @@ def load_chats() -> Make[ChatRoutes]:
 
 
 def with_chats(front: Front) -> bool:
-    return front.store is not None and front.settings.chats
+    return front.store is not None and CHATS.name in front.store.tables and front.settings.chats
 
 
 def chat_tables() -> Seq[Step]:
