@@ -532,7 +532,7 @@ class Chat:
         self.note("\n".join([*rows, *self.tools.troubles, await self.tools.about() + mark]))
 
     async def slash_know(self, value: str):
-        """/know FOLDER, /know NAME, /know off: documents that the chat asks; alone: list collections"""
+        """/know FOLDER: ask its documents; also NAME, off; alone: list collections"""
         await self.knowing.take(value)
 
     async def slash_stats(self, value: str):
