@@ -113,9 +113,8 @@ class Knowing:
     async def _ask(self, method: str, path: str, body: Any = None) -> dict:
         """What the server answers. Raises its error."""
         assert isinstance(self.pool, RemotePool)
-        is_form = isinstance(body, aiohttp.FormData)
-        options = {"data": body} if is_form else {"json": body} if body else {}
-        async with await self.pool.ask(method, path, **options) as response:
+        kind = "data" if isinstance(body, aiohttp.FormData) else "json"
+        async with await self.pool.ask(method, path, **{kind: body}) as response:
             if response.status >= 300:
                 raise await refusal(response)
             found = strict_object(await whole_body(self.pool.url, response))

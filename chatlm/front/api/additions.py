@@ -154,9 +154,10 @@ class Additions:
     def __init__(self, rows: Seq[Addition] = ()):
         self.rows = rows
         self.paths: dict[str, dict[str, tuple[Addition, Field]]] = {}  # fields by paths and names, if asked
-        for row in rows:
-            for added in row.fields:
-                self._check_row(row, added)
+        self.added = [(row, added) for row in rows for added in row.fields]
+        self.added_names = [*dict.fromkeys(added.field.name for _, added in self.added)]
+        for row, added in self.added:
+            self._check_row(row, added)
         tools = [(row, tool) for row in rows if row.wanted for tool in row.tools]
         self.tools = {tool.type: (row, tool) for row, tool in tools}
         if len(self.tools) < len(tools):
@@ -177,18 +178,16 @@ class Additions:
         if path not in self.paths:
             own = {field.name for field in fields_of(path)}
             found: dict[str, tuple[Addition, Field]] = {}
-            for row in self.rows:
-                for added in row.fields:
-                    name = added.field.name
-                    if not any(is_alike(form, path) for form in added.forms):
-                        continue
-                    if not has_answer(path):
-                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which is no "
-                                         "kind of body with an answer")
-                    if name in own or name in found:
-                        raise ValueError(f"annex {row.annex}: the field {name} joins {path}, which has a "
-                                         "field of this name")
-                    found[name] = row, added.field
+            for row, added in self.added:
+                name = added.field.name
+                if not any(is_alike(form, path) for form in added.forms):
+                    continue
+                what = f"annex {row.annex}: the field {name} joins {path}, which"
+                if not has_answer(path):
+                    raise ValueError(f"{what} is no kind of body with an answer")
+                if name in own or name in found:
+                    raise ValueError(f"{what} has a field of this name")
+                found[name] = row, added.field
             self.paths[path] = found
         return self.paths[path]
 
@@ -200,13 +199,12 @@ class Additions:
 
     def names(self, route: str) -> AddedNames:
         """What to take out of bodies of a route: also fields that only other routes have, to refuse them."""
-        added = {each.field.name for row in self.rows for each in row.fields}
-        if not added and not self.tools:
+        if not self.added_names and not self.tools:
             return NO_NAMES
         own = {field.name for field in fields_of(route)}
-        names = [name for row in self.rows for each in row.fields if (name := each.field.name) not in own]
+        names = [name for name in self.added_names if name not in own]
         runs_tools = has_body(route) and may_run_tools(form_of(route))
-        return AddedNames([*dict.fromkeys(names)], [*self.tools] if runs_tools else [])
+        return AddedNames(names, [*self.tools] if runs_tools else [])
 
     def read(self, route: str, asked: Asked, names_model: bool = False, in_batch: bool = False) -> Added:
         """Check what a body asks for. Raises RequestError for a field that this route, a line of a batch or
@@ -235,8 +233,8 @@ class Additions:
         if in_batch:
             raise bad_value(name, value, "left out in a batch, whose lines have no such field")
         if not has_body(route) or name not in self._fields(route):
-            paths = [form for row in self.rows for each in row.fields if each.field.name == name
-                     for form in each.forms]
+            named = [added for _, added in self.added if added.field.name == name]
+            paths = [form for added in named for form in added.forms]
             raise bad_value(name, value, f"left out: {route} has no such field, unlike {', '.join(paths)}")
         row, _ = self._fields(route)[name]
         if not row.wanted:
