@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.recipe import ModelSpec
 
 
-def model_of(recipe: ModelSpec) -> Model:
+def model_of(recipe: ModelSpec | Model) -> Model:
+    if isinstance(recipe, Model):
+        return recipe
     layers = recipe.own_layers or tuple(layer_of(recipe, layer) for layer in range(recipe.layers))
     head = None
     if not recipe.of_texts:

@@ -51,8 +51,8 @@ def oracle(spec, tensors, ids):
     """The last token's logits, by the definition, in float64."""
     w, kept = {name: f64(tensor) for name, tensor in tensors.items()}, {}
     x, T = w["embed"][ids], len(ids)
-    for l in range(spec.layers):
-        its = spec.own_layers[l].mixer
+    for l in range(len(spec.layers)):
+        its = spec.layers[l].mixer
         D, Dv, Hkv = its.head_size, its.value_size, its.kv_heads
         qkv = (rms(x) * w[f"{l}.attention_norm"]) @ w[f"{l}.qkv"].T
         q = turned(its, rms(qkv[:, :its.heads * D].reshape(T, -1, D)) * w[f"{l}.q_norm"]) * its.scores.scale / D**0.5

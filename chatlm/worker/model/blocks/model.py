@@ -235,6 +235,10 @@ class Model:
         """The same model with a head that is a matrix of its own, no longer the embedding."""
         return replace(self, head=self.head and replace(self.head, tied=False))
 
+    def with_tied_head(self) -> Model:
+        """The same model with a head that is the embedding."""
+        return replace(self, head=self.head and replace(self.head, tied=True))
+
     def with_context(self, length: int) -> Model:
         """The same model for texts of at most `length` tokens, answers included."""
         return replace(self, max_positions=length, answer_positions=0)

@@ -26,7 +26,7 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.formats.configs import OTHERS_AFFAIR
-from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
+from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
 from chatlm.worker.weights.formats.gguf.description import gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.model_of import model_of
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def spec_of(folder, config, context=None):
     (folder / "config.json").write_text(json.dumps(config))
-    return hf_spec(folder / "config.json", context)[1]
+    return hf_blocks(folder / "config.json", context)[1]
 
 
 # --- LayerNorms and the router of Phi-3.5-MoE ----------------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_a_nemotron_h_has_transformers_weights(tmp_path):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
-    assert spec.layers == 31 and model_of(spec).paged_layers == 4 and spec.rope_size == 0
-    assert [number for number, layer in enumerate(spec.own_layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
+    assert len(spec.layers) == 31 and model_of(spec).paged_layers == 4 and {its.rope.size for its in spec.attentions} == {0}
+    assert [number for number, layer in enumerate(spec.layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
     listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
@@ -160,8 +160,8 @@ def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_pat
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
-    assert len(spec.own_layers) == layers and all(layer.mixer for layer in spec.own_layers)
-    experts = spec.own_layers[0].feed
+    assert len(spec.layers) == layers and all(layer.mixer for layer in spec.layers)
+    experts = spec.layers[0].feed
     assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
     assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
 
@@ -169,9 +169,9 @@ def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_pat
 def test_consecutive_parts_of_a_kind_are_layers(tmp_path):
     """Parts of one kind after another are layers of their own."""
     spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
-    assert [type(layer.mixer).__name__ for layer in spec.own_layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
-    assert [type(layer.feed).__name__ for layer in spec.own_layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
-    assert {layer.feed.width for layer in spec.own_layers if layer.feed} == {1856}
+    assert [type(layer.mixer).__name__ for layer in spec.layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
+    assert [type(layer.feed).__name__ for layer in spec.layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
+    assert {layer.feed.width for layer in spec.layers if layer.feed} == {1856}
 
 
 def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
@@ -204,7 +204,7 @@ def test_a_nemotron_3_s_wrong_metadata_is_named(key, value, words, tmp_path):
     changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
     if not words:
         spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
-        assert spec.own_layers[0].feed.latent == (33 if "latent" in key else 0)
+        assert spec.layers[0].feed.latent == (33 if "latent" in key else 0)
         return
     with pytest.raises(ConfigError) as caught:
         spec_of_changed_gguf(tmp_path, "nemotron3", changes)
@@ -321,7 +321,7 @@ def test_published_hybrids_have_transformers_weights(published, billions, tmp_pa
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied_head and key == "head"))
+    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied and key == "head"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
@@ -335,8 +335,9 @@ def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
 
 def test_granite_4_h_tiny_s_config_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
-    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
-    assert spec.attention(5).rope_size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    experts = spec.experts
+    assert (experts.count, experts.router.chosen, experts.width, experts.shared.width, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
+    assert spec.by_layer[5].rope.size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 
@@ -426,7 +427,7 @@ def test_dynamic_scaling_is_that_of_the_context(context, tmp_path):
     spec = spec_of(tmp_path, config, context)
     length = min(max(context or 0, 131072), 4 * 131072)
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
-    np.testing.assert_allclose(spec.rope(0).frequencies, expected, rtol=2e-6)
+    np.testing.assert_allclose(spec.by_layer[0].rope.frequencies, expected, rtol=2e-6)
     assert spec.max_positions == length
 
 

@@ -1,4 +1,4 @@
-"""What a GGUF file says: the recipe of its model, and its tokenizer as a tokenizer.json."""
+"""What a GGUF file says: the blocks of its model, and its tokenizer as a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from chatlm.worker.weights.formats.gguf.file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown)
 from chatlm.worker.weights.formats.gguf.header import Texts
 from chatlm.worker.weights.formats.rope_scaling import growing_queries, scaled_rope
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.purposes.embedders import pooling_of_gguf
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, own_system, suppressed_in, warn_of_templates)
@@ -32,16 +33,17 @@ from chatlm.worker.weights.text.splits import MADE_MERGES, PIECES_WITH_MERGES, P
 from chatlm.worker.weights.text.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
-def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
-    """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
+def gguf_blocks(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, Model]:
+    """The row of FAMILIES and the blocks, made as if from a config.json with the metadata's values."""
     header, family, config = gguf_config(path, metadata, stored)
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
     spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
-    return family, FAMILIES[family].with_own_blocks(path, config, spec)
+    return family, model_of(FAMILIES[family].with_own_blocks(path, config, spec))
 
 
 def gguf_config(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str, dict[str, Any]]:
