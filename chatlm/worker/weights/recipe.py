@@ -26,9 +26,6 @@ class Attention:
     q_scale: float = 1.0              # multiplies q, in addition to 1 / sqrt(D)
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
 @record
 class ModelSpec:
     """Everything that distinguishes one model from another; made by a loader, read by `model_of`.

@@ -55,8 +55,8 @@ def head_blocks(model: Model, dense: int | None) -> Model:
 def folder_head(model: Model, row: Family, state: Mapping[str, numpy.ndarray],
                 scales: Mapping[str, numpy.ndarray]
                 ) -> tuple[Model, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
-    """A folder's draft head as a model of one layer: its blocks, our tensors -> the names of its own, and these
-    tensors and their scales by such names. None if the folder has none."""
+    """A folder's draft head as a model of one layer: its blocks, our tensors -> the names of its own, and
+    these tensors and their scales by such names. None if the folder has none."""
     joint = state.get(JOINT)
     if not isinstance(joint, numpy.ndarray) or JOINT in scales:
         return None

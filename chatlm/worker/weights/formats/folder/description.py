@@ -14,9 +14,8 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.families.table import FAMILIES
-from chatlm.worker.weights.formats.configs import HF_KEYS, complete_heads, family_config, family_spec
+from chatlm.worker.weights.formats.configs import HF_KEYS, complete_heads, family_blocks, family_config
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, growing_queries, scaled_rope
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.purposes.classifiers import refuse_classifier
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, read_json, suppressed_in, warn_of_templates)
@@ -33,7 +32,7 @@ GROWTH = "llama_4_scaling_beta"  # of Ministral 3's queries
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
-    """The rotary fields of a recipe, from a config.json with rope_scaling, or with rope_parameters for all
+    """The rotary settings of a model, from a config.json with rope_scaling, or with rope_parameters for all
     layers or by type."""
     row = FAMILIES[family]
     if row.own_attentions:
@@ -93,8 +92,7 @@ def described_blocks(path: Path, raw: dict, context: int | None) -> tuple[str, M
     """`hf_blocks` of any file that says what `raw`, a config.json, does."""
     family, config = family_config(path, raw)
     complete_heads(path, config)
-    spec = family_spec(path, family, config, hf_rope(path, family, config, context))
-    model = model_of(FAMILIES[family].with_own_blocks(path, config, spec))
+    model = family_blocks(path, family, config, hf_rope(path, family, config, context))
     if not model.of_texts:
         refuse_classifier(path, raw, family)
     return family, model
