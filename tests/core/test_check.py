@@ -14,7 +14,7 @@ from chatlm import __version__
 from chatlm.common import core
 from chatlm.common.interface import INTERFACE
 
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from command_line import parse_command_line
 from real_server import copy_program
 

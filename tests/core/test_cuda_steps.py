@@ -42,7 +42,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from engines import draft_eagerly, load, make_batch, pieces, run, tensors_of
 from generations import GENERATIONS
 from nightly import WHOLE, by_day
@@ -755,10 +755,12 @@ def test_the_decode_bench_runs(backend):
     bench = module_from_spec(place)
     place.loader.exec_module(bench)
     for shape in bench.SHAPES.values():
-        spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
+        attention = replace(shape.attentions[0], heads=4, kv_heads=2, head_size=16, value_size=16, rope=replace(shape.attentions[0].rope, size=16))
+        layer = replace(shape.layers[0], mixer=attention, feed=replace(shape.feed, width=96))
+        spec = replace(shape, layers=(layer,), width=64, vocab_size=200, max_positions=400)
         steps = bench.make_steps(spec, backend.kernels(spec), backend.device, "bfloat16", 3, 200, backend.queue())
         assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
         assert steps.queue.replays == 2 * 40 and bench.seconds_per_replay(steps, 3, 2) > 0
-        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64
-        norms = 3 * 64 * 4 if spec.norm_weights else 0
+        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.feed.activation == "relu2" else 3) + 200 * 64
+        norms = 3 * 64 * 4 if spec.norm.weights else 0
         assert bench.bytes_of_a_step(steps.transformer, 3, 100) == 2 * weights + norms + 3 * 100 * 2 * 2 * 16 * 2

@@ -23,8 +23,7 @@ from chatlm.common.invocation import pip_command
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import choose_backend, load_kernels
 from chatlm.worker.kernels.kernels import Backend, EagerSteps, Steps
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from chatlm.worker.ops.references import REFERENCES
 from real_server import ask, events, get, post, server
 

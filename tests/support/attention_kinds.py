@@ -14,7 +14,7 @@ from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.weights.model_of import model_of
+from flat_models import model_of
 
 
 def attention(heads, kv_heads, size, value_size=None, window=0):

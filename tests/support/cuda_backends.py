@@ -18,7 +18,7 @@ from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.ops.basic import linear_reference
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from attention_kinds import blocks_of
 from emulated_core import EmulatedCore
 from nightly import WHOLE
@@ -184,7 +184,7 @@ class TorchProducts(CudaBackend):
 
 def with_windows(spec, windows):
     """A spec with these windows, one for each layer."""
-    return replace(spec, attentions=tuple(replace(spec.attention(l), window=window) for l, window in enumerate(windows)))
+    return replace(spec, windows=windows)
 
 
 def sizes_of(spec):

@@ -15,7 +15,6 @@ from chatlm.worker.weights.formats.draft_heads import head_blocks
 from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, nanochat_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.towers.families import gemma4_layer, siglip_layer, tower
 from attention_kinds import blocks_of
 from families import GROWING, MODELS, tiny_config
@@ -106,8 +105,8 @@ def made_of_others():
         made[f"{name} draft head"] = lambda name=name: head_blocks(family_spec(name), None)
     for name in ("qwen3.5moe", "qwen3next"):
         made[f"{name} dense draft head"] = lambda name=name: head_blocks(family_spec(name), 96)
-    made |= {f"{name} sees": lambda name=name, own=own: model_of(family_spec(name)).with_sight(**own) for name, own in SIGHT.items()}
-    made["llama3.1 embeds"] = lambda: replace(model_of(family_spec("llama3.1")), waits=True)
+    made |= {f"{name} sees": lambda name=name, own=own: family_spec(name).with_sight(**own) for name, own in SIGHT.items()}
+    made["llama3.1 embeds"] = lambda: replace(family_spec("llama3.1"), waits=True)
     made |= {f"{name} odd": lambda name=name, own=own: spec_of(family_config(name) | own) for name, own in ODD_SHAPES.items()}
     made["granite post norms"] = lambda: with_post_norms(family_spec("granite"))
     made["ministral3 growing"] = lambda: spec_of(family_config("ministral3", rope_parameters=GROWING), 512)

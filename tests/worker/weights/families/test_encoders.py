@@ -19,7 +19,6 @@ from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.kernels import choice
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.formats.folder.description import hf_blocks
-from chatlm.worker.weights.model_of import model_of
 import encoders
 from encoders import (
     FILES, MODELS, PIECES, TEXTS, cosine, engine_of, expected, expected_score, framed, make_encoder, modules, save_folder, save_gguf, vectors, write_json,
@@ -346,9 +345,9 @@ def test_configs_as_their_makers_write_them_are_read(name, tmp_path):
     config, longest, width = PUBLISHED[name]
     write_json(tmp_path, config=config)
     _, spec = hf_blocks(tmp_path / "config.json", None)
-    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(model_of(spec))
+    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(spec)
     if name == "modernbert":
-        assert model_of(spec).windows[:4] == (0, 64, 64, 0) and [spec.by_layer[layer].rope.base for layer in (0, 1)] == [160000.0, 10000.0]
+        assert spec.windows[:4] == (0, 64, 64, 0) and [spec.by_layer[layer].rope.base for layer in (0, 1)] == [160000.0, 10000.0]
     if name == "nomic-v1.5":
         assert (spec.by_layer[0].rope.base, spec.feed.activation, spec.token_types) == (1000.0, "swiglu", 2)
 

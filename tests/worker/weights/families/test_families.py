@@ -29,7 +29,6 @@ from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
 from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch, tensors_of
 from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, tolerance_of, transformer,
                       with_exact_angles, write_tokenizer)
@@ -504,7 +503,7 @@ def test_published_configs_read_as_in_transformers(name, tmp_path):
     assert attn.head_size == head_size and spec.feed.activation == activations.get(getattr(config, "hidden_act", ""), "geglu")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
-    assert model_of(spec).windows == tuple(window * (kind == "sliding_attention") for kind in kinds)
+    assert spec.windows == tuple(window * (kind == "sliding_attention") for kind in kinds)
     unrotated = tuple(l for l, its in enumerate(spec.by_layer) if its.rope.size == 0)
     assert unrotated == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
     nested = "full_attention" in config.rope_parameters
@@ -536,8 +535,8 @@ def test_lfm2_configs_read_as_in_transformers(name, width, ffn, tmp_path):
     attn = spec.attentions[0]
     assert (len(spec.layers), spec.vocab_size, attn.heads, attn.kv_heads, attn.head_size, spec.norm.eps, spec.tied, attn.rope.base, spec.max_positions) == (
         config.num_hidden_layers, 65536, width // 64, 8, 64, 1e-5, True, 1e6, 128000)
-    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head")
-    assert model_of(spec).state_bytes == 4 * 2 * width * sum(map(bool, spec.mixers))
+    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head")
+    assert spec.state_bytes == 4 * 2 * width * sum(map(bool, spec.mixers))
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -559,12 +558,12 @@ def test_lfm2_moe_s_config_reads_as_in_transformers(published, tmp_path):
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head"}
+    sizes = {key: int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head"}
     assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
     assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
     assert (spec.experts.count, spec.experts.width, [layer.feed.width for layer in spec.layers[:3]]) == (32, 1792, [7168, 7168, 1792])
     assert spec.tied and spec.by_layer[2].rope.base == 1e6 and spec.experts.router == Router(4, "sigmoid", choice_bias=True, scale=published["routed_scaling_factor"])
-    assert model_of(spec).paged_layers == 6 and model_of(spec).state_bytes == 18 * 4 * 2 * 2048
+    assert spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
 
 
 @pytest.mark.parametrize("key, value, words", [

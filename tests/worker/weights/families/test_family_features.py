@@ -29,8 +29,7 @@ from chatlm.worker.weights.formats.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
 from chatlm.worker.weights.formats.gguf.description import gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from attention_kinds import attention
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
@@ -112,9 +111,9 @@ def test_a_nemotron_h_has_transformers_weights(tmp_path):
     spec = spec_of(tmp_path, NANO_9B)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
+    count = sum(math.prod(shape) for shape in spec.shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
-    assert len(spec.layers) == 31 and model_of(spec).paged_layers == 4 and {its.rope.size for its in spec.attentions} == {0}
+    assert len(spec.layers) == 31 and spec.paged_layers == 4 and {its.rope.size for its in spec.attentions} == {0}
     assert [number for number, layer in enumerate(spec.layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
     listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
@@ -158,12 +157,12 @@ def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_pat
     spec = spec_of(tmp_path, config)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
+    count = sum(math.prod(shape) for name, shape in spec.shapes().items() if not name.endswith("choice_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert len(spec.layers) == layers and all(layer.mixer for layer in spec.layers)
     experts = spec.layers[0].feed
     assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
-    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
+    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(spec) == ""
 
 
 def test_consecutive_parts_of_a_kind_are_layers(tmp_path):
@@ -321,14 +320,14 @@ def test_published_hybrids_have_transformers_weights(published, billions, tmp_pa
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied and key == "head"))
+    count = sum(math.prod(shape) for key, shape in spec.shapes().items() if not (spec.tied and key == "head"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
 
 def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
     """Published sizes of Qwen3.5 make states of this many mebibytes."""
-    assert [model_of(spec_of(tmp_path, config)).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
+    assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
     with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
         spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
@@ -336,8 +335,8 @@ def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
 def test_granite_4_h_tiny_s_config_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
     experts = spec.experts
-    assert (experts.count, experts.router.chosen, experts.width, experts.shared.width, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
-    assert spec.by_layer[5].rope.size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    assert (experts.count, experts.router.chosen, experts.width, experts.shared.width, spec.paged_layers) == (64, 6, 512, 1024, 4)
+    assert spec.by_layer[5].rope.size == 0 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 
@@ -375,10 +374,10 @@ def test_torch_computes_cpu_only_ops_on_a_gpu(fields, words, caplog, monkeypatch
     """Some ops are compiled for a CPU alone, and torch computes these on a GPU."""
     from chatlm.worker.kernels import devices
     monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
-    spec = ModelSpec(**SPEC | fields)
-    assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
-    assert choose_backend("cpu", model_of(spec)).name != "torch/reference" and not caplog.messages
-    assert choose_backend("cuda", model_of(spec), says_why=True).name == "decode_core/cuda"
+    spec = model_of(ModelSpec(**SPEC | fields))
+    assert (not_compiled(spec, "cuda"), not_compiled(spec)) == ("", "")
+    assert choose_backend("cpu", spec).name != "torch/reference" and not caplog.messages
+    assert choose_backend("cuda", spec, says_why=True).name == "decode_core/cuda"
     assert caplog.messages == [f"decode_core/cuda has no kernels for {words}: torch computes only these"] * bool(words)
 
 

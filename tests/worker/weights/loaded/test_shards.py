@@ -23,7 +23,7 @@ from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.nanochat.generations import nanochat_model
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks, shard_model, stage_model
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from attention_kinds import KINDS, attention, blocks_of, kinds_model, loaded
 from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
