@@ -35,14 +35,33 @@ def by_tap(w: dict[str, Any], size: int) -> dict[str, Any]:
     return {"taps": w["taps"].reshape(-1, size).T.flatten()}
 
 
+class Mixer(Block):
+    """A block that stands in the place of attention, and keeps a state. Caches, ranks and stages need no more
+    than this."""
+
+    title = "layer with a state"  # what the log calls it
+    compiled = False           # does decode_core record steps with it?
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        """How many heads ranks must share evenly, and what they are; "" if they divide it as they like."""
+        return 1, ""
+
+    def states(self, C: int) -> States:
+        """The shapes of what it keeps for a sequence."""
+        raise NotImplementedError
+
+
 @record
-class ShortConv(Block):
+class ShortConv(Mixer):
     """A gated convolution over the last tokens (LFM2).
 
     b, c, u = the thirds of mix_in x;  s = b * u;  y_t = c_t * (sum over j of taps[j] * s[t - size + 1 +
     j]); mix_out y. mix_in is (3 C, C), taps (C * size), mix_out (C, C). Its state is s of the last size - 1
     tokens."""
 
+    title = "short convolution"
+    compiled = True
     size: int           # how many tokens y_t depends on, its own included
     bias: bool = False  # mix_in, the taps and mix_out have biases
     channels: int = 0   # a rank's columns of b, of c and of u; 0: all C
@@ -87,7 +106,7 @@ class ShortConv(Block):
 
 
 @record
-class DeltaRule(Block):
+class DeltaRule(Mixer):
     """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
 
     p, z, b, a = mix_in x
@@ -102,6 +121,8 @@ class DeltaRule(Block):
     those of b and a, and those of q, k, v and z."""
 
     widens = False
+    title = "delta rule"
+    compiled = True
     size: int
     key_heads: int
     value_heads: int
@@ -111,6 +132,10 @@ class DeltaRule(Block):
     gates_by_key: bool = False    # b and a are grouped by key head
     heads_by_key: bool = False    # q, k, v and z are grouped by key head
     eps: float = 1e-5             # of mix_norm
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        return self.key_heads, "key heads in its linear attention"
 
     @property
     def values_per_key(self) -> int:
@@ -184,7 +209,7 @@ class DeltaRule(Block):
 
 
 @record
-class Mamba2(Block):
+class Mamba2(Mixer):
     """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
 
     z, p, dt = mix_in x
@@ -200,6 +225,8 @@ class Mamba2(Block):
     Where ranks share groups, a rank has its heads, B and C of all groups, and a part of each rms."""
 
     widens = False
+    title = "Mamba layer"
+    compiled = True
     size: int
     heads: int
     head_size: int             # P
@@ -212,6 +239,10 @@ class Mamba2(Block):
     eps: float = 1e-5          # of mix_norm
 
     @functools.cached_property
+    @property
+    def shared(self) -> tuple[int, str]:
+        return self.heads, "heads in its Mamba layers"
+
     def group_size(self) -> int:
         """How many heads a group has, in all ranks together."""
         return (self.of_heads or self.heads) // self.groups
@@ -284,5 +315,3 @@ class Mamba2(Block):
             return own
         return replace(own, of_heads=self.heads, first_head=heads.start)
 
-
-Mixer = ShortConv | DeltaRule | Mamba2
