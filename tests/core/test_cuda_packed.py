@@ -16,7 +16,6 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.kernels import choice
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
@@ -298,7 +297,7 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)))
+        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(model))
         return open_model(resolve_model(settings), settings)
 
 

@@ -289,7 +289,7 @@ def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkey
     llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").architecture
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
-        backend = backends.CudaBackend(backends.sizes_of(spec), None, device="cpu")
+        backend = backends.CudaBackend(blocks_of(spec), None, device="cpu")
         for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
             monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
             assert backend.few_rows_invariant is expected
@@ -739,7 +739,7 @@ def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, abl
     devices.say_once.cache_clear()
     spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(devices.backend_for(backends.sizes_of(spec), "cuda:1")).__name__ == ("CudaBackend" if able else "NoneType")
+        assert type(devices.backend_for(blocks_of(spec), "cuda:1")).__name__ == ("CudaBackend" if able else "NoneType")
     assert devices.cuda_ops(0) is not None and devices.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]

@@ -20,7 +20,6 @@ from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import choose_backend, load_kernels
 from chatlm.worker.kernels.kernels import Backend, EagerSteps, Steps
 from flat_models import ModelSpec, model_of
@@ -50,7 +49,7 @@ def test_every_backend_has_what_the_references_have():
     from chatlm.worker.kernels.cuda_backend import CudaBackend
     from chatlm.worker.kernels.cuda_steps import GraphSteps
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
-    sizes = core_sizes(model_of(SPEC))
+    sizes = model_of(SPEC)
     for backend, runner in ((CpuBackend(sizes), ProgramSteps), (CudaBackend(sizes, None), GraphSteps)):
         assert [name for name in names if not hasattr(backend, name)] == []
         steps = {name for name in vars(EagerSteps) if not name.startswith("__")}

@@ -15,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.blocks.model import Model
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choice import load_kernels
 from chatlm.worker.ops.basic import linear_reference
 from flat_models import ModelSpec
@@ -187,11 +186,6 @@ def with_windows(spec, windows):
     return replace(spec, windows=windows)
 
 
-def sizes_of(spec):
-    """What decode_core is told of a model: of a spec or blocks, or CoreSizes themselves."""
-    return core_sizes(blocks_of(spec)) if isinstance(spec, ModelSpec | Model) else spec
-
-
 def prove_experts_of_some_types(backend, device):
     """What proves each type of experts, for two packed ones and floats: a type takes half a second in the emulation."""
     with pytest.MonkeyPatch.context() as patch:
@@ -210,13 +204,13 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(sizes_of(spec), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(blocks_of(spec), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA. What is right the process proves once for models of the same sizes, or for all."""
         backend = self.backend(spec)
-        alike = {"linear", "experts"} if backend.spec.experts else {"linear"}
-        keys = {op: (self.library, op, None if op in alike else backend.spec) for op in proof.CUDA_PROOFS}
+        alike = {"linear", "experts"} if backend.model.experts else {"linear"}
+        keys = {op: (self.library, op, None if op in alike else backend.model) for op in proof.CUDA_PROOFS}
         proofs = {op: prove for op, prove in proof.CUDA_PROOFS.items() if op in self.faults or keys[op] not in self.right}
         if "experts" in proofs and not WHOLE:
             proofs["experts"] = prove_experts_of_some_types

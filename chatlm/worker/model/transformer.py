@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence as Seq
@@ -22,7 +21,6 @@ from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS
 from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.model.blocks.step import Buffers, Step
-from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
 from chatlm.worker.model.padding import padded_adapter, padded_tensors
 from chatlm.worker.model.pages import PageLayout, group_layers
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
@@ -80,7 +78,7 @@ class Transformer:
             self.layers = [self._arranged(number) for number in range(len(model.layers))]
             self.rope_tables = self._rope_tables(max_tokens)
             self.cache, self.layer_caches = kernels.make_cache(
-                self.spec, self.layout, num_pages + self.groups.holes, self.device)
+                model, self.layout, num_pages + self.groups.holes, self.device)
             self.states = [self._state_slots(mixer) for mixer in model.mixers]
             sizes = model.buffer_sizes(max_tokens, min(max_rows or max_tokens, max_tokens),
                                        kernels.backend.activations or self.dtype)
@@ -100,11 +98,6 @@ class Transformer:
                 for name in model.picture_buffers:
                     kernels.backend.program.given(self.buffers[name])
             self.recorded = kernels.backend.record(self)
-
-    @functools.cached_property
-    def spec(self) -> CoreSizes:
-        """The model as decode_core reads it."""
-        return core_sizes(self.model)
 
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
         """Read each weight that is not shared, and move it to the device. Kernels lay out matrices.

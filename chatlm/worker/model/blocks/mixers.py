@@ -238,11 +238,11 @@ class Mamba2(Mixer):
     first_head: int = 0        # number of this rank's first head
     eps: float = 1e-5          # of mix_norm
 
-    @functools.cached_property
     @property
     def shared(self) -> tuple[int, str]:
         return self.heads, "heads in its Mamba layers"
 
+    @functools.cached_property
     def group_size(self) -> int:
         """How many heads a group has, in all ranks together."""
         return (self.of_heads or self.heads) // self.groups

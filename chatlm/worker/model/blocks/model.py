@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from chatlm.common.records import record
+from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import (
     Divided, RankPart, Run, Tensor, Tensors, padded_places, rank_part, vector)
 from chatlm.worker.model.blocks.attention import Attention
@@ -23,6 +24,7 @@ from chatlm.worker.model.blocks.step import Buffer, Scratch, widest
 from chatlm.worker.model.padding import Padding
 from chatlm.worker.model.tensors import rounded_up
 
+NO_ATTENTION = Attention(0, 0, 0, 0, Rope(0))
 DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
@@ -149,6 +151,11 @@ class Model:
         return tuple(mixer if isinstance(mixer, Attention | Mla) else None for mixer in mixers)
 
     @property
+    def attention(self) -> Attention | Mla:
+        """How the first layer attends that does. Kernels are proved in its sizes."""
+        return self.attentions[0] if self.attentions else NO_ATTENTION
+
+    @property
     def attentions(self) -> list[Attention | Mla]:
         return [attn for attn in self.by_layer if attn]
 
@@ -201,6 +208,11 @@ class Model:
         experts = [feed for feed in feeds if isinstance(feed, Experts | ExpertsBesideDense)]
         dense = [feed for feed in feeds if isinstance(feed, FeedForward)]
         return experts[0] if experts else min(dense, key=lambda feed: feed.width, default=None)
+
+    @property
+    def feed_width(self) -> int:
+        """F of that block; 0 without any."""
+        return self.feed.width if self.feed else 0
 
     @property
     def experts(self) -> Experts | ExpertsBesideDense | None:
