@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <vector>
 
-extern "C" void leak(const float* x, int64_t wide, const float* decay, float* state, float* out, int64_t narrow,
-                     int64_t C, const int64_t* starts, const int64_t* firsts, const int64_t* reads, int64_t sequences,
-                     const int64_t* rows, const int64_t* slots, int64_t writes) {
+extern "C" void leak(const float* x, int64_t wide, const float* decay, float* state, float* out,
+                     int64_t narrow, int64_t C, const int64_t* starts, const int64_t* firsts,
+                     const int64_t* reads, int64_t sequences, const int64_t* rows, const int64_t* slots,
+                     int64_t writes) {
     for (int64_t number = 0; number < sequences; ++number) {
         std::vector<float> h(C, 0.0f);
         if (firsts[number])

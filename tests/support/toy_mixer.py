@@ -1,7 +1,7 @@
-"""A family with a kind of layer that the program does not have: a leaky average of what came before, in a kernel of its own.
+"""A family with a kind of layer that the program does not have: a leaky average of what came before.
 
-All of it is here and in toy_mixer.cpp: the block, what files call its tensors, the family, and the op. A test puts the family into the
-table."""
+All of it is here and in toy_mixer.cpp: the block, what files call its tensors, the family, and the op. A test
+puts the family into the table."""
 
 import ctypes
 import functools
@@ -20,14 +20,15 @@ from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mixer, buffers_of, run
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.families.family import Family
-from chatlm.worker.weights.families.table import Place
+from chatlm.worker.weights.families.table import RowPlace
 from chatlm.worker.weights.formats.folder.description import described_blocks
 from chatlm.worker.weights.formats.sources import file_shapes, tensor_sources
 from families import write_tokenizer
 
-CONFIG = {"model_type": "toy", "vocab_size": 272, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-          "layer_types": ["leak", "full_attention", "leak"]}
+CONFIG = {"model_type": "toy", "vocab_size": 272, "hidden_size": 48, "intermediate_size": 64,
+          "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+          "max_position_embeddings": 512, "layer_types": ["leak", "full_attention", "leak"]}
+COMPILER = "g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC"
 
 
 @functools.cache
@@ -35,12 +36,15 @@ def kernel():
     """The compiled op."""
     library = Path(tempfile.mkdtemp()) / "toy_mixer.so"
     source = Path(__file__).with_suffix(".cpp")
-    subprocess.run(["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run([*COMPILER, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library)).leak
 
 
-def numbers(values):
-    return (ctypes.c_int64 * len(values))(*values)
+def as_argument(value):
+    """What C++ gets of a tensor, of a number, or of several numbers."""
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else (ctypes.c_int64 * len(value))(*value)
 
 
 @record
@@ -52,7 +56,8 @@ class Leak(Mixer):
 
     def tensors(self, C):
         own = Run(self.channels, of="channels")
-        return {"mix_in": matrix((own,), C, adapted=True), "decay": vector((own,)), "mix_out": matrix(C, (own,), adapted=True)}
+        return {"mix_in": matrix((own,), C, adapted=True), "decay": vector((own,)),
+                "mix_out": matrix(C, (own,), adapted=True)}
 
     def states(self, C):
         return ((self.channels,),)
@@ -64,12 +69,12 @@ class Leak(Mixer):
         run(s, read, (self.channels, self.channels), self.mix, to)
 
     def mix(self, s, x, out):
-        state, decay, sequences = s.states[0], s.w["decay"], s.inputs.sequences
+        sequences = s.inputs.sequences
         rows, slots = zip(*sequences.writes) if sequences.writes else ((), ())
-        kernel()(*(ctypes.c_void_p(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else ctypes.c_int64(tensor) for tensor in (
-            x, x.stride(0), decay, state, out, out.stride(0), self.channels)),
-            numbers(sequences.starts), numbers(sequences.firsts), numbers(sequences.reads), ctypes.c_int64(len(sequences.firsts)),
-            numbers(rows), numbers(slots), ctypes.c_int64(len(rows)))
+        values = (x, x.stride(0), s.w["decay"], s.states[0], out, out.stride(0), self.channels,
+                  sequences.starts, sequences.firsts, sequences.reads, len(sequences.firsts),
+                  rows, slots, len(rows))
+        kernel()(*map(as_argument, values))
 
     def divided(self, rank, tp, block):
         return {"channels": columns_of(self.channels, rank, tp, block)}
@@ -91,17 +96,18 @@ def toy(facts):
 ROW = Family("Toy", {"layer_types": None}, toy, {
     ours: (f"model.layers.{{}}.leak.{theirs}",) for ours, theirs in (
         ("mix_in", "in_proj.weight"), ("decay", "decay"), ("mix_out", "out_proj.weight"))}, kinds=("leak",))
-PLACE = Place(lambda: {"toy": ROW})
+PLACE = RowPlace(lambda: {"toy": ROW})
 
 
 def write_model(folder):
-    """A folder with small random weights, once the family is in the table. -> its tensors, by the folder's names"""
+    """A folder with small random weights, once the family is in the table. -> its tensors"""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_tokenizer(folder)
     _, model = described_blocks(folder / "config.json", CONFIG, None)
     dice = torch.Generator().manual_seed(3)
     shapes = file_shapes(tensor_sources(model, ROW.all_tensors, model.vocab_size))
-    tensors = {name: torch.randn(shape, generator=dice) * (0.25 if len(shape) > 1 else 1.0) for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape, generator=dice) * (0.25 if len(shape) > 1 else 1.0)
+               for name, shape in shapes.items()}
     tensors |= {name: tensor.sigmoid() for name, tensor in tensors.items() if name.endswith("decay")}
     save_file(tensors, folder / "model.safetensors")
     return tensors

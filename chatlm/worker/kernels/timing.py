@@ -10,7 +10,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
@@ -32,10 +32,12 @@ COLD = 96 << 20         # bytes of the copies that a measurement uses in turn, s
 RUNS = 5
 CONTEXT = 1024          # keys of attention
 ROWS = 64               # of the ops between products
-SMALL = dict(vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
-             max_positions=CONTEXT)     # the default model
-LARGE = dict(vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
-             max_positions=CONTEXT)     # a model of 8 billion parameters
+SMALL: dict[str, Any] = dict(
+    vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
+    max_positions=CONTEXT)     # the default model
+LARGE: dict[str, Any] = dict(
+    vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
+    max_positions=CONTEXT)     # a model of 8 billion parameters
 
 
 class Timed(NamedTuple):

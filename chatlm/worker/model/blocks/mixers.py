@@ -9,13 +9,13 @@ from typing import Any
 from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import columns_of
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import rounded_up
 
 States = tuple[tuple[int, ...], ...]  # shapes of the float32 arrays of a sequence's state
 
 
-def run(s: Step, read: Read, widths: tuple[int, int], op, to: Sum):
+def run(s: BlockStep, read: Read, widths: tuple[int, int], op, to: Sum):
     """mix_out op(mix_in x). widths: how many columns the op reads, and how many it gives."""
     wide, narrow = widths
     mixed = s.b.mixed[:, :wide]
@@ -89,10 +89,10 @@ class ShortConv(Mixer):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(s.b.x.shape[1]), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         s.k.short_conv(x, s.w["taps"], s.states, s.inputs.sequences, out=out, bias=s.w.get("taps_bias"))
 
     def widened(self, C: int, wide: int) -> ShortConv:
@@ -193,10 +193,10 @@ class DeltaRule(Mixer):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(0), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         s.k.delta_rule(x, s.w, self, self.eps, s.states, s.inputs.sequences, out=out)
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
@@ -286,10 +286,10 @@ class Mamba2(Mixer):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(0), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         k = s.k
         b = s.b
         w = s.w

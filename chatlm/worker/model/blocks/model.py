@@ -9,7 +9,7 @@ from dataclasses import replace
 from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import (
-    Divided, RankPart, Run, Tensor, Tensors, padded_places, rank_part, vector)
+    Divided, RankPart, Run, TensorAxes, Tensors, padded_places, rank_part, vector)
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.extras import Keep, Lambdas, LayerInput, PictureRows
@@ -330,13 +330,13 @@ class Model:
                        layers=tuple(layer.moved(mine.start) for layer in self.layers[mine.start:mine.stop]))
 
 
-def own_part(tensor: Tensor, divided: Divided, rank: int) -> RankPart | None:
+def own_part(tensor: TensorAxes, divided: Divided, rank: int) -> RankPart | None:
     if not tensor.once:
         return rank_part(tensor, divided)
     return None if rank else RankPart()
 
 
-def padding_of(tensor: Tensor, padded: Tensor) -> Padding:
+def padding_of(tensor: TensorAxes, padded: TensorAxes) -> Padding:
     places = tuple(None if axis == wide else padded_places(axis, wide)
                    for axis, wide in zip(tensor.axes, padded.axes))
     return Padding(padded.shape, places, padded.factor / tensor.factor)

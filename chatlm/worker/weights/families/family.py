@@ -23,7 +23,7 @@ class Header(NamedTuple):
 
     path: Path
     metadata: Mapping
-    stored: Mapping[str, Any]  # name -> gguf.header.Tensor
+    stored: Mapping[str, Any]  # name -> gguf.header.GgufTensor
     read: Callable             # gguf_value
 
     @property

@@ -115,8 +115,7 @@ def width_of(down: Any, columns: int) -> int:
 
 
 def halves(tensor: Any) -> tuple[Any, Any]:
-    """The first half of a gguf.header.Tensor's columns, and the second; as floats if a block has columns of
-    both."""
+    """The first half of a GgufTensor's columns, and the second; as floats if a block has columns of both."""
     columns, rows = map(int, tensor.shape)
     if columns % (2 * block_of(tensor.tensor_type.name)[0]):
         data = numpy.asarray(dequantize(tensor.tensor_type, tensor.data), numpy.float32)

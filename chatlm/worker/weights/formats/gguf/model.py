@@ -74,7 +74,7 @@ def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]
 
 @record
 class GgufModel:
-    """The model of a GGUF file, or of several that it is split into. Tensors are gguf.header.Tensor."""
+    """The model of a GGUF file, or of several that it is split into. Tensors are gguf.header.GgufTensor."""
 
     source: ModelSource
     metadata: Mapping[str, Any]
