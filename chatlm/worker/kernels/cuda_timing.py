@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_steps import CudaQueue
     from chatlm.worker.model.blocks.model import Model
 
-MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
+MIXTURE: dict[str, Any] = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
 # as GLM-4.7-Flash has
 LATENTS = dict(heads=20, kept=512, turned=64, plain=192, head_values=256, query_width=768)
 
