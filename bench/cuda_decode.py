@@ -24,31 +24,37 @@ from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.kernels.choosing import load_kernels    # noqa: E402
+from chatlm.worker.arrays.rotary import Rope    # noqa: E402
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms    # noqa: E402
+from chatlm.worker.model.blocks.feed_forward import FeedForward    # noqa: E402
+from chatlm.worker.model.blocks.input import Input    # noqa: E402
+from chatlm.worker.model.blocks.layer import Layer    # noqa: E402
+from chatlm.worker.model.blocks.lm_head import LmHead    # noqa: E402
+from chatlm.worker.model.blocks.model import Model    # noqa: E402
+from chatlm.worker.model.blocks.norms import RmsNorm    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec  # noqa: E402
 from chatlm.worker.kernels.cuda_runner import GraphRunner  # noqa: E402
 
+PLAIN, NORM = RmsNorm(1e-5, weights=False), RmsNorm(1e-5)
+D32 = Layer(Attention(16, 16, 128, 128, Rope(128, direction=-1), norms=HeadNorms("after_rope", 1e-5, weights=False)),
+            FeedForward(8192, "relu2"), PLAIN, PLAIN)
+LLAMA_8B = Layer(Attention(32, 8, 128, 128, Rope(128, 500000.0)), FeedForward(14336), NORM, NORM)
 SHAPES = {
-    "d32": ModelSpec(vocab_size=65536, layers=32, width=2048, heads=16, kv_heads=16, head_size=128, ffn_size=8192,
-                     max_positions=4096, norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope",
-                     activation="relu2", softcap=15.0),
-    "llama-8b": ModelSpec(vocab_size=128256, layers=32, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
-                          max_positions=8192, rope_base=500000.0),
-}
+    "d32": Model(65536, 2048, 4096, Input(norm=PLAIN), (D32,) * 32, PLAIN, LmHead(softcap=15.0)),
+    "llama-8b": Model(128256, 4096, 8192, Input(), (LLAMA_8B,) * 32, NORM, LmHead())}
 
 
-def random_model(spec, kernels, device, dtype, **sizes):
+def random_model(model, kernels, device, dtype, **sizes):
     """A Transformer with small random weights, made on the device; dtype: "bfloat16" or "float32"."""
     random = torch.Generator(device).manual_seed(1)
     tensors = {}
-    for name, shape in model_of(spec).shapes().items():
+    for name, shape in model.shapes().items():
         matrix = len(shape) > 1
         tensors[name] = torch.randn(shape, device=device, generator=random,
                                     dtype=getattr(torch, dtype) if matrix else torch.float32)
         tensors[name].mul_(0.02 if matrix else 1.0)
-    return Transformer(model_of(spec), tensors, kernels, device=device, dtype=dtype, **sizes)
+    return Transformer(model, tensors, kernels, device=device, dtype=dtype, **sizes)
 
 
 def bytes_of_a_step(transformer, batch, context):
@@ -110,9 +116,9 @@ def seconds_per_replay(steps, batch, replays=50, draws=True):
     return (time.perf_counter() - begin) / replays
 
 
-def make_steps(spec, kernels, device, dtype, batch, length, queue=None):
+def make_steps(model, kernels, device, dtype, batch, length, queue=None):
     pages = -(-length // PAGE_SIZE)
-    transformer = random_model(spec, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
+    transformer = random_model(model, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
     steps = GraphRunner(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
     steps.prepare(lambda fraction: None)
     return steps
@@ -142,12 +148,12 @@ def main():
     bandwidth = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}: copies {bandwidth / 1e12:.2f} TB/s")
     for shape in arguments.shapes:
-        spec = SHAPES[shape]
-        kernels = load_kernels(device, model_of(spec))
+        model = SHAPES[shape]
+        kernels = load_kernels(device, model)
         assert kernels.backend.name == "decode_core/cuda", f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20
-            steps = make_steps(spec, kernels, device, "bfloat16", batch, length)
+            steps = make_steps(model, kernels, device, "bfloat16", batch, length)
             step = seconds_per_step(Decoding(steps, batch, arguments.context, arguments.steps + 20), arguments.steps)
             graph, without_draw = seconds_per_replay(steps, batch), seconds_per_replay(steps, batch, draws=False)
             floor = bytes_of_a_step(steps.transformer, batch, arguments.context + arguments.steps // 2) / bandwidth

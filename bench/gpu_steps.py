@@ -118,7 +118,7 @@ def compare(name, path, device, count):
     backend = engine.kernels.backend
     faults = dict(getattr(backend, "faults", None) or {})
     # where rounding to bfloat16 moves a router to another expert the logits jump, on a CPU as on a GPU (measured: 1.37)
-    limit = 2.0 if engine.transformer.spec.experts else 0.5
+    limit = 2.0 if engine.transformer.model.experts else 0.5
     figure(f"{name}: answers of {len(works)} that leave the CPU's, by the gap of the draw there", f"{ties}, {worst:.3f}",
            goal=f"a gap below {limit} (bfloat16, packed)", met=worst < limit)
     note(f"{name}: {getattr(backend, 'name', 'torch/reference')}, kernel_faults {faults or 'none'}")

@@ -134,7 +134,6 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.common.hub.find import resolve_model
     from chatlm.common.messages.requests import AnswerParams, SamplingParams
     from chatlm.worker.build import build_engine
-    from chatlm.worker.model.core_sizes import core_sizes
     from chatlm.worker.engine.sequence import Assignment
     from chatlm.worker.engine.warm_up import WarmUp
     from chatlm.worker.ranks.messages import RANK_PIPE
@@ -168,7 +167,7 @@ def measured_steps(model, threads, rows, context, steps):
             engine.step()
         found[count], broadcast[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
     return {"step_ms": found, "broadcast_ms": broadcast, "layers": len(model.architecture.layers), "hidden": model.architecture.width, "vocabulary": model.architecture.vocab_size,
-            "uneven": {str(tp): round(unevenness(core_sizes(model.architecture), tp), 3) for tp in (2, 4, 8)}}
+            "uneven": {str(tp): round(unevenness(model.architecture, tp), 3) for tp in (2, 4, 8)}}
 
 
 def telling_ms(batch, rows):
@@ -187,12 +186,12 @@ def telling_ms(batch, rows):
     return statistics.median(times)
 
 
-def unevenness(spec, tp):
+def unevenness(model, tp):
     """The weights of the rank with the most KV heads, divided by an even share."""
-    layers = len(spec.by_layer)
-    attention = 2 * spec.width * spec.head_size * (spec.heads + spec.kv_heads) * layers
-    even = 3 * spec.width * spec.ffn_size * layers + spec.width * spec.vocab_size
-    return (attention * max(-(-spec.kv_heads // tp), 1) / spec.kv_heads * tp + even) / (attention + even)
+    layers, attn = len(model.layers), model.attention
+    attention = 2 * model.width * attn.head_size * (attn.heads + attn.kv_heads) * layers
+    even = 3 * model.width * model.feed_width * layers + model.width * model.vocab_size
+    return (attention * max(-(-attn.kv_heads // tp), 1) / attn.kv_heads * tp + even) / (attention + even)
 
 
 def in_processes(count, threads, arguments):

@@ -17,7 +17,7 @@ import pytest
 from chatlm.common.core import decode_core
 from chatlm.worker.model.blocks.feed_forward import UNGATED
 from chatlm.worker.ops import basic
-from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.weights.facts import Facts
 from real_server import ask, post, server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,12 +62,12 @@ PLANTED = [  # module, import, the contract that it breaks
     ),
     (
         "worker/build",
-        "from chatlm.worker.weights.recipe import ModelSpec",
-        "Only loaders know the recipe of a model",
+        "from chatlm.worker.weights.facts import Facts",
+        "Only loaders know what files state of a model",
     ),
     (
         "worker/tower",
-        "from chatlm.worker.weights.recipe import ModelSpec",
+        "from chatlm.worker.weights.facts import Facts",
         "A room of the worker house imports only rooms below it",
     ),
     (
@@ -169,42 +169,36 @@ def test_each_kind_of_forbidden_import_is_found(tmp_path):
         assert contract in broken and place in broken.partition(contract)[2], (module, line, found.stdout)
 
 
-def read_of_recipes(path):
-    """The fields of a ModelSpec that a module reads of something called `spec` or `recipe`."""
+def read_of_facts(path):
+    """What a module reads of something called `facts`."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr in RECIPE:
+        if isinstance(node, ast.Attribute) and node.attr in FACTS:
             owner = node.value
             name = (
                 owner.attr
                 if isinstance(owner, ast.Attribute)
                 else owner.id if isinstance(owner, ast.Name) else ""
             )
-            if name in ("spec", "recipe"):
+            if name == "facts":
                 yield f"{path.relative_to(ROOT)}:{node.lineno} reads {name}.{node.attr}"
 
 
-RECIPE = {field.name for field in dataclasses.fields(ModelSpec)} | {
-    name for name in vars(ModelSpec) if not name.startswith("_")
+FACTS = {field.name for field in dataclasses.fields(Facts)} | {
+    name for name in vars(Facts) if not name.startswith("_")
 }
-# By the flat names that backends read of CoreSizes
-SIZES_FOR_CORE = (
-    "chatlm/worker/ops/basic.py",
-    "chatlm/worker/ops/tensors.py",
-    *(f"chatlm/worker/kernels/{path.name}" for path in (ROOT / "chatlm/worker/kernels").glob("*.py")),
-)
 
 
-def test_only_loaders_read_the_recipe_of_a_model():
-    """Not even without importing it, as `model.spec.width` would. A loader's own modules do."""
+def test_only_loaders_read_the_facts_of_a_model():
+    """Not even without importing them, as `model.facts.width` would. A loader's own modules do."""
     loaders = ROOT / "chatlm/worker/weights"
     readers = [
         path
         for path in (ROOT / "chatlm/worker").rglob("*.py")
-        if loaders not in path.parents and str(path.relative_to(ROOT)) not in SIZES_FOR_CORE
+        if loaders not in path.parents
     ]
-    found = [line for path in readers for line in read_of_recipes(path)]
+    found = [line for path in readers for line in read_of_facts(path)]
     assert ROOT / "chatlm/worker/build.py" in readers and found == []
-    assert [*read_of_recipes(loaders / "model_of.py")]  # so the search finds them
+    assert [*read_of_facts(loaders / "families/plain.py")]  # so the search finds them
 
 
 # In each process: at SIGUSR1 it writes the names of its modules

@@ -1,13 +1,12 @@
 """Models of llama-like families as Hugging Face folders: from GGUF files, and from folders with packed
 weights or adapters, which become plain ones.
 
-What is written is read again before any weight is: the config must make the recipe that the source makes. So
+What is written is read again before any weight is: the config must make the blocks that the source makes. So
 a config that cannot say something, such as a rotary scaling that only GGUF has, is an error and not a worse
 model."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,14 @@ from chatlm.common.hub.repository import FOLDER_FILES, INDEX
 from chatlm.export.hub_model import HubModel, Weights
 from chatlm.export.older_words import notes_on_versions, with_older_words
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, floats, kind_of
+from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.blocks.experts import Experts
+from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.tensors import Unread, advise
+from chatlm.worker.weights.differences import differences
 from chatlm.worker.weights.families.family import Family, is_one_more
 from chatlm.worker.weights.families.table import FAMILIES, VISION
-from chatlm.worker.weights.formats.folder.description import described_spec
+from chatlm.worker.weights.formats.folder.description import described_blocks
 from chatlm.worker.weights.formats.folder.model import FolderModel, in_our_order
 from chatlm.worker.weights.formats.gguf.description import gguf_config, gguf_scaling
 from chatlm.worker.weights.formats.gguf.model import GgufModel
@@ -31,12 +34,12 @@ from chatlm.worker.weights.formats.gguf.tensors import FLOAT_TYPES
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, scaled_rope
 from chatlm.worker.weights.formats.sources import tensor_sources
 from chatlm.worker.weights.formats.stored_model import Storage
-from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.kernels.kernels import Backend
+    from chatlm.worker.model.blocks.mla import Mla
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.formats.stored_model import Merged
 
@@ -69,9 +72,9 @@ def family_model(merged: Merged, settings: Settings) -> HubModel:
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
     config |= {"architectures": [CLASSES[family]], "model_type": family, "dtype": dtype,
-               "tie_word_embeddings": stored.spec.tied_head}
-    config = with_older_words(config, stored.spec)
-    refuse_another_recipe(stored, family, config, settings.context_length)
+               "tie_word_embeddings": stored.model.tied}
+    config = with_older_words(config, stored.model)
+    refuse_another_model(stored, family, config, settings.context_length)
     text, _ = stored.text()
     return HubModel(config, weights_of(merged, settings, dtype), text,
                     stored.report({}, {}, storage_of("float32")).sampling if copied else {}, copied=copied,
@@ -86,7 +89,7 @@ def refuse(stored: GgufModel | FolderModel, family: str):
     """ConfigError for models that a folder of this kind cannot hold whole."""
     path = stored.source.path
     in_folder = isinstance(stored, FolderModel)
-    if stored.spec.of_texts or in_folder and (stored.embeds or stored.score is not None):
+    if stored.model.of_texts or in_folder and (stored.embeds or stored.score is not None):
         raise ConfigError(f"{path}: --format hf is for models that write answers, and this one embeds or "
                           "ranks texts: give others its own files")
     if in_folder and stored.config.raw.get("model_type") in VISION:
@@ -142,11 +145,13 @@ def notes_on(stored: GgufModel | FolderModel, dtype: str, settings: Settings) ->
 
 def config_of_gguf(stored: GgufModel, family: str) -> dict[str, Any]:
     """What a config.json says of the model of a GGUF file."""
-    spec = stored.spec
+    model = stored.model
     row = FAMILIES[family]
     header, _, config = gguf_config(stored.source.path, stored.metadata, stored.whole)
-    biases = {"attention_bias": spec.qkv_bias, "mlp_bias": spec.ffn_bias,
-              "attention_out_bias": spec.output_bias}
+    attn = turning(model)
+    of_attention = attn.biases if isinstance(attn, Attention) else ()
+    biases = {"attention_bias": "qkv" in of_attention, "attention_out_bias": "output" in of_attention,
+              "mlp_bias": isinstance(model.feed, Experts | FeedForward) and model.feed.biased}
     config |= {key: value for key, value in biases.items() if key in config}
     stated = gguf_scaling(header, row, config, {})
     rope: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
@@ -154,11 +159,11 @@ def config_of_gguf(stored: GgufModel, family: str) -> dict[str, Any]:
         rope = llama3_scaling(stored, config["max_position_embeddings"])
     if "rope_type" not in rope:
         rope = {"rope_type": "default"}
-    rope["rope_theta"] = spec.rope_base
-    if spec.rope_size not in (None, spec.head_size):
-        rope["partial_rotary_factor"] = spec.rope_size / spec.head_size
+    rope["rope_theta"] = attn.rope.base
+    if attn.rope.size != attn.head_size:
+        rope["partial_rotary_factor"] = attn.rope.size / attn.head_size
     if "rope_local_base_freq" in config:
-        local = {"rope_type": "default", "rope_theta": local_base(spec)}
+        local = {"rope_type": "default", "rope_theta": local_base(model)}
         rope = dict(zip(LAYER_TYPES, (rope, local)))
     config = {key: value for key, value in config.items()
               if value is not None and key not in ("rope_scaling", "rope_theta", "rope_local_base_freq",
@@ -170,10 +175,16 @@ def config_of_gguf(stored: GgufModel, family: str) -> dict[str, Any]:
     return config
 
 
-def local_base(spec: ModelSpec) -> float:
+def turning(model: Model) -> Attention | Mla:
+    """How the layers attend whose heads turn, those without a window if there are any."""
+    found = [attn for attn in model.attentions if attn.rope.size] or model.attentions
+    return min(found, key=lambda attn: attn.window > 0)
+
+
+def local_base(model: Model) -> float:
     """The base of the layers with a window."""
-    bases = [attention.rope_base for attention in spec.attentions if attention.window]
-    return bases[0] if bases else spec.rope_base
+    bases = [attn.rope.base for attn in model.attentions if attn.window]
+    return bases[0] if bases else turning(model).rope.base
 
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all of Meta's models
@@ -182,44 +193,29 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0
 def llama3_scaling(stored: GgufModel, positions: int) -> dict[str, Any]:
     """Llama 3's scaling, of which a GGUF file has only the result: a factor for each frequency. ConfigError
     if it is of another kind."""
-    spec = stored.spec
-    factors = spec.rope_factors or ()
+    turned = turning(stored.model).rope
+    factors = turned.factors or ()
     factor = max(factors)
     for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64):
         scaling = LLAMA3 | {"factor": factor, ORIGINAL: original}
-        fields = scaled_rope(stored.source.path, "rope_parameters", scaling, spec.rope_base,
-                             spec.rope_size or spec.head_size, positions, None)
+        fields = scaled_rope(stored.source.path, "rope_parameters", scaling, turned.base,
+                             turned.size, positions, None)
         if numpy.allclose(fields["rope_factors"], factors, rtol=1e-5):
             return scaling
     raise ConfigError(f"{stored.source.path}: its rope_freqs.weight is no scaling that a config.json can "
                       "state, so --format hf cannot hold this model")
 
 
-def refuse_another_recipe(stored: GgufModel | FolderModel, family: str, config: dict[str, Any],
-                          context: int | None):
-    """ConfigError unless a config makes the source's recipe."""
+def refuse_another_model(stored: GgufModel | FolderModel, family: str, config: dict[str, Any],
+                         context: int | None):
+    """ConfigError unless a config makes the source's blocks."""
     path = stored.source.path
-    read_family, read = described_spec(path, config, context)
+    read_family, read = described_blocks(path, config, context)
     differing = [] if read_family == family else ["model_type"]
-    for field in dataclasses.fields(ModelSpec):
-        own, written = (getattr(spec, field.name) for spec in (stored.spec, read))
-        if not same(own, written):
-            differing.append(field.name)
+    differing += [place for place, _, _ in differences(read, stored.model, ignored=frozenset())]
     if differing:
         raise ConfigError(f"{path}: a config.json cannot state all of this model ({', '.join(differing)}), "
                           "so --format hf cannot hold it")
-
-
-def same(one: Any, other: Any) -> bool:
-    """Are they equal, but for the rounding of a number to float32?"""
-    if isinstance(one, float) and isinstance(other, (int, float)):
-        return bool(numpy.isclose(one, other, rtol=1e-5, atol=0))
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if dataclasses.is_dataclass(one) and type(one) is type(other):
-        return all(same(getattr(one, field.name), getattr(other, field.name))
-                   for field in dataclasses.fields(one))
-    return one == other
 
 
 # --- tensors -----------------------------------------------------------------------------------------------
@@ -235,9 +231,8 @@ def weights_of(merged: Merged, settings: Settings, dtype: str) -> list[Weights]:
     stored = merged.stored
     assert isinstance(stored, (GgufModel, FolderModel))
     row = stored.row
-    spec = stored.spec
     tensors = stored.tensors(settings, merged.sources, merged.added, storage_of(dtype))
-    named = tensor_sources(stored.model, row.all_tensors, spec.vocab_size)
+    named = tensor_sources(stored.model, row.all_tensors, stored.model.vocab_size)
     weights = []
     for ours, (_, theirs) in named.items():
         unread = tensors[ours]

@@ -13,7 +13,7 @@ from chatlm.worker.weights.formats.rope_scaling import ORIGINAL
 from chatlm.worker.weights.rules import LAYER_TYPES
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 FULL, LOCAL = LAYER_TYPES
 PART = "partial_rotary_factor"
@@ -25,13 +25,13 @@ NEEDS_5 = "It needs transformers 5"
 UNKNOWN_TO_4 = ("ministral3", "nanochat")  # model types
 
 
-def with_older_words(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+def with_older_words(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """A config with the keys of version 4 beside those of version 5."""
     family = config["model_type"]
     counts = {}
     if family in EXPERTS:
         names = {EXPERTS[family], *({"num_experts", "num_local_experts"} & config.keys())}
-        counts = dict.fromkeys(sorted(names), spec.experts)
+        counts = dict.fromkeys(sorted(names), model.experts.count if model.experts else 0)
     return older_rope(config) | dict(config) | counts
 
 

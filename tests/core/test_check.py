@@ -14,7 +14,7 @@ from chatlm import __version__
 from chatlm.common import core
 from chatlm.common.interface import INTERFACE
 
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from command_line import parse_command_line
 from real_server import copy_program
 
@@ -184,7 +184,7 @@ def test_latent_attention_is_proved_and_measured(emulation_library, monkeypatch)
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
     from chatlm.worker.kernels import cuda_timing, report
     monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
-    spec = cuda_timing.latent_sizes(heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
+    spec = cuda_timing.latent_model(heads=3, kept=32, turned=16, plain=24, head_values=16, query_width=8)
     queue, lines = backends.HostQueue(), []
     queue.device = torch.device("cpu")
     made = report.Report(1, lines.append)

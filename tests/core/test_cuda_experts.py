@@ -14,8 +14,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.kernels import choice
-from chatlm.worker.model.core_sizes import core_sizes
+from chatlm.worker.kernels import choosing
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
@@ -258,7 +257,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)) if backend else Backend("cpu"))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: backend(model) if backend else Backend("cpu"))
         return open_model(resolve_model(settings), settings)
 
 

@@ -8,7 +8,7 @@ from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import left_to_torch, not_compiled
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
-from chatlm.worker.weights.model_of import model_of
+from flat_models import model_of
 from engines import load, run
 from families import MODELS
 from nightly import WHOLE, by_day

@@ -15,15 +15,13 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.kernels import choice
-from chatlm.worker.model.core_sizes import core_sizes
+from chatlm.worker.kernels import choosing
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from families import make_model
 from engines import make_batch, tensors_of, tokens_of
 from nightly import WHOLE, by_day
@@ -299,7 +297,7 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: backend(model))
         return open_model(resolve_model(settings), settings)
 
 

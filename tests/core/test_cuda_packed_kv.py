@@ -9,8 +9,7 @@ from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from engines import make_batch
 from nightly import by_day
 

@@ -16,7 +16,6 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.kernels import choosing
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
@@ -105,7 +104,7 @@ def test_a_wrong_kernel_gives_way_to_its_reference(
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: emulated.backend(core_sizes(model)))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: emulated.backend(model))
         kernels = load_kernels("cuda", fixture.architecture)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     ours = {"pack", "make_cache", "plan_attention"} | {name for name, (has, _) in _core.OPS.items() if has == "CUDA"} - {"by_head", "append_latents"}
@@ -169,7 +168,7 @@ def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures
 def test_a_lost_device_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
     spec = engines.load(nanochat_fixtures / "gen1").architecture
-    backend = backends.CudaBackend(backends.sizes_of(spec), None, device="meta")
+    backend = backends.CudaBackend(backends.blocks_of(spec), None, device="meta")
     said = "^decode_core's linear raises .*CHAT_SERVER_KERNELS=reference serves"
     with pytest.raises(ConfigError, match=said):
         backend.ops(0, 0, None)

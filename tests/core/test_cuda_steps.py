@@ -42,7 +42,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from engines import draft_eagerly, load, make_batch, pieces, run, tensors_of
 from generations import GENERATIONS
 from nightly import WHOLE, by_day
@@ -289,7 +289,7 @@ def test_drafts_wait_for_prompts_if_few_rows_are_alike(nanochat_fixtures, monkey
     llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").architecture
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
-        backend = backends.CudaBackend(backends.sizes_of(spec), None, device="cpu")
+        backend = backends.CudaBackend(blocks_of(spec), None, device="cpu")
         for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
             monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
             assert backend.few_rows_invariant is expected
@@ -739,7 +739,7 @@ def test_an_old_gpu_gets_torch_and_one_line(monkeypatch, caplog, capability, abl
     devices.say_once.cache_clear()
     spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(devices.backend_for(backends.sizes_of(spec), "cuda:1")).__name__ == ("CudaBackend" if able else "NoneType")
+        assert type(devices.backend_for(blocks_of(spec), "cuda:1")).__name__ == ("CudaBackend" if able else "NoneType")
     assert devices.cuda_ops(0) is not None and devices.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]
@@ -755,10 +755,12 @@ def test_the_decode_bench_runs(backend):
     bench = module_from_spec(place)
     place.loader.exec_module(bench)
     for shape in bench.SHAPES.values():
-        spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
+        attention = replace(shape.attentions[0], heads=4, kv_heads=2, head_size=16, value_size=16, rope=replace(shape.attentions[0].rope, size=16))
+        layer = replace(shape.layers[0], mixer=attention, feed=replace(shape.feed, width=96))
+        spec = replace(shape, layers=(layer,), width=64, vocab_size=200, max_positions=400)
         steps = bench.make_steps(spec, backend.kernels(spec), backend.device, "bfloat16", 3, 200, backend.queue())
         assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
         assert steps.queue.replays == 2 * 40 and bench.seconds_per_replay(steps, 3, 2) > 0
-        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64
-        norms = 3 * 64 * 4 if spec.norm_weights else 0
+        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.feed.activation == "relu2" else 3) + 200 * 64
+        norms = 3 * 64 * 4 if spec.norm.weights else 0
         assert bench.bytes_of_a_step(steps.transformer, 3, 100) == 2 * weights + norms + 3 * 100 * 2 * 2 * 16 * 2

@@ -20,11 +20,9 @@ from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choosing import choose_backend, load_kernels
 from chatlm.worker.kernels.kernels import Backend, EagerRunner, StepRunner
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from chatlm.worker.ops.references import REFERENCES
 from real_server import ask, events, get, post, server
 
@@ -51,7 +49,7 @@ def test_every_backend_has_what_the_references_have():
     from chatlm.worker.kernels.cuda_backend import CudaBackend
     from chatlm.worker.kernels.cuda_runner import GraphRunner
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
-    sizes = core_sizes(model_of(SPEC))
+    sizes = model_of(SPEC)
     for backend, runner in ((CpuBackend(sizes), ProgramRunner), (CudaBackend(sizes, None), GraphRunner)):
         assert [name for name in names if not hasattr(backend, name)] == []
         steps = {name for name in vars(EagerRunner) if not name.startswith("__")}

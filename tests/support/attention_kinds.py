@@ -8,12 +8,13 @@ import torch
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import model_of
 
 
 def attention(heads, kv_heads, size, value_size=None, window=0):
@@ -41,15 +42,14 @@ def blocks_of(model):
 
 
 def with_attentions(attentions):
-    """The spec of a small model whose layers attend so."""
+    """A small model whose layers attend so."""
     norm = RmsNorm(1e-5)
     layers = tuple(Layer(its, FeedForward(64), attention_norm=norm, ffn_norm=norm) for its in attentions)
-    return ModelSpec(vocab_size=96, layers=len(layers), width=48, heads=4, kv_heads=2, head_size=16, ffn_size=64,
-                     max_positions=512, own_layers=layers)
+    return Model(96, 48, 512, Input(), layers, norm, LmHead())
 
 
 def kinds_model(name, seed=0):
-    """A small random model -> its spec and tensors."""
+    """A small random model -> its blocks and tensors."""
     spec = with_attentions(KINDS[name])
     random = torch.Generator().manual_seed(seed)
     return spec, {key: torch.randn(shape, generator=random) * (0.2 if len(shape) > 1 else 1.0)

@@ -15,10 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.blocks.model import Model
-from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.ops.basic import linear_reference
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from attention_kinds import blocks_of
 from emulated_core import EmulatedCore
 from nightly import WHOLE
@@ -184,12 +183,7 @@ class TorchProducts(CudaBackend):
 
 def with_windows(spec, windows):
     """A spec with these windows, one for each layer."""
-    return replace(spec, attentions=tuple(replace(spec.attention(l), window=window) for l, window in enumerate(windows)))
-
-
-def sizes_of(spec):
-    """What decode_core is told of a model: of a spec or blocks, or CoreSizes themselves."""
-    return core_sizes(blocks_of(spec)) if isinstance(spec, ModelSpec | Model) else spec
+    return replace(spec, windows=windows)
 
 
 def prove_experts_of_some_types(backend, device):
@@ -210,13 +204,13 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(sizes_of(spec), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(blocks_of(spec), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA. What is right the process proves once for models of the same sizes, or for all."""
         backend = self.backend(spec)
-        alike = {"linear", "experts"} if backend.spec.experts else {"linear"}
-        keys = {op: (self.library, op, None if op in alike else backend.spec) for op in proof.CUDA_PROOFS}
+        alike = {"linear", "experts"} if backend.model.experts else {"linear"}
+        keys = {op: (self.library, op, None if op in alike else backend.model) for op in proof.CUDA_PROOFS}
         proofs = {op: prove for op, prove in proof.CUDA_PROOFS.items() if op in self.faults or keys[op] not in self.right}
         if "experts" in proofs and not WHOLE:
             proofs["experts"] = prove_experts_of_some_types

@@ -17,7 +17,7 @@ from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters.serving import adapter_reader
-from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
 from attention_kinds import blocks_of
@@ -888,6 +888,6 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None, whole=Fals
 
 
 def spec_of_changed_gguf(folder, name, changes):
-    """gguf_spec's answer to the file of a tiny model some of whose metadata are others."""
+    """gguf_blocks's answer to the file of a tiny model some of whose metadata are others."""
     metadata, stored = read_gguf(as_gguf(folder / "tiny.gguf", make_model(name)))
-    return gguf_spec(folder / "tiny.gguf", metadata | changes, stored, None)
+    return gguf_blocks(folder / "tiny.gguf", metadata | changes, stored, None)

@@ -246,16 +246,16 @@ def packed_model(model, place, name, **options):
 def default_model_folder(place):
     """The default model as a folder of bfloat16."""
     from chatlm.common.hub.default_model import fetch_default_model
-    from chatlm.worker.model.core_sizes import core_sizes
     from engines import tensors_of
     from families import load
     model = load(fetch_default_model())
-    spec, tensors, state = core_sizes(model.architecture), tensors_of(model), {}
-    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    spec, tensors, state = model.architecture, tensors_of(model), {}
+    attn, width = spec.attention, spec.feed_width
+    queries, keys = attn.heads * attn.head_size, attn.kv_heads * attn.head_size
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         rows = {"qkv": [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)],
-                "gate_up": [("mlp.gate_proj", spec.ffn_size), ("mlp.up_proj", spec.ffn_size)], "output": [("self_attn.o_proj", spec.width)],
+                "gate_up": [("mlp.gate_proj", width), ("mlp.up_proj", width)], "output": [("self_attn.o_proj", spec.width)],
                 "down": [("mlp.down_proj", spec.width)], "attention_norm": [("input_layernorm", spec.width)],
                 "ffn_norm": [("post_attention_layernorm", spec.width)]}.get(part)
         outer = {"embed": "model.embed_tokens", "final_norm": "model.norm"}
@@ -268,8 +268,8 @@ def default_model_folder(place):
     (place / "chat_template.jinja").write_text(str(model.text.chat_template))
     ends = sorted(model.text.stop_tokens)
     (place / "config.json").write_text(json.dumps({
-        "model_type": "llama", "vocab_size": spec.vocab_size, "hidden_size": spec.width, "intermediate_size": spec.ffn_size,
-        "num_hidden_layers": len(model.architecture.layers), "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_size,
-        "max_position_embeddings": spec.max_positions, "rope_theta": 1e5, "rms_norm_eps": spec.norm_eps, "hidden_act": "silu",
+        "model_type": "llama", "vocab_size": spec.vocab_size, "hidden_size": spec.width, "intermediate_size": width,
+        "num_hidden_layers": len(model.architecture.layers), "num_attention_heads": attn.heads, "num_key_value_heads": attn.kv_heads, "head_dim": attn.head_size,
+        "max_position_embeddings": spec.max_positions, "rope_theta": 1e5, "rms_norm_eps": spec.norm.eps, "hidden_act": "silu",
         "tie_word_embeddings": True, "bos_token_id": model.text.bos_token, "eos_token_id": ends}))
     return place

@@ -10,12 +10,11 @@ import encoders
 import nomic_experts
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.model.blocks.norms import LayerNorm
-from chatlm.worker.weights.formats.draft_heads import head_spec
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
+from chatlm.worker.weights.formats.draft_heads import head_blocks
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, nanochat_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.towers.families import gemma4_layer, siglip_layer, tower
 from attention_kinds import blocks_of
 from families import GROWING, MODELS, tiny_config
@@ -30,7 +29,7 @@ def spec_of(config, context=None):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config))
-        return hf_spec(path, context)[1]
+        return hf_blocks(path, context)[1]
 
 
 def family_config(name, **changes):
@@ -78,6 +77,12 @@ def tower_model(clamped=None):
     return tower(64, 64, (layer, layer), layer.ffn_norm)
 
 
+def with_post_norms(model):
+    """The same model with norms of what its blocks add."""
+    norm = RmsNorm(1e-3)
+    return replace(model, layers=tuple(replace(layer, output_norm=norm, down_norm=norm) for layer in model.layers))
+
+
 SIGHT = {       # family -> what differs where it sees
     "gemma3": dict(two_sided="all"), "gemma4": dict(two_sided="windows", pad=0), "gemma4moe": dict(two_sided="windows"),
     "qwen3": dict(deep_rows=2, rope_axes=(3, 3, 2)), "qwen3.5": dict(rope_axes=(3, 3, 2)), "lfm2": {}, "llama3.2": {}}
@@ -97,13 +102,13 @@ def made_of_others():
     made["encoder nomic-moe"] = lambda: spec_of(nomic_experts.CONFIG)
     made |= {"tower siglip": tower_model, "tower gemma4": lambda: tower_model(False), "tower gemma4 clamped": lambda: tower_model(True)}
     for name in ("qwen3.5", "qwen3.5moe", "qwen3next"):
-        made[f"{name} draft head"] = lambda name=name: head_spec(family_spec(name), False)
+        made[f"{name} draft head"] = lambda name=name: head_blocks(family_spec(name), None)
     for name in ("qwen3.5moe", "qwen3next"):
-        made[f"{name} dense draft head"] = lambda name=name: replace(head_spec(family_spec(name), True), dense_size=96)
-    made |= {f"{name} sees": lambda name=name, own=own: model_of(family_spec(name)).with_sight(**own) for name, own in SIGHT.items()}
-    made["llama3.1 embeds"] = lambda: replace(model_of(family_spec("llama3.1")), waits=True)
+        made[f"{name} dense draft head"] = lambda name=name: head_blocks(family_spec(name), 96)
+    made |= {f"{name} sees": lambda name=name, own=own: family_spec(name).with_sight(**own) for name, own in SIGHT.items()}
+    made["llama3.1 embeds"] = lambda: replace(family_spec("llama3.1"), waits=True)
     made |= {f"{name} odd": lambda name=name, own=own: spec_of(family_config(name) | own) for name, own in ODD_SHAPES.items()}
-    made["granite post norms"] = lambda: replace(family_spec("granite"), post_norms=True)
+    made["granite post norms"] = lambda: with_post_norms(family_spec("granite"))
     made["ministral3 growing"] = lambda: spec_of(family_config("ministral3", rope_parameters=GROWING), 512)
     return made
 

@@ -23,10 +23,9 @@ from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import bits_of, floats, kind_of
 from chatlm.worker.weights.differences import differences
 from chatlm.worker.weights.formats.folder.model import read_folder_model
-from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL
 from chatlm.worker.weights.load import name_tensors
-from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
@@ -51,8 +50,8 @@ def written_folder(source: ModelSource) -> ExportModel:
     refuse_other_arithmetic(source, model, stated, tensors)
     stated["general.size_label"] = size_label(tensor.matrix for tensor in tensors)
     pairs = {key: encoded(value) for key, value in stated.items()}
-    spec = model.spec
-    shape = ModelShape(FAMILIES[model.family], spec.layers, spec.heads, spec.kv_heads)
+    attn = model.model.attentions[0]
+    shape = ModelShape(FAMILIES[model.family], len(model.model.layers), attn.heads, attn.kv_heads)
     files = sorted(path for path in source.path.iterdir()
                    if path.suffix in (".safetensors", ".json", ".jinja", ".model"))
     return ExportModel(pairs, tuple(sorted(tensors, key=lambda tensor: order_of(tensor.matrix.name))), shape,
@@ -77,7 +76,8 @@ def encoded(value: Any) -> encoding.Value:
 def tensors_of(model: FolderModel) -> list[ExportTensor]:
     row = model.row
     names = row.gguf_names
-    heads = {"q": model.spec.heads, "k": model.spec.kv_heads}
+    attn = model.model.attentions[0]
+    heads = {"q": attn.heads, "k": attn.kv_heads}
     tensors = []
     for ours, (_, theirs) in name_tensors(model).items():
         layer, _, part = ours.rpartition(".")
@@ -123,7 +123,11 @@ def array_tensor(name: str, array: numpy.ndarray, order: numpy.ndarray | None = 
 
 
 def numbers_of(model: FolderModel) -> dict[str, Any]:
-    spec = model.spec
+    blocks = model.model
+    attn = blocks.attentions[0]
+    feed = blocks.feed
+    norm = blocks.norm
+    assert feed is not None and norm is not None
     raw = model.config.raw
     rope = rope_of(raw)
     base = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
@@ -131,13 +135,13 @@ def numbers_of(model: FolderModel) -> dict[str, Any]:
     return {
         "general.architecture": FAMILIES[model.family], "general.type": "model",
         "general.name": model.source.name,
-        own + "context_length": int(raw.get("max_position_embeddings") or spec.max_positions),
-        own + "embedding_length": spec.width, own + "block_count": spec.layers,
-        own + "feed_forward_length": spec.ffn_size, own + "vocab_size": spec.vocab_size,
-        own + "attention.head_count": spec.heads, own + "attention.head_count_kv": spec.kv_heads,
-        own + "attention.key_length": spec.head_size, own + "attention.value_length": spec.head_size,
-        own + "attention.layer_norm_rms_epsilon": float(spec.norm_eps), own + "rope.freq_base": float(base),
-        own + "rope.dimension_count": spec.head_size} | scaling_of(own, raw, rope)
+        own + "context_length": int(raw.get("max_position_embeddings") or blocks.max_positions),
+        own + "embedding_length": blocks.width, own + "block_count": len(blocks.layers),
+        own + "feed_forward_length": feed.width, own + "vocab_size": blocks.vocab_size,
+        own + "attention.head_count": attn.heads, own + "attention.head_count_kv": attn.kv_heads,
+        own + "attention.key_length": attn.head_size, own + "attention.value_length": attn.head_size,
+        own + "attention.layer_norm_rms_epsilon": float(norm.eps), own + "rope.freq_base": float(base),
+        own + "rope.dimension_count": attn.head_size} | scaling_of(own, raw, rope)
 
 
 def rope_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -175,7 +179,7 @@ def rope_factors(model: FolderModel) -> numpy.ndarray | None:
     rope = rope_of(raw)
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
-    size = model.spec.head_size
+    size = model.model.attentions[0].head_size
     base = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     length = float(rope[ORIGINAL])
@@ -197,6 +201,6 @@ def refuse_other_arithmetic(source: ModelSource, model: FolderModel, stated: Map
         stored[matrix.name] = SimpleNamespace(
             name=matrix.name, tensor_type=TYPES["F32"], shape=numpy.array(matrix.sizes),
             n_elements=values.size, data=values.reshape(-1))
-    _, spec = gguf_spec(source.path, stated, stored, None)
-    for name, ours, theirs in differences(model_of(spec), model.model):
+    _, blocks = gguf_blocks(source.path, stated, stored, None)
+    for name, ours, theirs in differences(blocks, model.model):
         raise ConfigError(f"{source.path}: {name} would be {ours} in a GGUF file and is {theirs}; {INSTEAD}")

@@ -44,7 +44,7 @@ def texts_of(model: FolderModel, architecture: str) -> dict[str, Any]:
     state = json.loads(text.payload) if text.kind == "hf" else {}
     bpe = state.get("model") or {}
     decoder = state.get("decoder") or {}
-    size = model.spec.vocab_size
+    size = model.model.vocab_size
     stated = {}
     if isinstance(text.chat_template, str):
         stated["tokenizer.chat_template"] = text.chat_template

@@ -21,7 +21,7 @@ from chatlm.worker.weights.formats.gguf.file import read_gguf, readable
 from chatlm.worker.weights.formats.gguf.header import FileHeader
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.formats.gguf.header import Tensor
+    from chatlm.worker.weights.formats.gguf.header import GgufTensor
 
 INTEGERS = "I8", "I16", "I32", "I64", "F64"
 
@@ -76,7 +76,7 @@ def shape_in(architecture: str, metadata: Mapping) -> ModelShape:
                  number("expert_count", 0))
 
 
-def written_tensor(tensor: Tensor) -> ExportTensor:
+def written_tensor(tensor: GgufTensor) -> ExportTensor:
     kind = tensor.tensor_type
     data = tensor.data.reshape(-1, tensor.data.shape[-1])
     matrix = TensorInfo(tensor.name, tuple(tensor.shape.tolist()), kind.name)

@@ -216,7 +216,7 @@ def inputs_of(transformer: Transformer, captured: CapturedInput, count: int) -> 
 
 
 def stored_tensors(source: ModelSource, settings: Settings) -> Mapping[str, Any]:
-    """The tensors of a GGUF file (gguf.header.Tensor), by the names that the reader of its family gives."""
+    """The tensors of a GGUF file (GgufTensor), by the names that the reader of its family gives."""
     with readable(source.path):
         model = read_gguf_model(source, settings)
     return getattr(model, "stored" if isinstance(model, GgufModel) else "state")

@@ -10,7 +10,6 @@ from chatlm.common.log import log
 from chatlm.worker.kernels.kernels import OPS, Backend, Kernels, references
 from chatlm.worker.kernels.limits import left_to_torch, not_compiled
 from chatlm.worker.model.blocks.model import Model
-from chatlm.worker.model.core_sizes import core_sizes
 
 
 def load_kernels(device, model: Model | None = None, *, max_tokens=512, max_rows=512, quantize=None,
@@ -53,7 +52,7 @@ def choose_backend(device, model: Model | None, whole: Model | None = None, says
     backend: Any = None     # which has all attributes of Backend: tests/core/test_library.py
     if core and model:
         from chatlm.worker.kernels import devices
-        backend = devices.backend_for(core_sizes(model), device)
+        backend = devices.backend_for(model, device)
     if backend and model and says_why and (ops := left_to_torch(whole or model, device)):
         log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)

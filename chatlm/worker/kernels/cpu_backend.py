@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import AdapterMatrix
     from chatlm.worker.kernels.sampling import SampleBatch
     from chatlm.worker.model.batch import Batch
-    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.pages import PageLayout
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
@@ -107,8 +107,8 @@ class CpuBackend:
     converted = staticmethod(converted)
     program: Program        # the ops record themselves here
 
-    def __init__(self, spec: CoreSizes):
-        self.spec = spec
+    def __init__(self, model: Model):
+        self.model = model
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = as_stored
         self.held_bytes = functools.partial(held_bytes, row_bytes=tile_row_bytes)
@@ -123,7 +123,7 @@ class CpuBackend:
         arena = Arena(64 << 20)
         recorded = {name: getattr(program, name) for name in OPS if hasattr(program, name)}
         return recorded | {
-            "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
+            "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.model.tied),
             "look_up": self.look_up, "make_cache": self.make_cache,
             "plan_attention": lambda *_: program.attention, "sample": Sampler()}
 
@@ -135,7 +135,7 @@ class CpuBackend:
                 "computes the model")
         self.program.look_up(table, ids, out, part)
 
-    def make_cache(self, spec: CoreSizes, layout: PageLayout, num_pages: int,
+    def make_cache(self, model: Model, layout: PageLayout, num_pages: int,
                    device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's cache is (P, Hkv, 2, 16 * D) or packed, with pages apart if
         layers share them."""
@@ -158,7 +158,7 @@ class CpuBackend:
             return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, sizes.kv_heads, 2, block),
                                                       steps, subok=True)
 
-        return whole, [sizes and pages(layer, sizes) for layer, sizes in enumerate(spec.by_layer)]
+        return whole, [sizes and pages(layer, sizes) for layer, sizes in enumerate(model.by_layer)]
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
         program = self.program
@@ -168,12 +168,12 @@ class CpuBackend:
 
     def record(self, transformer: Transformer) -> Callable:
         program = self.program
-        if not transformer.spec.opens:
+        if not transformer.model.opens:
             for name in transformer.passed_on(0):           # the stage before writes these
                 program.given(transformer.buffers[name])
         recorded: Any = program         # it stands for a step's inputs while ops are recorded
         transformer.compute(recorded, SimpleNamespace(**transformer.buffers))
-        if transformer.spec.closes and not transformer.spec.of_texts:
+        if transformer.model.closes and not transformer.model.of_texts:
             program.sample(transformer.buffers["logits"])
         return lambda batch: program.finish(program.start(
             *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer),
@@ -206,7 +206,7 @@ class ProgramRunner:
         self.sampling: SampleBatch | None = None           # the SampleBatch of the step before
 
     def start(self, batch: Batch, rows: Sequence[SampleRow]) -> int:
-        self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
+        self.sampling = batch_of(rows, self.transformer.model.vocab_size, self.sampling)
         return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states,
                                   states=batch[7:10], adapters=adapters_of(batch, self.transformer),
                                   ahead=batch.ahead, turns=batch.turns)

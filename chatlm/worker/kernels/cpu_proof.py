@@ -22,7 +22,7 @@ from chatlm.worker.kernels.tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matr
 from chatlm.worker.kernels.weights import KINDS, QuantizedMatrix, pack
 from chatlm.worker.model.batch import Batch, Sequences, token_places
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
-from chatlm.worker.model.core_sizes import plain_sizes
+from chatlm.worker.kernels.plain_model import plain_model
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.tensors import rope_tables
@@ -73,7 +73,7 @@ class Chain:
         self.floats = {}                        # matrix -> its values, for the reference
         self.faults: dict[str, str] = {}        # op -> what is wrong; "": it is as its reference
         self.adapters: list[dict[str, AdapterMatrix]] = [{}, {}]
-        self.spec = plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
+        self.model = plain_model(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2,
                                        head_size=HEAD_SIZE, ffn_size=512,
                                        max_positions=PAGES * PAGE_SIZE)
 
@@ -87,11 +87,12 @@ class Chain:
 
     def record(self) -> None:
         p = self.program
-        spec = self.spec
+        model = self.model
         dice = self.dice
-        C = spec.width
-        qkv_size = (spec.heads + 2 * spec.kv_heads) * spec.head_size
-        table = dice.normal(spec.vocab_size, C)
+        C = model.width
+        attn = model.attention
+        qkv_size = (attn.heads + 2 * attn.kv_heads) * attn.head_size
+        table = dice.normal(model.vocab_size, C)
         weight = 1 + dice.normal(C) / 4
         one = torch.tensor([0.7]), torch.tensor([0.3])
         x = self.call("embed", table, p.token_ids, width=C)
@@ -114,13 +115,13 @@ class Chain:
         qkv_weight = self.matrix("f32", "qkv", qkv_size)
         head = self.matrix("f32", "head", 5008)
         qkv = self.call("linear", x, qkv_weight, width=qkv_size, label="linear f32")
-        norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
+        norms = [1 + dice.normal(heads * attn.head_size) / 4 for heads in (attn.heads, attn.kv_heads)]
         means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
         self.call("norm_qk", qkv, *norms, means, 1e-5, width=qkv_size)
-        self.call("norm_heads", qkv, *norms, spec.head_size, 1e-5, width=qkv_size)
+        self.call("norm_heads", qkv, *norms, model.attention.head_size, 1e-5, width=qkv_size)
         self.call("clamp", x, -dice.normal(C).abs(), dice.normal(C).abs(), width=C)
         self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
-        cos, sin = rope_tables(spec, torch.device("cpu"))
+        cos, sin = rope_tables(model, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
         # not "none": without a norm, rounding would move large scores
@@ -134,7 +135,7 @@ class Chain:
         made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
         self.call("gate_input", narrow, made, 96, width=48)
         for kind in ("bf16", "q8_0", "q4_1"):        # these need no gguf package
-            self.call("look_up", FileRows(kind, spec.vocab_size, C, dice), p.token_ids, width=C)
+            self.call("look_up", FileRows(kind, model.vocab_size, C, dice), p.token_ids, width=C)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),),
                       p.sequences, width=C // 3, bias=bias)
@@ -158,10 +159,10 @@ class Chain:
     def matrix(self, kind: str, name: str, rows: int, columns: int = 0) -> Matrix:
         """A matrix as a model has it. `floats` keeps the values that the reference multiplies with."""
         if kind in FLOATS:
-            source = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
+            source = weight = self.dice.normal(rows, columns or self.model.width).to(FLOATS[kind])
         else:
-            blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
-            source = QuantizedMatrix(((kind, blocks),), self.spec.width)
+            blocks = random_blocks(kind, rows, self.model.width, seed=rows)
+            source = QuantizedMatrix(((kind, blocks),), self.model.width)
             weight = dequantized(kind, torch.from_numpy(blocks))
         packed = pack(Arena(1 << 20), name, (source,), None, False)
         self.floats[packed] = weight.float()
@@ -176,7 +177,7 @@ class Chain:
         for window in WINDOWS:
             self.call("paged_attention", q, cache, p.attention, window, **options)
             self.call("paged_attention", q, cache, p.attention, window,
-                      sinks=self.dice.normal(self.spec.heads), **options)
+                      sinks=self.dice.normal(self.model.attention.heads), **options)
             self.call("paged_attention", q, cache, p.attention, window, two_sided=True, **options)
         self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
 
@@ -226,13 +227,14 @@ class Chain:
         return codes.view(PAGES, page + 1, size)
 
     def float_cache(self) -> torch.Tensor:
-        return self.dice.normal(PAGES, self.spec.kv_heads, 2, PAGE_SIZE * HEAD_SIZE,
+        return self.dice.normal(PAGES, self.model.attention.kv_heads, 2, PAGE_SIZE * HEAD_SIZE,
                                 dtype=self.cache_type)
 
     def packed_cache(self) -> torch.Tensor:
         """Pages of q8_0, random values of about 1."""
         count = PAGE_SIZE * HEAD_SIZE
-        pages = self.packed_numbers(PAGES, self.spec.kv_heads, 2, count)      # codes of keys are + 128
+        kv_heads = self.model.attention.kv_heads
+        pages = self.packed_numbers(PAGES, kv_heads, 2, count)      # codes of keys are + 128
         pages[:, :, 1, :count] ^= 128
         return pages
 
@@ -251,8 +253,8 @@ class Chain:
         dice = self.dice
         gate_up = self.matrix("f32", "expert_gate_up", 2 * E * F)
         up = self.matrix("f32", "expert_up", E * F)
-        down = self.matrix("f32", "expert_down", E * self.spec.width, F)
-        down_bias = dice.normal(E * self.spec.width) / 4
+        down = self.matrix("f32", "expert_down", E * self.model.width, F)
+        down_bias = dice.normal(E * self.model.width) / 4
         logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
         router: dict[str, Any]
         routers: list[tuple[str, dict[str, Any]]] = [
@@ -267,7 +269,7 @@ class Chain:
             first = gate_up if activation in GATES else up
             # all equal, because tiles have gates and ups in another order
             biases = torch.full((first.rows,), 0.3), down_bias
-            self.call("experts", x, logits, first, down, width=self.spec.width,
+            self.call("experts", x, logits, first, down, width=self.model.width,
                       norm=None if "jitter" in router else norm, biases=biases, activation=activation,
                       chosen=2, **router)
 
@@ -280,7 +282,7 @@ class Chain:
             gated = activation in ("swiglu", "geglu")
             rows, packed = (2 * N, "gate_up") if gated else (N, "output")
             for ranks, adapter in zip((16, 5), self.adapters):
-                a = self.dice.normal(ranks, self.spec.width)
+                a = self.dice.normal(ranks, self.model.width)
                 b = self.dice.normal(rows, ranks)
                 b[:rows // 2, ranks // 2:] = 0
                 adapter[name] = AdapterMatrix(a.to(FLOATS[kind]), b.to(FLOATS[kind]),
@@ -292,28 +294,28 @@ class Chain:
         """A delta rule of unusual sizes."""
         mixer = DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key)
         dice = self.dice
-        mixed, width = mixer.widths(self.spec.width)
+        mixed, width = mixer.widths(self.model.width)
         channels, *_ = mixer.parts
         part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {
             "taps": dice.normal(4 * channels), "decay": -dice.normal(4).exp(), "dt_bias": dice.normal(4),
             "mix_norm": dice.normal(48)
         }
-        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
+        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.model.width))
         self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
 
     def mamba2(self, x: torch.Tensor, groups: int = 2, **part: Any) -> None:
         """A Mamba layer of unusual sizes, or a rank's part of one."""
         mixer = Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
         dice = self.dice
-        mixed, width = mixer.widths(self.spec.width)
+        mixed, width = mixer.widths(self.model.width)
         _, channels, heads = mixer.parts
         columns = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {
             "taps": dice.normal(3 * channels), "taps_bias": dice.normal(channels),
             "decay": -dice.normal(heads).exp(), "dt_bias": dice.normal(heads), "skip": dice.normal(heads),
             "mix_norm": dice.normal(width)}
-        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
+        states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.model.width))
         out = self.call("mamba2", columns, weights, mixer, 1e-5, states, self.program.sequences, width=width)
         if part:
             squares = self.call("group_squares", out, mixer, width=groups)
@@ -398,7 +400,7 @@ class Chain:
         before: id of a cache or state -> what it held before the step"""
         reference = REFERENCES[call.name]
         want = torch.empty_like(out)
-        scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
+        scale = self.model.attention.head_size**0.5            # our queries are scaled by 1 / this already
         if call.name == "rope_append":
             qkv, *tables, cache = arguments
             pages = self.as_kept(before[id(cache)])
@@ -467,21 +469,21 @@ class Chain:
         pages[0].scales.copy_(scales.transpose(1, 2).reshape(-1, 1, D // BLOCK))
         return pages
 
-    def pages_of(self, spec: Any, slot_bytes: int) -> Any:
+    def pages_of(self, model: Any, slot_bytes: int) -> Any:
         """New pages of q8_0 of a layer, as the references hold them."""
         layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",),
                                  place=lambda layer, count: (0, slot_bytes))
-        _, [pages] = REFERENCES["make_cache"](spec, layout, PAGES, torch.device("cpu"))
+        _, [pages] = REFERENCES["make_cache"](model, layout, PAGES, torch.device("cpu"))
         return pages
 
     def as_kept(self, cache: torch.Tensor) -> Any:
         """A layer's cache as the references hold it: floats, or packed keys and values."""
         if cache.dtype != torch.uint8:
             return self.slot_major(cache.float())
-        Hkv = self.spec.kv_heads
+        Hkv = self.model.attention.kv_heads
         size = PAGE_SIZE
         D = HEAD_SIZE
-        pages = self.pages_of(self.spec, 2 * Hkv * (D + 2 * D // BLOCK))
+        pages = self.pages_of(self.model, 2 * Hkv * (D + 2 * D // BLOCK))
         codes = cache[..., :size * D]
         scales = cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
         keys = codes[:, :, 0].unflatten(-1, (D // 4, size, 4)).permute(0, 3, 1, 2, 4) ^ 128
@@ -494,7 +496,7 @@ class Chain:
     def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
         """A layer's cache of floats as the references hold it: (P * PAGE_SIZE, 2, Hkv, D)."""
         size = PAGE_SIZE
-        D = self.spec.head_size
+        D = self.model.attention.head_size
         k = cache[:, :, 0].unflatten(-1, (D, size)).permute(0, 3, 1, 2)
         v = cache[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
         return torch.stack((k, v), 2).flatten(0, 1)
@@ -534,11 +536,11 @@ def prove_texts(cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
     chain = Chain(cache_type)
     p = chain.program
     dice = chain.dice
-    heads = chain.spec.heads
-    width = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE
+    heads = chain.model.attention.heads
+    width = (heads + 2 * chain.model.attention.kv_heads) * HEAD_SIZE
     cache = chain.float_cache()
-    qkv = chain.call("embed", dice.normal(chain.spec.vocab_size, width), p.token_ids, width=width)
-    q = chain.call("rope_append", qkv, *rope_tables(chain.spec, torch.device("cpu")), p.positions,
+    qkv = chain.call("embed", dice.normal(chain.model.vocab_size, width), p.token_ids, width=width)
+    q = chain.call("rope_append", qkv, *rope_tables(chain.model, torch.device("cpu")), p.positions,
                    p.slots, cache, width=256, norm="none")
     for window in WINDOWS:
         for distances in (None, dice.normal(heads, 2 * (T + PAGE_SIZE))):

@@ -23,6 +23,8 @@ from chatlm.worker.kernels.kernels import EagerRunner, StepRunner
 from chatlm.worker.kernels.proof import prove_cuda
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.ops.attention import decode_rows, page_table
 from chatlm.worker.ops.references import REFERENCES
 from chatlm.worker.ops.tensors import zeroed
@@ -30,7 +32,7 @@ from chatlm.worker.ops.tensors import zeroed
 if TYPE_CHECKING:
     from chatlm.common.answering import AnswerLease
     from chatlm.worker.arrays.kinds import AdapterMatrix
-    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -68,13 +70,13 @@ class CudaBackend:
     tensors = True
     converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 
-    def __init__(self, spec: CoreSizes, kernels: cuda.CudaOps,
+    def __init__(self, model: Model, kernels: cuda.CudaOps,
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
-        self.spec = spec
+        self.model = model
         self.kernels = kernels
         self.stream = stream
         self.device = device
-        self.references = CudaReferences(spec)
+        self.references = CudaReferences()
         self.prompts = PromptAttention(device)
         self.adapters = AdapterOps(kernels, stream)
         self.mixture = ExpertOps(kernels, stream)
@@ -82,7 +84,7 @@ class CudaBackend:
         self.as_stored = functools.partial(as_stored, device=device)
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes, kept_types=KEPT_ON_CUDA)
         self.faults: dict[str, str] = {}
-        attn = latents_of(spec)
+        attn = latents_of(model)
         self.latents = LatentOps(attn, kernels, stream, self.faults, device) if attn else None
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:
@@ -104,7 +106,7 @@ class CudaBackend:
             }
         if "linear" not in self.faults:
             ops |= {"linear": self.products.linear, "embed": self.products.embed}
-        if self.spec.experts and "experts" not in self.faults:
+        if self.model.experts and "experts" not in self.faults:
             ops["experts"] = self.mixture.experts
         instead = {"rope_append": self.references.rope_append, "sample": REFERENCES["sample"]}
         return ops | {name: op for name, op in instead.items() if name in self.faults}
@@ -117,14 +119,16 @@ class CudaBackend:
         Then each op of such a step is a kernel of ours, or an op of torch that computes row by row. `sample`
         must be ours too, because only GraphRunner makes each draft a row of its own.
         """
-        spec = self.spec
+        model = self.model
         needed = {"linear", "rope_append", "paged_attention", "sample", "append_latents", "absorb", "by_head"}
         if needed & self.faults.keys() or self.latents and not self.latents.few_rows_invariant:
             return False
-        if spec.width % 8 or spec.ffn_size % 8 or spec.experts or spec.smear_channels or spec.mixers:
+        first = model.input if isinstance(model.input, Input) else Input()
+        if model.width % 8 or model.feed_width % 8 or model.experts or first.smear or model.keeps_states:
             return False
         # all other norms are inside kernels of ours
-        return NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)
+        norms_after = any(layer.output_norm or layer.down_norm for layer in model.layers)
+        return NORMS_ROW_BY_ROW or not (isinstance(first.norm, RmsNorm) or norms_after)
 
     def record(self, transformer: Transformer) -> None:
         """Nothing is recorded: GraphRunner captures whole steps as graphs."""
@@ -155,10 +159,10 @@ class CudaBackend:
             stays = "linear" not in self.faults
         return matrix if stays else unpacked(matrix)
 
-    def make_cache(self, spec, layout, num_pages, device):
+    def make_cache(self, model, layout, num_pages, device):
         """As the reference, but the cache of a layer is (2, P, Hkv, 16, D). All layers have the same
         shape."""
-        first = spec.attention(0)
+        first = model.attention
         layers = layout.size // max(layout.own, 1)      # 0 in a stage whose layers all keep states
         shape = (2, num_pages, first.kv_heads, PAGE_SIZE, first.head_size)
         dtype = next(filter(None, layout.types), "bfloat16")
@@ -169,12 +173,12 @@ class CudaBackend:
         else:
             memory = parts = zeroed((layers, *shape), getattr(torch, dtype), device)
         return memory, [
-            attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)
+            attends and parts[offset // layout.own] for attends, offset in zip(model.by_layer, layout.offset)
         ]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q is scaled, and rows with slot -1 (padding) are left alone."""
-        heads = out.unflatten(1, (-1, self.spec.head_size))
+        heads = out.unflatten(1, (-1, self.model.attention.head_size))
         pages, scales = halves(cache)
         self.kernels.rope_append(qkv, cos, sin, positions, slots, *pages, heads, stream=self.stream(),
                                  **options, **scales)
@@ -182,11 +186,11 @@ class CudaBackend:
     def workspace(self, rows: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(states, tickets) of decode attention, for this many rows and pages. Tickets are 0 between
         calls."""
-        spec = self.spec
         if self.latents:
             floats, integers = self.latents.workspace(rows, width)
         else:
-            floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size,
+            attn = self.model.attention
+            floats, integers = cuda.attention_workspace(rows, attn.heads, attn.kv_heads, attn.head_size,
                                                         width)
         return (torch.empty(floats, dtype=torch.float32, device=device),
                 torch.zeros(integers, dtype=torch.int32, device=device))
@@ -246,8 +250,8 @@ class CudaBackend:
 
     def turn_back(self, x, out) -> None:
         """x (T, H * D) float32, computed from turned values -> out (T, H * D)."""
-        heads = x.unflatten(1, (-1, self.spec.head_size))
-        own = out.unflatten(1, (-1, self.spec.head_size))
+        heads = x.unflatten(1, (-1, self.model.attention.head_size))
+        own = out.unflatten(1, (-1, self.model.attention.head_size))
         if "paged_attention" in self.faults:
             own.copy_(turned(heads))
         else:

@@ -26,7 +26,7 @@ from chatlm.worker.ops.tensors import zeroed
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_prompts import Prompt
     from chatlm.worker.model.blocks.mla import Mla
-    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.blocks.model import Model
 
 # Up to so many rows, products by head are a kernel, which reads the weights again for every 8 rows; more are
 # one product of torch.
@@ -35,9 +35,9 @@ FEW_ROWS = 64
 WIDE_SCORES = torch.__version__ >= (2, 8)  # pyright: ignore[reportOperatorIssue]  since when torch.mm takes an out_dtype on CUDA
 
 
-def latents_of(spec: CoreSizes) -> Any:
+def latents_of(model: Model) -> Any:
     """How the layers of a model attend to latents; None if they do not."""
-    attn = next((attn for attn in spec.by_layer if attn), None)
+    attn = next((attn for attn in model.by_layer if attn), None)
     return attn if getattr(attn, "values_in_keys", False) else None
 
 
@@ -159,7 +159,7 @@ class LatentOps:
         loaded = (attn.plain, attn.kept, attn.query_width, attn.heads * attn.head_values)
         return not self.packed and not any(size % 8 for size in loaded) and attn.turned % 4 == 0
 
-    def make_cache(self, spec, layout, num_pages, device) -> tuple[Any, list[Any]]:
+    def make_cache(self, model, layout, num_pages, device) -> tuple[Any, list[Any]]:
         """As CudaBackend.make_cache."""
         layers = layout.size // max(layout.own, 1)
         shape = num_pages, PAGE_SIZE, self.attn.head_size
@@ -172,7 +172,7 @@ class LatentOps:
         else:
             memory = parts = zeroed((layers, *shape), getattr(torch, dtype), device)
         return memory, [
-            attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)
+            attends and parts[offset // layout.own] for attends, offset in zip(model.by_layer, layout.offset)
         ]
 
     def workspace(self, rows: int, width: int) -> tuple[int, int]:

@@ -3,16 +3,12 @@ fails."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 
 import torch
 
 from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, packed, turned
 from chatlm.worker.ops.attention import attend
 from chatlm.worker.ops.references import REFERENCES
-
-if TYPE_CHECKING:
-    from chatlm.worker.model.core_sizes import CoreSizes
 
 # most elements of K and V that are gathered at once, and most scores computed at once
 SCRATCH = 1 << 26
@@ -35,9 +31,6 @@ class CudaReferences:
 
     Nothing here waits for the device, so a graph may capture it too.
     """
-
-    def __init__(self, spec: CoreSizes):
-        self.spec = spec
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:
         """As CudaBackend.rope_append, but qkv (T, (H + 2 Hkv) * D) is overwritten."""

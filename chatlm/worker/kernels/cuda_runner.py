@@ -259,7 +259,7 @@ class GraphRunner:
     def __init__(self, transformer: Transformer, backend: CudaBackend, *, max_batch: int, context_length: int,
                  queue: CudaQueue | None = None):
         self.transformer = transformer
-        self.spec = transformer.spec
+        self.model = transformer.model
         self.backend = backend
         self.queue = queue or CudaQueue(transformer.device)
         self.windows = transformer.windows
@@ -271,7 +271,7 @@ class GraphRunner:
         # A graph's grid covers its longest table, at least 64 pages, which are 1,024 tokens. Texts longer
         # than the context are only
         # scored, which runs op by op
-        decoded = -(-min(context_length, self.spec.context_length) // PAGE_SIZE)
+        decoded = -(-min(context_length, self.model.context_length) // PAGE_SIZE)
         self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, decoded, 4)))
         largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY,
                             self.count)
@@ -360,7 +360,7 @@ class GraphRunner:
 
     def start(self, batch: Batch, rows: Sequence[SampleRow]) -> Ticket:
         """Queue a step. `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
-        self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
+        self.sampling = batch_of(rows, self.model.vocab_size, self.sampling)
         batch = self._apart(batch)
         return self._queue(batch, self._graph(batch, self.sampling), self.sampling)
 
@@ -435,7 +435,7 @@ class GraphRunner:
         because each token needs the state after the one before."""
         count = len(batch.token_ids)
         all_draw = count == len(batch.logit_rows)
-        if self.spec.mixers or not all_draw or not len(batch.lengths) < count <= min(
+        if self.model.keeps_states or not all_draw or not len(batch.lengths) < count <= min(
                 self.max_rows, MAX_PRODUCT_ROWS):
             return batch
         sizes = [end - start for start, end in itertools.pairwise(batch.starts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -12,34 +11,38 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.cuda_prompts import Prompt
 from chatlm.worker.kernels.cuda_weights import PackedMatrix
+from chatlm.worker.kernels.plain_model import plain_model
 from chatlm.worker.kernels.proof import Dice
 from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.timing import CONTEXT, LARGE, Timed, best
-from chatlm.worker.model.core_sizes import plain_sizes
+from chatlm.worker.model.blocks.mla import Mla
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.tensors import rope_tables
 
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_backend import CudaBackend
     from chatlm.worker.kernels.cuda_runner import CudaQueue
+    from chatlm.worker.model.blocks.model import Model
 
-MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
+MIXTURE: dict[str, Any] = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
 # as GLM-4.7-Flash has
 LATENTS = dict(heads=20, kept=512, turned=64, plain=192, head_values=256, query_width=768)
 
 
-def latent_sizes(**sizes: int) -> Any:
-    """Sizes of a model with latent attention, as `plain_sizes` gives those of others; `sizes` as in
-    LATENTS."""
-    plain = plain_sizes(**LARGE | dict(heads=sizes["heads"], kv_heads=1, head_size=sizes["turned"]))
-    size = sizes["kept"] + sizes["turned"]
-    attn = SimpleNamespace(**sizes, kv_heads=1, head_size=size, value_size=sizes["kept"], adjacent=True,
-                           window=0, values_in_keys=True, rope=plain.rope(0))
-    return dataclasses.replace(plain, head_size=size, by_layer=(attn,) * len(plain.by_layer))
+def latent_model(heads: int, kept: int, turned: int, plain: int, head_values: int,
+                 query_width: int) -> Model:
+    """A model with latent attention of these sizes, as `plain_model` makes others."""
+    model = plain_model(**LARGE)
+    attn = Mla(heads, kept, plain, turned, head_values, RmsNorm(1e-5), Rope(turned), query_width,
+               adjacent=True)
+    return dataclasses.replace(model, layers=tuple(
+        dataclasses.replace(layer, mixer=attn) for layer in model.layers))
 
 
 def copy_bandwidth(queue: CudaQueue, size: int) -> float:
@@ -83,10 +86,11 @@ def time_cuda(backend: CudaBackend, queue: CudaQueue, ops: Iterable[str], cold: 
 
 def cuda_layers(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
     """Pages for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
-    spec = backend.spec
+    model = backend.model
     size = PAGE_SIZE
-    shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
-    layers = min(calls, max(1, cold // (4 * rows * CONTEXT * spec.kv_heads * spec.head_size)))
+    shape = 2, rows * CONTEXT // size, model.attention.kv_heads, size, model.attention.head_size
+    numbers = model.attention.kv_heads * model.attention.head_size
+    layers = min(calls, max(1, cold // (4 * rows * CONTEXT * numbers)))
     return torch.full((layers, *shape), 0.01, dtype=torch.bfloat16, device=device)
 
 
@@ -94,12 +98,12 @@ def time_cuda_attention(backend: CudaBackend, device: torch.device, rows: int, c
                         calls: int) -> tuple:
     """(the work of a graph, in words what it is, how many calls it has, bytes that a call moves); so do the
     functions below."""
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 9)
     cache = cuda_layers(backend, device, rows, cold, calls)
-    H = spec.heads
-    Hkv = spec.kv_heads
-    D = spec.head_size
+    H = model.attention.heads
+    Hkv = model.attention.kv_heads
+    D = model.attention.head_size
     width = CONTEXT // PAGE_SIZE
     q = dice.normal(rows, H, D)
     out = torch.empty(rows, H * D, dtype=cache.dtype, device=device)
@@ -112,11 +116,11 @@ def time_cuda_attention(backend: CudaBackend, device: torch.device, rows: int, c
 
 def time_cuda_prompt(backend: CudaBackend, device: torch.device) -> tuple:
     """A prompt without a prefix. Arithmetic bounds long prompts, not the bytes that are counted here."""
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 9)
-    H = spec.heads
-    Hkv = spec.kv_heads
-    D = spec.head_size
+    H = model.attention.heads
+    Hkv = model.attention.kv_heads
+    D = model.attention.head_size
     half = torch.bfloat16
     q = dice.normal(CONTEXT, H, D, dtype=half)
     kv = dice.normal(2, Hkv, CONTEXT, D, dtype=half)
@@ -160,7 +164,7 @@ def time_append_latents(backend: CudaBackend, device: torch.device, rows: int, c
     assert latents
     attn = latents.attn
     cache = latent_layers(backend, device, rows, cold, calls)
-    cos, sin = rope_tables(backend.spec, device)
+    cos, sin = rope_tables(backend.model, device)
     x = Dice(device, 9).normal(rows, attn.head_size)
     weight = torch.ones(attn.value_size, device=device)
     positions = torch.arange(rows, device=device)
@@ -182,7 +186,7 @@ def time_absorb(backend: CudaBackend, device: torch.device, rows: int, cold: int
     assert latents
     attn = latents.attn
     copies = head_copies(attn.heads, attn.value_size, attn.plain, device, cold, calls)
-    cos, sin = rope_tables(backend.spec, device)
+    cos, sin = rope_tables(backend.model, device)
     x = Dice(device, 9).normal(rows, attn.heads * (attn.plain + attn.turned))
     cache = latent_layers(backend, device, 1, 0, 1)[0]
     out = torch.empty(rows, attn.heads * attn.head_size, device=device)
@@ -207,8 +211,8 @@ def time_by_head(backend: CudaBackend, device: torch.device, rows: int, cold: in
 
 def time_cuda_linear(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int,
                      kind: str) -> tuple:
-    width = max(256, backend.spec.width // 256 * 256)
-    outputs = min(8192, 2 * backend.spec.ffn_size)
+    width = max(256, backend.model.width // 256 * 256)
+    outputs = min(8192, 2 * backend.model.feed_width)
     few = 128
     if kind in cuda.FLOATS:
         part = Dice(device, 9).normal(few, width, dtype=getattr(torch, kind))
@@ -229,13 +233,15 @@ def time_cuda_linear(backend: CudaBackend, device: torch.device, rows: int, cold
 def time_cuda_experts(backend: CudaBackend, device: torch.device, rows: int, calls: int) -> tuple:
     """A layer whose experts take turns, so that no cache holds them all. An expert is a quarter as wide as
     the dense part."""
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 9)
     few = 32
-    E = spec.experts
-    chosen = spec.experts_per_token
-    C = spec.width
-    F = spec.ffn_size // 4 // 32 * 32 or 32
+    experts = model.experts
+    assert experts is not None
+    E = experts.count
+    chosen = experts.router.chosen
+    C = model.width
+    F = model.feed_width // 4 // 32 * 32 or 32
     matrices = [
         PackedMatrix([("mxfp4", torch.from_numpy(random_blocks("mxfp4", few, columns)).to(device).repeat(
             outputs // few, 1))], columns) for outputs, columns in ((2 * E * F, C), (E * C, F))
@@ -257,12 +263,12 @@ def time_cuda_experts(backend: CudaBackend, device: torch.device, rows: int, cal
 
 
 def time_cuda_rope(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    spec = backend.spec
+    model = backend.model
     cache = cuda_layers(backend, device, rows, cold, calls)
-    H = spec.heads
-    Hkv = spec.kv_heads
-    D = spec.head_size
-    cos, sin = rope_tables(spec, device)
+    H = model.attention.heads
+    Hkv = model.attention.kv_heads
+    D = model.attention.head_size
+    cos, sin = rope_tables(model, device)
     qkv = Dice(device, 9).normal(rows, (H + 2 * Hkv) * D, dtype=cache.dtype)
     q = torch.empty(rows, H * D, device=device)
     positions = torch.arange(rows, device=device)
@@ -271,7 +277,7 @@ def time_cuda_rope(backend: CudaBackend, device: torch.device, rows: int, cold: 
 
 
 def time_cuda_sample(backend: CudaBackend, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    V = backend.spec.vocab_size
+    V = backend.model.vocab_size
     logits = Dice(device, 9).normal(rows, V)
     drawn = [SampleRow(SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]
     draw = backend.drawing(logits, SampleBatch(drawn, V))

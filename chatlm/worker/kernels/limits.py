@@ -10,7 +10,7 @@ from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.extras import LayerInput
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input
-from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import LayerNorm
@@ -19,8 +19,7 @@ from chatlm.worker.model.tensors import TILE_ROWS
 
 def left_to_torch(model: Model, device) -> list[str]:
     """In words, the ops that torch computes on this device while decode_core computes the others."""
-    words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
-    ops = dict.fromkeys(words[type(mixer)] for mixer in model.mixers if mixer)
+    ops = dict.fromkeys(mixer.title for mixer in model.mixers if mixer)
     if any(experts.router.kind == "sigmoid" for experts in feeds_of(model, Experts)):
         ops["router of sigmoids"] = None
     routers = [experts.router for experts in feeds_of(model, Experts)]
@@ -77,6 +76,7 @@ def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
     attentions = [attn for attn in model.attentions if isinstance(attn, Attention)]
     experts = feeds_of(model, Experts, ExpertsBesideDense)
     return {
+        **{mixer.title: True for mixer in model.mixers if mixer and not mixer.compiled},
         "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
         "this many query heads per KV head": any(

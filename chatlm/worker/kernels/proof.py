@@ -35,7 +35,7 @@ from chatlm.worker.ops.tensors import rope_tables
 
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_backend import CudaBackend
-    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.blocks.model import Model
 
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -103,18 +103,18 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32, copy=True)
 
 
-def cache_of(spec: CoreSizes, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
-    return dice.normal(2, PAGES, spec.kv_heads, PAGE_SIZE, spec.head_size, dtype=dtype)
+def cache_of(model: Model, dice: Dice, dtype: torch.dtype) -> torch.Tensor:
+    return dice.normal(2, PAGES, model.attention.kv_heads, PAGE_SIZE, model.attention.head_size, dtype=dtype)
 
 
-def caches_of(spec: CoreSizes, dice: Dice) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
+def caches_of(model: Model, dice: Dice) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
     """A cache of each type that the model may have: (name of the type, dtype of activations, the cache, a
     copy for the reference)."""
     for dtype in DTYPES:
-        cache = cache_of(spec, dice, dtype)
+        cache = cache_of(model, dice, dtype)
         yield str(dtype)[6:], dtype, cache, copied(cache)
-    if packable(spec.head_size):
-        pages = PackedPages(*packed(cache_of(spec, dice, torch.float32)))
+    if packable(model.attention.head_size):
+        pages = PackedPages(*packed(cache_of(model, dice, torch.float32)))
         yield "q8_0", torch.bfloat16, pages, PackedPages(*(part.clone() for part in pages))
 
 
@@ -122,33 +122,38 @@ def floats_of(cache: Any) -> torch.Tensor:
     return gathered(cache, torch.arange(cache.shape[1], device=cache[0].device))
 
 
-def windows_of(spec: CoreSizes, most: int) -> set[int]:
+def windows_of(model: Model, most: int) -> set[int]:
     """The windows of a model's layers, none larger than `most`, so that each hides some keys of a proof. 0
     hides none."""
-    return {min(window, most) for window in spec.windows} or {0}
+    return {min(window, most) for window in model.windows} or {0}
 
 
 def prove_rope_append(backend: CudaBackend, device: torch.device) -> str:
     """Rows with padding between them, for every type of activations and cache that the model may have."""
     if backend.latents:
         return ""
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 1)
-    H = spec.heads
-    Hkv = spec.kv_heads
-    D = spec.head_size
-    cos, sin = rope_tables(dataclasses.replace(spec, max_positions=64), device)
+    H = model.attention.heads
+    Hkv = model.attention.kv_heads
+    D = model.attention.head_size
+    norms = model.attention.norms
+    scores = model.attention.scores
+    value_embeds = [attn.embed for attn in model.attentions if attn.embed]
+    cos, sin = rope_tables(dataclasses.replace(model, max_positions=64), device)
     positions = torch.tensor([0, 63, 7, 0, 30], device=device)
     slots = torch.tensor([17, 3, PAGES * PAGE_SIZE - 1, -1, 250], device=device)
     of_cache = {str(dtype)[6:]: TOLERANCES[dtype] for dtype in DTYPES}
     of_cache["q8_0"] = 1.5 / 127            # a number between two codes may get either
-    for kind, dtype, cache, want in caches_of(spec, dice):
-        options: dict[str, Any] = dict(norm=spec.qk_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
-                                       q_scale=spec.q_scale, gate_scale=spec.ve_gate_scale)
-        if spec.qk_norm_weights:
+    for kind, dtype, cache, want in caches_of(model, dice):
+        options: dict[str, Any] = dict(
+            norm=norms.when if norms and not (norms.whole or norms.centred) else "none",
+            eps=norms.eps if norms else 0.0, post_scale=scores.qk_scale, q_scale=scores.scale,
+            gate_scale=max((each.scale for each in value_embeds), default=2.0))
+        if norms and norms.weights:
             options |= {"q_norm": 1 + dice.normal(D) / 4, "k_norm": 1 + dice.normal(D) / 4}
         embeds = {}
-        if spec.value_embed_layers:
+        if value_embeds:
             embeds = {"value_embed": dice.normal(5, Hkv * D, dtype=dtype),
                       "gate": dice.normal(5, Hkv, dtype=dtype)}
         qkv = dice.normal(5, (H + 2 * Hkv) * D, dtype=dtype)
@@ -171,18 +176,18 @@ def prove_attention(backend: CudaBackend, device: torch.device) -> str:
     without."""
     if backend.latents:
         return prove_latent_attention(backend, device)
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 2)
-    H = spec.heads
-    D = spec.head_size
+    H = model.attention.heads
+    D = model.attention.head_size
     lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
-    for kind, dtype, cache, wide in caches_of(spec, dice):
+    for kind, dtype, cache, wide in caches_of(model, dice):
         q = dice.normal(4, H, D) * D**-0.5
         table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
         states, tickets = backend.workspace(len(table), table.shape[1], device)
-        sinks = [None, dice.normal(H)] if spec.sinks else [None]
-        for window, extra in itertools.product(windows_of(spec, 1000), sinks):
-            options = window, spec.attention_softcap, extra
+        sinks = [None, dice.normal(H)] if model.attention.scores.sinks else [None]
+        for window, extra in itertools.product(windows_of(model, 1000), sinks):
+            options = window, model.attention.scores.softcap, extra
             out = torch.full((4, H * D), 7.0, dtype=dtype, device=device)
             want = torch.empty(4, H * D, device=device)
             backend.references.attend(q, wide, table, lengths, want, *options)
@@ -202,31 +207,31 @@ def prove_prompts(backend: CudaBackend, device: torch.device) -> str:
     The reference computes each token as a decode row."""
     if backend.latents:
         return prove_latent_prompts(backend, device)
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 6)
-    H = spec.heads
-    D = spec.head_size
+    H = model.attention.heads
+    D = model.attention.head_size
     size = PAGE_SIZE
     batch = Batch([], [], [0, 70, 90], [70, 301], [], [])
     spans = [[0, 70], [281, 301]]                              # positions of the new tokens
     for dtype in DTYPES:
-        cache = cache_of(spec, dice, dtype)
+        cache = cache_of(model, dice, dtype)
         q = (dice.normal(90, H, D) * D**-0.5).to(dtype)
         table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
-        sinks = [None, dice.normal(H)] if spec.sinks else [None]
-        for window, extra in itertools.product(windows_of(spec, 100), sinks):
-            grouped = None if extra is None else extra.view(spec.kv_heads, -1)
+        sinks = [None, dice.normal(H)] if model.attention.scores.sinks else [None]
+        for window, extra in itertools.product(windows_of(model, 100), sinks):
+            grouped = None if extra is None else extra.view(model.attention.kv_heads, -1)
             for number, prompt in enumerate(prompts_of(batch, 0, table, window, size)):
                 rows = q[prompt.rows]
                 lengths = torch.arange(*spans[number], device=device) + 1
                 got = torch.empty(len(rows), H * D, dtype=dtype, device=device)
                 want = torch.empty(len(rows), H * D, device=device)
                 backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1),
-                                          lengths, want, window, spec.attention_softcap, extra)
+                                          lengths, want, window, model.attention.scores.softcap, extra)
                 kv = cache.transpose(1, 2)[:, :,
                                            prompt.pages.long()].flatten(2,
                                                                         3)[:, :, :prompt.end - prompt.first]
-                backend.prompts.attend(rows, kv, prompt, got, window, spec.attention_softcap, grouped)
+                backend.prompts.attend(rows, kv, prompt, got, window, model.attention.scores.softcap, grouped)
                 if fault := differs(got, want, "the output"):
                     return f"{fault} ({str(dtype)[6:]}, window {window}{'' if extra is None else ', sinks'})"
     return ""
@@ -234,7 +239,7 @@ def prove_prompts(backend: CudaBackend, device: torch.device) -> str:
 
 def prove_sample(backend: CudaBackend, device: torch.device) -> str:
     """Greedy, filtered, unfiltered and penalized rows. Tokens must be equal."""
-    columns = min(backend.spec.vocab_size, VOCABULARY)
+    columns = min(backend.model.vocab_size, VOCABULARY)
     context = list(range(0, columns, 7))
     cases: tuple[dict[str, Any], ...] = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9),
                                          dict(top_k=0), dict(top_k=0, min_p=0.05),
@@ -307,9 +312,9 @@ def prove_linear(backend: CudaBackend, device: torch.device) -> str:
 def prove_experts(backend: CudaBackend, device: torch.device) -> str:
     """Gates and ups of every type, with downs as floats, for few pairs an expert and for many (of mxfp4 more
     than an item holds)."""
-    spec = backend.spec
+    model = backend.model
     dice = Dice(device, 5)
-    if not spec.experts:
+    if not model.experts:
         return ""
     E = 5
     C = 256
@@ -398,7 +403,7 @@ def latent_pages(backend: CudaBackend, dice: Dice, dtype: torch.dtype) -> torch.
 
 def tables_of(backend: CudaBackend, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of 64 positions."""
-    cos, sin = rope_tables(dataclasses.replace(backend.spec, max_positions=64), device)
+    cos, sin = rope_tables(dataclasses.replace(backend.model, max_positions=64), device)
     return cos, sin
 
 

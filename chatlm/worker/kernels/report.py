@@ -17,9 +17,9 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.worker.kernels import cuda
 from chatlm.worker.kernels.library import _core
+from chatlm.worker.kernels.plain_model import plain_model
 from chatlm.worker.kernels.product_proof import Unproved, prove_products
 from chatlm.worker.kernels.timing import LARGE, Timed, read_bandwidth, time_cpu
-from chatlm.worker.model.core_sizes import plain_sizes
 
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_backend import CudaBackend
@@ -72,7 +72,7 @@ class Report:
         import torch
         from chatlm.worker.kernels.cuda_backend import CudaBackend
         from chatlm.worker.kernels.cuda_runner import CudaQueue
-        from chatlm.worker.kernels.cuda_timing import LATENTS, MIXTURE, latent_sizes
+        from chatlm.worker.kernels.cuda_timing import LATENTS, MIXTURE, latent_model
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
@@ -82,10 +82,10 @@ class Report:
         if why:
             return self.say(f"\n{gpu}: references only, {why}")
         with torch.cuda.device(index):
-            backend = CudaBackend(plain_sizes(**LARGE | MIXTURE), kernels,
+            backend = CudaBackend(plain_model(**LARGE | MIXTURE), kernels,
                                   device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
-            latent = CudaBackend(latent_sizes(**LATENTS), kernels, device=device)
+            latent = CudaBackend(latent_model(**LATENTS), kernels, device=device)
             self.with_cuda(latent, lambda: CudaQueue(device), f"{gpu}, latent attention:", LATENT_OPS)
 
     def with_cuda(self, backend: CudaBackend, make_queue: Callable[[], Any], gpu: str,

@@ -10,7 +10,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -18,24 +18,26 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.kinds import as_kind
 from chatlm.worker.kernels.library import _core
+from chatlm.worker.kernels.plain_model import plain_model
 from chatlm.worker.kernels.program import Program
 from chatlm.worker.kernels.random_blocks import random_blocks
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.tiles import COLUMNS, SOURCES, Arena, Matrix
-from chatlm.worker.model.core_sizes import plain_sizes
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.core_sizes import CoreSizes
+    from chatlm.worker.model.blocks.model import Model
 
 COLD = 96 << 20         # bytes of the copies that a measurement uses in turn, so that no cache holds them
 RUNS = 5
 CONTEXT = 1024          # keys of attention
 ROWS = 64               # of the ops between products
-SMALL = dict(vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
-             max_positions=CONTEXT)     # the default model
-LARGE = dict(vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
-             max_positions=CONTEXT)     # a model of 8 billion parameters
+SMALL: dict[str, Any] = dict(
+    vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
+    max_positions=CONTEXT)     # the default model
+LARGE: dict[str, Any] = dict(
+    vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
+    max_positions=CONTEXT)     # a model of 8 billion parameters
 
 
 class Timed(NamedTuple):
@@ -72,12 +74,12 @@ def read_bandwidth(size: int = 256 << 20) -> float:
 
 def time_cpu() -> Iterator[Timed]:
     for sizes in (SMALL, LARGE):
-        spec = plain_sizes(**sizes)
-        yield from time_row_ops(spec)
-        yield time_attention(spec)
-        yield time_attention(spec, packed=True)
-        yield time_sample(spec)
-        rows, columns = (2 * spec.ffn_size, spec.width) if spec.width < 1024 else (8192, spec.width)
+        model = plain_model(**sizes)
+        yield from time_row_ops(model)
+        yield time_attention(model)
+        yield time_attention(model, packed=True)
+        yield time_sample(model)
+        rows, columns = (2 * model.feed_width, model.width) if model.width < 1024 else (8192, model.width)
         for kind in COLUMNS:
             yield time_product(kind, rows, columns // COLUMNS[kind] * COLUMNS[kind])
 
@@ -101,18 +103,18 @@ def phases(run: Callable[[], dict], word: str = "") -> float:
     return min(sum(us for name, us in run().items() if word in name) for _ in range(RUNS)) / 1e6
 
 
-def time_row_ops(spec: CoreSizes, times: int = 16) -> Iterator[Timed]:
+def time_row_ops(model: Model, times: int = 16) -> Iterator[Timed]:
     """Time each op, many times over the same rows, which stay in a cache."""
-    C = spec.width
-    rot = spec.head_size
-    qkv_size = (spec.heads + 2 * spec.kv_heads) * rot
-    kv_size = 2 * spec.kv_heads * rot
-    shape = ROWS // PAGE_SIZE, spec.kv_heads, 2, PAGE_SIZE * rot
+    C = model.width
+    rot = model.attention.head_size
+    qkv_size = (model.attention.heads + 2 * model.attention.kv_heads) * rot
+    kv_size = 2 * model.attention.kv_heads * rot
+    shape = ROWS // PAGE_SIZE, model.attention.kv_heads, 2, PAGE_SIZE * rot
     cache = numpy.zeros(shape, numpy.float16)
     gate = normal(6, 1, 24)
     weight = normal(7, C)
-    cos = normal(8, spec.max_positions, rot // 2)
-    sin = normal(9, spec.max_positions, rot // 2)
+    cos = normal(8, model.max_positions, rot // 2)
+    sin = normal(9, model.max_positions, rot // 2)
     ops = {             # name -> (what records it, how many values the op moves for a row)
         "embed": (lambda p, x, out: p.embed(table, p.token_ids, out), 2 * C),
         "rms_norm": (lambda p, x, out: p.rms_norm(x, None, 1e-5, out), 2 * C),
@@ -137,30 +139,30 @@ def time_row_ops(spec: CoreSizes, times: int = 16) -> Iterator[Timed]:
         yield Timed(name, f"{ROWS} rows of {width}", seconds, ROWS * moved * 4)
 
 
-def time_attention(spec: CoreSizes, packed: bool = False) -> Timed:
+def time_attention(model: Model, packed: bool = False) -> Timed:
     """Time the attention of a decode row, over so many layers that no cache holds their keys."""
-    size = spec.head_size
-    block = PAGE_SIZE * spec.head_size
+    size = model.attention.head_size
+    block = PAGE_SIZE * model.attention.head_size
     if packed:
         block = block * 17 // 16            # bytes: 2 of scale for each 32 codes
-    shape = CONTEXT // PAGE_SIZE, spec.kv_heads, 2, block
+    shape = CONTEXT // PAGE_SIZE, model.attention.kv_heads, 2, block
     kind = numpy.dtype(numpy.uint8 if packed else numpy.float16)
     layer = math.prod(shape) * kind.itemsize
     # scales of 0.01 too
     caches = numpy.full((max(1, COLD // layer), *shape), 33 if packed else 0.01, kind)
-    q = zeros(1, spec.heads * size)
-    out = zeros(1, spec.heads * size)
+    q = zeros(1, model.attention.heads * size)
+    out = zeros(1, model.attention.heads * size)
     program = Program(1, 1)
-    program.embed(numpy.ones((1, spec.heads * size), numpy.float32), program.token_ids, q)
+    program.embed(numpy.ones((1, model.attention.heads * size), numpy.float32), program.token_ids, q)
     for cache in caches:
         program.paged_attention(q, cache, program.attention, 0, out)
     seconds = phases(step_of(program, 1, CONTEXT), "attention") / len(caches)
-    what = f"{CONTEXT} keys, {spec.heads}/{spec.kv_heads} heads of {size}"
+    what = f"{CONTEXT} keys, {model.attention.heads}/{model.attention.kv_heads} heads of {size}"
     return Timed("paged_attention q8_0" if packed else "paged_attention", what, seconds, layer)
 
 
-def time_sample(spec: CoreSizes) -> Timed:
-    V = spec.vocab_size
+def time_sample(model: Model) -> Timed:
+    V = model.vocab_size
     program = Program(1, 1)
     x = zeros(1, V)
     logits = zeros(1, V)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence as Seq
@@ -21,8 +20,7 @@ from chatlm.worker.model.batch import Inputs, RowAdapters, Sequences, token_plac
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS
 from chatlm.worker.model.blocks.norms import LayerNorm
-from chatlm.worker.model.blocks.step import Buffers, Step
-from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
+from chatlm.worker.model.blocks.step import BlockStep, Buffers
 from chatlm.worker.model.padding import padded_adapter, padded_tensors
 from chatlm.worker.model.pages import PageLayout, group_layers
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
@@ -80,7 +78,7 @@ class Transformer:
             self.layers = [self._arranged(number) for number in range(len(model.layers))]
             self.rope_tables = self._rope_tables(max_tokens)
             self.cache, self.layer_caches = kernels.make_cache(
-                self.spec, self.layout, num_pages + self.groups.holes, self.device)
+                model, self.layout, num_pages + self.groups.holes, self.device)
             self.states = [self._state_slots(mixer) for mixer in model.mixers]
             sizes = model.buffer_sizes(max_tokens, min(max_rows or max_tokens, max_tokens),
                                        kernels.backend.activations or self.dtype)
@@ -100,11 +98,6 @@ class Transformer:
                 for name in model.picture_buffers:
                     kernels.backend.program.given(self.buffers[name])
             self.recorded = kernels.backend.record(self)
-
-    @functools.cached_property
-    def spec(self) -> CoreSizes:
-        """The model as decode_core reads it."""
-        return core_sizes(self.model)
 
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
         """Read each weight that is not shared, and move it to the device. Kernels lay out matrices.
@@ -323,11 +316,11 @@ class Transformer:
         shapes = mixer.states(self.model.width) if mixer else ()
         return tuple(self.arrays.zeros((self.num_slots, *shape), "float32") for shape in shapes)
 
-    def _layer_step(self, number: int) -> Step:
+    def _layer_step(self, number: int) -> BlockStep:
         model = self.model
         attn = self.model.by_layer[number]
         w = self.weights
-        step = Step(self.layers[number], number, model.vocab_size)
+        step = BlockStep(self.layers[number], number, model.vocab_size)
         step.states = self.states[number]
         step.resid_lambdas = w.get("resid_lambdas")
         step.x0_lambdas = w.get("x0_lambdas")
@@ -340,15 +333,15 @@ class Transformer:
             step.pauses = model.waits
         return step
 
-    def _outer_step(self, dtype: str | None) -> Step:
-        """The Step of the parts before and after all layers."""
+    def _outer_step(self, dtype: str | None) -> BlockStep:
+        """The BlockStep of the parts before and after all layers."""
         model = self.model
         w = dict(self.weights)
         scale = model.head.scale if model.head else 1.0
         for name in ("final_norm", "final_norm_bias"):
             norm = w.get(name)
             w[name.replace("final", "logit")] = norm if norm is None or scale == 1 else norm * scale
-        step = Step(w, None, model.vocab_size)
+        step = BlockStep(w, None, model.vocab_size)
         step.layer_embed = self.layer_embed
         if isinstance(model.input, Input):
             rounded = as_kind(numpy.array([model.input.scale], numpy.float32), dtype or "float32")

@@ -343,14 +343,14 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def make_cache_reference(spec, layout, num_pages, device):
+def make_cache_reference(model, layout, num_pages, device):
     """The KV pages of all layers: their memory, and for each layer the cache that its ops get.
 
     `layout` is the PageLayout. A layer that reads another's pages gets those, one with a mixer gets None."""
     slots = num_pages * PAGE_SIZE
     layers = []
     whole = zeroed((slots * layout.size * layout.unit,), torch.uint8, device)
-    for l, attn in enumerate(spec.by_layer):
+    for l, attn in enumerate(model.by_layer):
         begin, stride = (places * layout.unit for places in layout.place(l, slots))  # bytes
         if attn is None:
             layers.append(None)

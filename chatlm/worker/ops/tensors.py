@@ -37,9 +37,9 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
     return tensor_of(mapped_zeros(shape, str(dtype).removeprefix("torch.")))
 
 
-def rope_tables(spec, device, layer: int = 0) -> tuple[torch.Tensor, ...]:
-    """The rotary tables of a layer, on a device."""
-    return tuple(tensor_of(table, device) for table in spec.rope(layer).tables(spec.max_positions))
+def rope_tables(model, device) -> tuple[torch.Tensor, ...]:
+    """The rotary tables of a model's usual attention, on a device."""
+    return tuple(tensor_of(table, device) for table in model.attention.rope.tables(model.max_positions))
 
 
 class TorchArrays(Arrays):

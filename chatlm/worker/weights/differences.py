@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, TYPE_CHECKING
 
 from chatlm.worker.model.blocks.extras import PictureRows
@@ -19,18 +19,20 @@ IGNORED = {"vocab_size", "tied", "max_positions", "answer_positions", "waits",
            "alternating", "gates_by_key", "heads_by_key"}
 
 
-def differences(own: Model, original: Model) -> Iterator[tuple[str, str, str]]:
+def differences(own: Model, original: Model,
+                ignored: Set[str] = IGNORED) -> Iterator[tuple[str, str, str]]:
     """(place, own value, the original's) in words, of every setting of the blocks that differs, such as
-    layers.0.mixer.rope.base. Of several layers, and of a list of numbers, the first one that does."""
+    layers.0.mixer.rope.base, unless it is `ignored`. Of several layers, and of a list of numbers, the first
+    one that does."""
     settings = set()
-    for place, ours, theirs in values_apart("", own, original):
+    for place, ours, theirs in values_apart("", own, original, ignored):
         setting = re.sub("[0-9]+", "", place)
         if setting not in settings:
             settings.add(setting)
             yield place, in_words(ours), in_words(theirs)
 
 
-def values_apart(place: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+def values_apart(place: str, ours: Any, theirs: Any, ignored: Set[str]) -> Iterator[tuple[str, Any, Any]]:
     """(place, ours, theirs) of the smallest parts that differ."""
     dot = place and f"{place}."
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
@@ -38,13 +40,13 @@ def values_apart(place: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any,
                         for both in (ours, theirs))
         if len(ours) == len(theirs):
             for number, pair in enumerate(zip(ours, theirs)):
-                yield from values_apart(f"{dot}{number}", *pair)
+                yield from values_apart(f"{dot}{number}", *pair, ignored)
             return
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         for field in dataclasses.fields(ours):
-            if field.name not in IGNORED:
+            if field.name not in ignored:
                 yield from values_apart(
-                    f"{dot}{field.name}", getattr(ours, field.name), getattr(theirs, field.name))
+                    f"{dot}{field.name}", getattr(ours, field.name), getattr(theirs, field.name), ignored)
     elif not about_equal(ours, theirs):
         yield place, ours, theirs
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.worker.weights.families.table import GGUF_FAMILIES
-from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
-from chatlm.worker.weights.formats.gguf.description import gguf_spec, gguf_text
+from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_text
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.text.folder_tokenizers import has_tokenizer
 from chatlm.worker.weights.towers.table import FILE_TOWERS
@@ -17,9 +17,9 @@ from chatlm.worker.weights.towers.table import FILE_TOWERS
 
 def preview_folder(folder: Path):
     """ConfigError if this server cannot run the model of a folder, whose weights are not there yet."""
-    _, spec = hf_spec(folder / "config.json", None)
+    _, model = hf_blocks(folder / "config.json", None)
     if has_tokenizer(folder):
-        hf_text(folder, spec.vocab_size)
+        hf_text(folder, model.vocab_size)
 
 
 def preview_gguf(path: Path, size: int):
@@ -30,7 +30,7 @@ def preview_gguf(path: Path, size: int):
         known = metadata.get("general.architecture") in GGUF_FAMILIES
         elsewhere = metadata.get("split.count", 1) != 1 or set(ROPE_TENSORS) & stored.keys()
         if not known or not elsewhere:  # what it states about tensors may need all of them
-            gguf_spec(path, metadata, stored, None)
+            gguf_blocks(path, metadata, stored, None)
         check_gguf_types(path, stored)
         gguf_text(path, metadata)
 

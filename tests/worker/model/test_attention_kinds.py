@@ -13,7 +13,6 @@ from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.loaded.shards import layers_of, stage_model
-from chatlm.worker.weights.model_of import model_of
 from attention_kinds import FULL, KINDS, attention, kinds_model, loaded, with_attentions
 from arrays import arrays_of
 from engines import forward_logits, make_batch
@@ -51,8 +50,8 @@ def oracle(spec, tensors, ids):
     """The last token's logits, by the definition, in float64."""
     w, kept = {name: f64(tensor) for name, tensor in tensors.items()}, {}
     x, T = w["embed"][ids], len(ids)
-    for l in range(spec.layers):
-        its = spec.own_layers[l].mixer
+    for l in range(len(spec.layers)):
+        its = spec.layers[l].mixer
         D, Dv, Hkv = its.head_size, its.value_size, its.kv_heads
         qkv = (rms(x) * w[f"{l}.attention_norm"]) @ w[f"{l}.qkv"].T
         q = turned(its, rms(qkv[:, :its.heads * D].reshape(T, -1, D)) * w[f"{l}.q_norm"]) * its.scores.scale / D**0.5
@@ -78,8 +77,8 @@ def oracle(spec, tensors, ids):
 def test_attention_kinds_match_their_definition(name, apart, kv):
     """Logits are those of the definition in any chunks, batches and groups of pages."""
     spec, tensors = kinds_model(name)
-    groups = group_layers(model_of(spec).by_layer, 512, apart, kv)
-    model, count = transformer(model_of(spec), tensors, groups, kv=kv), len(groups.windows)
+    groups = group_layers(spec.by_layer, 512, apart, kv)
+    model, count = transformer(spec, tensors, groups, kv=kv), len(groups.windows)
     assert (count > 1) == apart and model.cache.nbytes == model.layout.page_bytes * (80 + groups.holes)
     assert model.layout.unit == kv.unit and {*model.layout.types} == ({"float32", "q8_0"} if kv.packed else {"float32"})
     a, b = (np.random.default_rng(seed).integers(0, 96, size).tolist() for seed, size in ((1, 70), (2, 33)))
@@ -99,14 +98,14 @@ def test_each_layer_s_own_heads_have_the_same_bits(name, dtype, kv):
     """decode_core computes each layer's own heads with the same bits in any batch."""
     pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
     spec, tensors = kinds_model(name)
-    groups, results = group_layers(model_of(spec).by_layer, 512, kv=kv or FLOATS), []
+    groups, results = group_layers(spec.by_layer, 512, kv=kv or FLOATS), []
     ids, other = (np.random.default_rng(seed).integers(0, 96, size).tolist() for seed, size in ((1, 150), (2, 33)))
     pages = np.random.default_rng(3).permutation(160).tolist()
     mine, its = pages[:10 * len(groups.windows)], pages[100:100 + 3 * len(groups.windows)]
     for splits in ((0, 150), (0, 149, 150), (0, 1, 3, 50, 146, 147, 149, 150)):
-        kernels = load_kernels("cpu", model_of(spec), max_tokens=400, max_rows=8)
+        kernels = load_kernels("cpu", spec, max_tokens=400, max_rows=8)
         assert kernels.backend.name.startswith("decode_core") and kernels.names["rope_append"] == kernels.backend.name
-        model = Transformer(model_of(spec), arrays_of(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
+        model = Transformer(spec, arrays_of(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
                             kv=kv)
         forward_logits(model, make_batch((other, 0, 20, its)))
         for begin, end in zip(splits, splits[1:]):
@@ -121,20 +120,20 @@ def test_each_layer_s_own_heads_have_the_same_bits(name, dtype, kv):
 def test_a_layer_that_borrows_keys_has_no_pages():
     """A layer that reads another's keys has neither pages nor rows for keys."""
     spec, _ = kinds_model("gemma 4")
-    shapes = model_of(spec).shapes()
+    shapes = spec.shapes()
     assert shapes["4.qkv"] == (4 * 16, 48) and "4.k_norm" not in shapes and shapes["4.q_norm"] == (16,)
     assert shapes["1.qkv"] == (4 * 32 + 32, 48)                      # q and k; v is made of k
-    layout = PageLayout.of(group_layers(model_of(spec).by_layer, 512), model_of(spec).by_layer)
+    layout = PageLayout.of(group_layers(spec.by_layer, 512), spec.by_layer)
     assert [(layout.group[l], layout.offset[l]) for l in (4, 5, 6)] == [(layout.group[l], layout.offset[l]) for l in (2, 2, 3)]
-    whole = group_layers(model_of(spec).by_layer, 0, apart=False)
-    assert PageLayout.of(whole, model_of(spec).by_layer).size == 2 * (2 * 2 * 16) + 2 * (2 * 32)
-    assert PageLayout.of(whole, model_of(spec).by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
+    whole = group_layers(spec.by_layer, 0, apart=False)
+    assert PageLayout.of(whole, spec.by_layer).size == 2 * (2 * 2 * 16) + 2 * (2 * 32)
+    assert PageLayout.of(whole, spec.by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
 
 
 def test_what_decode_core_lacks_is_logged():
     spec, _ = kinds_model("gemma 4")
-    assert not_compiled(model_of(spec)) == "" and not_compiled(model_of(spec), "cuda") == "attention of several kinds on a GPU"
-    assert not_compiled(model_of(kinds_model("all")[0])) == "attention whose keys and values differ in width"
+    assert not_compiled(spec) == "" and not_compiled(spec, "cuda") == "attention of several kinds on a GPU"
+    assert not_compiled(kinds_model("all")[0]) == "attention whose keys and values differ in width"
 
 
 def gemma4(layers, every, shared, sliding, full):
@@ -172,23 +171,23 @@ def test_pages_waste_nothing_of_a_long_context(attentions, groups, kept, most):
 
 def test_each_kind_s_heads_are_divided_separately():
     spec, _ = kinds_model("all")
-    attentions = model_of(spec).by_layer
+    attentions = spec.by_layer
     assert [list(map(len, attentions[l].divided(1, 3, 1).values())) for l in (0, 1, 3)] == [[1, 1], [1, 1], [1, 1]]
-    full = model_of(with_attentions([FULL])).by_layer[0]
+    full = with_attentions([FULL]).by_layer[0]
     assert [list(map(list, full.divided(rank, 2, 1).values())) for rank in range(2)] == [[[0, 1], [0]], [[2, 3], [0]]]
 
 
 def test_a_layer_lives_where_its_keys_are():
     """A layer lives in the stage whose keys it reads."""
     spec, tensors = kinds_model("gemma 4")
-    assert [layers_of(model_of(spec), stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
-    assert [layers_of(model_of(spec), stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
+    assert [layers_of(spec, stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
+    assert [layers_of(spec, stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
     with pytest.raises(ConfigError, match="cannot be divided into 4 stages: .*; at most 3 are possible"):
-        layers_of(model_of(spec), 0, 4)
+        layers_of(spec, 0, 4)
     last = stage_model(loaded(spec, tensors), 1, 2)
     assert [its.source for its in last.architecture.by_layer] == [None, None, 0, 0, 1]
     ids = np.random.default_rng(1).integers(0, 96, 40).tolist()
-    whole = transformer(model_of(spec), tensors)
+    whole = transformer(spec, tensors)
     expected, batch = forward_logits(whole, make_batch((ids, 0, 40, [3, 1, 2]))), make_batch((ids, 0, 40, [3, 1, 2]))
     first, second = (transformer(part.architecture, part.tensors) for part in (stage_model(loaded(spec, tensors), 0, 2), last))
     forward_logits(first, batch)

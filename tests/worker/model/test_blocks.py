@@ -11,7 +11,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms
-from chatlm.worker.model.blocks.axes import Run, Tensor, matrix, padded_places, rank_part
+from chatlm.worker.model.blocks.axes import Run, TensorAxes, matrix, padded_places, rank_part
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
 from chatlm.worker.model.blocks.extras import Keep, Lambdas
 from chatlm.worker.model.blocks.feed_forward import FeedForward, columns_of
@@ -182,4 +182,4 @@ def test_a_tensor_states_its_shape():
     qkv = ATTENTION.tensors(C)["qkv"]
     assert qkv.shape == (4 * 8 + 2 * 8 + 2 * 8, C) and qkv.packed and qkv.adapted
     assert dataclasses.replace(ATTENTION, gated=True).tensors(C)["qkv"].shape == (2 * 4 * 8 + 2 * 8 + 2 * 8, C)
-    assert Tensor((Run(4),)).shape == (4,) and not Tensor((Run(4),)).packed
+    assert TensorAxes((Run(4),)).shape == (4,) and not TensorAxes((Run(4),)).packed

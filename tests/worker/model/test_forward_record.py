@@ -20,7 +20,6 @@ import pytest
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.kernels.limits import not_compiled
-from chatlm.worker.weights.model_of import model_of
 from called_ops import called_ops, decode_core_computes
 from families import MODELS
 from nightly import WHOLE, by_day
@@ -167,7 +166,7 @@ def facts(model):
 def test_odd_sizes_are_computed_as_recorded(name):
     found = {}
     for what, spec in odd_specs(name):
-        found[what] = "-" * LETTERS if spec is None else letters(repr([sorted(fact.items()) if isinstance(fact, dict) else fact for fact in facts(model_of(spec))]))
+        found[what] = "-" * LETTERS if spec is None else letters(repr([sorted(fact.items()) if isinstance(fact, dict) else fact for fact in facts(spec)]))
     known = record()["odd sizes"].get(name, "")
     wrong = [what for what, old, new in zip(found, cut(known), found.values()) if old != new]
     assert not wrong or os.environ.get("RECORD_FORWARD") == "1", f"these sizes are not computed as recorded: {', '.join(wrong)}"

@@ -7,8 +7,7 @@ import pytest
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.kernels.choosing import choose_backend
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from patching import patch
 
 

@@ -14,7 +14,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from attention_kinds import blocks_of
 from engines import forward_logits, make_batch
 from generations import GENERATIONS

@@ -14,7 +14,6 @@ from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import MOST_ON_CPU, MOST_ON_GPU, not_compiled
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.model_of import model_of
 from arrays import array_of, arrays_of, matrix_of
 from engines import forward_logits, make_batch
 from families import MODELS
@@ -41,7 +40,7 @@ def odd_configs(name):
 
 def random_tensors(spec):
     dice = torch.Generator().manual_seed(1)
-    found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in model_of(spec).shapes().items()}
+    found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in spec.shapes().items()}
     if "layer_embed" in found:
         found["layer_embed"] = MappedRows(array_of(found["layer_embed"]), "f32")
     return found
@@ -50,14 +49,14 @@ def random_tensors(spec):
 def odd_adapter(spec):
     """An adapter of all matrices that may have one, each of another rank."""
     dice, ranks = torch.Generator().manual_seed(2), iter([1, 3, 17, 33, 5] * 1000)
-    shapes = {name: tensor.shape for name, tensor in model_of(spec).tensors().items() if tensor.adapted and "." in name}
+    shapes = {name: tensor.shape for name, tensor in spec.tensors().items() if tensor.adapted and "." in name}
     return {name: matrix_of(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
             for (name, (N, K)), rank in zip(shapes.items(), ranks)}
 
 
 def logits(spec, kernels, chunks, adapted):
     """Of the last of 20 tokens that come in such chunks."""
-    model = Transformer(model_of(spec), arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
+    model = Transformer(spec, arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
     if adapted:
         model.pack_adapter(1, odd_adapter(spec))
     ids, done = [7 * i % spec.vocab_size for i in range(20)], 0
@@ -80,16 +79,16 @@ def test_odd_sizes_run_in_decode_core_or_torch(name, caplog):
         except ConfigError:
             continue            # no such model exists
         caplog.clear()
-        kernels = load_kernels("cpu", model_of(spec), max_tokens=24, max_rows=4)
+        kernels = load_kernels("cpu", spec, max_tokens=24, max_rows=4)
         said = [line for line in caplog.messages if line.startswith("decode_core has no ") and line.endswith(": torch computes instead")]
         if not kernels.row_invariant:
-            assert kernels.backend.name == "torch/reference" and said and not_compiled(model_of(spec)) in said[0], what
+            assert kernels.backend.name == "torch/reference" and said and not_compiled(spec) in said[0], what
             left += 1
         adapted = bool((compiled + left) % 2)
         whole = logits(spec, kernels, (20,), adapted)
         if kernels.row_invariant:
             assert not said, what
-            apart, reference = logits(spec, load_kernels("cpu", model_of(spec), max_tokens=24, max_rows=4), (1, 18, 1), adapted), logits(
+            apart, reference = logits(spec, load_kernels("cpu", spec, max_tokens=24, max_rows=4), (1, 18, 1), adapted), logits(
                 spec, load_kernels("cpu"), (20,), adapted)
             assert torch.equal(whole, apart), what
             assert (whole - reference).abs().max() <= 1e-4 * max(1, reference.abs().max()), what

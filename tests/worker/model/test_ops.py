@@ -182,7 +182,7 @@ ROPE_VARIANTS = {
 def test_rope_append_rotates_and_appends(variant):
     """rope_append normalizes, rotates, gates and appends."""
     spec = SimpleNamespace(**ROPE_CALL | ROPE_VARIANTS[variant])
-    spec.rope = lambda layer: Rope(spec.rope_size, spec.rope_base, spec.rope_factors, 1.0, spec.rope_direction, spec.rope_bfloat16)
+    spec.attention = SimpleNamespace(rope=Rope(spec.rope_size, spec.rope_base, spec.rope_factors, 1.0, spec.rope_direction, spec.rope_bfloat16))
     positions, slots = [0, 5, 6, 399], torch.tensor([40, 3, 17, 18])
     qkv, cache = random(4, 64, seed=1), torch.full((64, 2, 2, 8), 7.0)
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)

@@ -12,7 +12,7 @@ import numpy
 from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import rounded_up
 
 
@@ -72,7 +72,7 @@ class HeadGates:
     def run(self, heads: int, value_size: int) -> Run:
         return Run(heads, value_size if self.of_numbers else 1, "heads")
 
-    def apply(self, s: Step, read: Read, attended, count: int):
+    def apply(self, s: BlockStep, read: Read, attended, count: int):
         gates = s.b.of("gates", count)
         s.product(read, "head_gates", gates)
         s.k.gate(attended, gates, out=attended, activation=self.activation)
@@ -93,7 +93,7 @@ class ValueEmbed:
     def scratch(self, values: Run) -> Scratch:
         return {"value": Buffer(values.length, short=True), "gate": Buffer(values.count, short=True)}
 
-    def compute(self, s: Step, read: Read) -> dict[str, Any]:
+    def compute(self, s: BlockStep, read: Read) -> dict[str, Any]:
         """What rope_append adds to v."""
         k = s.k
         b = s.b
@@ -197,7 +197,7 @@ class Attention(Block):
             found |= self.embed.scratch(self.values)
         return found
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         qkv = self.project(s, read)            # (T, rows)
         q = self.turn(s, read, qkv)            # (T, H * D)
         attended = self.attend(s, q)           # (T, H * Dv)
@@ -207,7 +207,7 @@ class Attention(Block):
             self.gates.apply(s, read, attended, self.gates.run(self.heads, self.value_size).length)
         to.product(s, attended, "output")
 
-    def project(self, s: Step, read: Read):
+    def project(self, s: BlockStep, read: Read):
         """q, k and v of each token. Gates of heads go to a buffer of their own."""
         b = s.b
         bias = s.w.get("qkv_bias")
@@ -222,7 +222,7 @@ class Attention(Block):
         s.k.split_gates(both, self.head_size, gates=b.of("gates", self.queries), out=qkv)
         return qkv
 
-    def turn(self, s: Step, read: Read, qkv):
+    def turn(self, s: BlockStep, read: Read, qkv):
         """q, normed and turned by position. The new keys and values go into the layer's pages."""
         k = s.k
         inputs = s.inputs
@@ -239,7 +239,7 @@ class Attention(Block):
             k.scale_rows(q, s.q_scale, inputs.positions, out=q)
         return q
 
-    def attend(self, s: Step, q):
+    def attend(self, s: BlockStep, q):
         """softmax(q k^T / sqrt(D)) v, with the keys and values in the pages."""
         k = s.k
         plan = s.inputs.attention
@@ -256,7 +256,7 @@ class Attention(Block):
                           sinks=s.w.get("sinks"), **two_sided)
         return out
 
-    def norm_whole(self, s: Step, qkv):
+    def norm_whole(self, s: BlockStep, qkv):
         """Apply the norms of q and of k, each over all heads of all ranks."""
         k = s.k
         means = s.b.means
@@ -268,7 +268,7 @@ class Attention(Block):
             k.all_reduce(means, out=means)
         k.norm_qk(qkv, **weights, means=means, eps=norms.eps, out=qkv)
 
-    def norm_options(self, s: Step) -> dict[str, Any]:
+    def norm_options(self, s: BlockStep) -> dict[str, Any]:
         """The options of rope_append for the norms of heads."""
         norms = self.norms
         if norms is None or norms.whole or norms.centred:

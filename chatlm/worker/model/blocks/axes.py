@@ -32,7 +32,7 @@ class Run(NamedTuple):
 Axis = tuple[Run, ...]
 
 
-class Tensor(NamedTuple):
+class TensorAxes(NamedTuple):
     """A matrix (rows, columns), or a vector."""
 
     rows: Axis
@@ -52,14 +52,14 @@ class Tensor(NamedTuple):
         return tuple(map(length, self.axes))
 
     @property
-    def bias(self) -> Tensor:
+    def bias(self) -> TensorAxes:
         """The bias of this matrix, a number for each row.
 
         Where ranks divide the columns, they sum their products, and only one of them may add the bias."""
-        return Tensor(self.rows, once=any(run.of for run in self.columns or ()))
+        return TensorAxes(self.rows, once=any(run.of for run in self.columns or ()))
 
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, TensorAxes]
 
 
 def length(axis: Axis) -> int:
@@ -70,12 +70,12 @@ def axis_of(size: int | Axis) -> Axis:
     return (Run(size),) if isinstance(size, int) else size
 
 
-def vector(size: int | Axis, **more) -> Tensor:
-    return Tensor(axis_of(size), **more)
+def vector(size: int | Axis, **more) -> TensorAxes:
+    return TensorAxes(axis_of(size), **more)
 
 
-def matrix(rows: int | Axis, columns: int | Axis, packed: bool = True, **more) -> Tensor:
-    return Tensor(axis_of(rows), axis_of(columns), packed, **more)
+def matrix(rows: int | Axis, columns: int | Axis, packed: bool = True, **more) -> TensorAxes:
+    return TensorAxes(axis_of(rows), axis_of(columns), packed, **more)
 
 
 # ---- padding
@@ -104,7 +104,7 @@ class RankPart(NamedTuple):
     ranges: tuple[range, ...] = ()
 
 
-def rank_part(tensor: Tensor, divided: Divided) -> RankPart:
+def rank_part(tensor: TensorAxes, divided: Divided) -> RankPart:
     for number, axis in enumerate(tensor.axes):
         if any(run.of in divided for run in axis):
             return RankPart(number, rank_ranges(axis, divided))

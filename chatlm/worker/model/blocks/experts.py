@@ -11,7 +11,7 @@ from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import UNGATED, FeedForward, biases_of, columns_of, halves
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum, widest
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum, widest
 from chatlm.worker.model.tensors import rounded_up
 
 
@@ -105,7 +105,7 @@ class Experts(Block):
             found |= self.shared.scratch(C)
         return found
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         k = s.k
         b = s.b
         w = s.w
@@ -134,14 +134,14 @@ class Experts(Block):
         else:
             to.finish(s, total)
 
-    def add_experts(self, s: Step, read: Read, out, residual: bool):
+    def add_experts(self, s: BlockStep, read: Read, out, residual: bool):
         """out = the sum of each row's experts, plus the row itself if it is the residual."""
         w = s.w
         biases = w.get(f"{self.up}_bias"), w.get("expert_down_bias")
         s.k.experts(read.x, s.b.routing, w[self.up], w["expert_down"], norm=read.norm, biases=biases, out=out,
                     activation=self.activation, residual=residual, **self.router.options(w))
 
-    def add_shared(self, s: Step, shared: FeedForward, read: Read, total):
+    def add_shared(self, s: BlockStep, shared: FeedForward, read: Read, total):
         """total = total + the expert that all tokens take, times its gate if it has one."""
         hidden = Read(shared.hidden(s, read))
         if not self.shared_gate:
@@ -201,7 +201,7 @@ class ExpertsBesideDense(Block):
         norm = w["router_norm"]
         return {"router_norm": norm * len(norm)**-0.5}
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         k = s.k
         b = s.b
         w = s.w
@@ -221,7 +221,7 @@ class ExpertsBesideDense(Block):
         k.mix(b.added, b.previous, 1.0, 1.0, out=b.added)
         to.add(s, b.added, reduced=True)
 
-    def reduce_and_norm(self, s: Step, x, name: str):
+    def reduce_and_norm(self, s: BlockStep, x, name: str):
         if s.k.all_reduce:
             s.k.all_reduce(x, out=x)
         self.norm.apply(s, x, name, out=x)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.blocks.step import Buffer, Scratch, Step
+from chatlm.worker.model.blocks.step import BlockStep, Buffer, Scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +23,7 @@ class Extra:
     def scratch(self, C: int) -> Scratch:
         return {}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         raise NotImplementedError
 
     def widened(self, C: int, wide: int) -> Self:
@@ -40,7 +40,7 @@ class Lambdas(Extra):
     def scratch(self, C: int) -> Scratch:
         return {"x0": Buffer(C)}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         s.k.mix(s.b.x, s.b.x0, s.resid_lambdas[s.layer], s.x0_lambdas[s.layer], out=s.b.x)
 
 
@@ -63,7 +63,7 @@ class LayerInput(Extra):
     def scratch(self, C: int) -> Scratch:
         return {"input": Buffer(self.size), "layer_inputs": Buffer(self.layers * self.size)}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         k = s.k
         b = s.b
         w = s.w
@@ -84,7 +84,7 @@ class Scalar(Extra):
     def tensors(self, C: int) -> Tensors:
         return {"scalar": vector(1)}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         s.k.mix(s.b.x, s.b.x, s.w["scalar"], 0.0, out=s.b.x)
 
 
@@ -101,7 +101,7 @@ class PictureRows(Extra):
     def scratch(self, C: int) -> Scratch:
         return {self.buffer: Buffer(C)}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         s.k.mix(s.b.x, getattr(s.b, self.buffer), 1.0, 1.0, out=s.b.x)
 
 
@@ -112,5 +112,5 @@ class Keep(Extra):
     def scratch(self, C: int) -> Scratch:
         return {"middle": Buffer(C)}
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         s.k.copy(s.b.x, out=s.b.middle)

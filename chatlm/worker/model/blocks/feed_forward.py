@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import TILE_ROWS, rounded_up
 
 UNGATED = ("relu2", "gelu_erf", "gelu_tanh", "gelu_quick")  # activations without gates; all others have them
@@ -82,10 +82,10 @@ class FeedForward(Block):
             found["up"] = Buffer(self.width)
         return found
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         to.product(s, self.hidden(s, read), self.down)
 
-    def hidden(self, s: Step, read: Read):
+    def hidden(self, s: BlockStep, read: Read):
         """What `down` reads, (T, F)."""
         hidden = s.b.of(self.buffer, self.width)
         if self.apart:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import AnyNorm, RmsNorm
-from chatlm.worker.model.blocks.step import Buffer, Scratch, Step
+from chatlm.worker.model.blocks.step import BlockStep, Buffer, Scratch
 
 
 @record
@@ -33,7 +33,7 @@ class Smear:
         return {"smear_gate": matrix(1, self.channels, packed=False, exact=True),
                 "smear_lambda": vector(1)}
 
-    def compute(self, s: Step, look_up):
+    def compute(self, s: BlockStep, look_up):
         k = s.k
         b = s.b
         w = s.w
@@ -65,7 +65,7 @@ class LayerInputs:
     def scratch(self) -> Scratch:
         return dict.fromkeys(("layer_inputs", "layer_rows"), Buffer(self.columns))
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         k = s.k
         b = s.b
         w = s.w
@@ -120,7 +120,7 @@ class Input:
             found |= self.layers.scratch()
         return found
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         k = s.k
         b = s.b
         w = s.w
@@ -147,7 +147,7 @@ class Input:
         if self.keeps:
             k.copy(b.x, out=b.x0)
 
-    def look_up(self, s: Step, ids, out):
+    def look_up(self, s: BlockStep, ids, out):
         """The embeddings (T, C) of some ids."""
         k = s.k
         table = s.w["embed"]
@@ -185,7 +185,7 @@ class Join:
     def scratch(self, C: int) -> Scratch:
         return dict.fromkeys(("x", "previous", "added"), Buffer(C))
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         k = s.k
         b = s.b
         w = s.w

@@ -10,7 +10,7 @@ from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Divided, Tensors, vector
 from chatlm.worker.model.blocks.extras import Extra
 from chatlm.worker.model.blocks.norms import AnyNorm
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum, widest
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum, widest
 from chatlm.worker.model.blocks.clamps import CLAMP_NUMBERS, bounds_of
 
 
@@ -75,7 +75,7 @@ class Layer:
     def after_feed(self) -> Sum:
         return Sum("residual", "x", self.down_norm, "down_norm", self.norms_of_sums)
 
-    def compute(self, s: Step):
+    def compute(self, s: BlockStep):
         b = s.b
         for extra in self.before:
             extra.compute(s)
@@ -99,7 +99,7 @@ class Layer:
             extra.compute(s)
 
     @staticmethod
-    def read(s: Step, norm: AnyNorm | None, x, name: str) -> Read:
+    def read(s: BlockStep, norm: AnyNorm | None, x, name: str) -> Read:
         return norm.read(s, x, name) if norm else Read(x)
 
     # ---- other sizes

@@ -7,7 +7,7 @@ from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.input import Rows
 from chatlm.worker.model.blocks.norms import AnyNorm, LayerNorm
-from chatlm.worker.model.blocks.step import Buffer, Read, Scratch, Step
+from chatlm.worker.model.blocks.step import BlockStep, Buffer, Read, Scratch
 
 
 @record
@@ -38,7 +38,7 @@ class LmHead:
             found["own_logits"] = Buffer(self.rows.count, of_logits=True)
         return found
 
-    def compute(self, s: Step, norm: AnyNorm):
+    def compute(self, s: BlockStep, norm: AnyNorm):
         k = s.k
         b = s.b
         w = s.w

@@ -9,13 +9,13 @@ from typing import Any
 from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import columns_of
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import rounded_up
 
 States = tuple[tuple[int, ...], ...]  # shapes of the float32 arrays of a sequence's state
 
 
-def run(s: Step, read: Read, widths: tuple[int, int], op, to: Sum):
+def run(s: BlockStep, read: Read, widths: tuple[int, int], op, to: Sum):
     """mix_out op(mix_in x). widths: how many columns the op reads, and how many it gives."""
     wide, narrow = widths
     mixed = s.b.mixed[:, :wide]
@@ -35,14 +35,33 @@ def by_tap(w: dict[str, Any], size: int) -> dict[str, Any]:
     return {"taps": w["taps"].reshape(-1, size).T.flatten()}
 
 
+class Mixer(Block):
+    """A block that stands in the place of attention, and keeps a state. Caches, ranks and stages need no more
+    than this."""
+
+    title = "layer with a state"  # what the log calls it
+    compiled = False           # does decode_core record steps with it?
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        """How many heads ranks must share evenly, and what they are; "" if they divide it as they like."""
+        return 1, ""
+
+    def states(self, C: int) -> States:
+        """The shapes of what it keeps for a sequence."""
+        raise NotImplementedError
+
+
 @record
-class ShortConv(Block):
+class ShortConv(Mixer):
     """A gated convolution over the last tokens (LFM2).
 
     b, c, u = the thirds of mix_in x;  s = b * u;  y_t = c_t * (sum over j of taps[j] * s[t - size + 1 +
     j]); mix_out y. mix_in is (3 C, C), taps (C * size), mix_out (C, C). Its state is s of the last size - 1
     tokens."""
 
+    title = "short convolution"
+    compiled = True
     size: int           # how many tokens y_t depends on, its own included
     bias: bool = False  # mix_in, the taps and mix_out have biases
     channels: int = 0   # a rank's columns of b, of c and of u; 0: all C
@@ -70,10 +89,10 @@ class ShortConv(Block):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(s.b.x.shape[1]), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         s.k.short_conv(x, s.w["taps"], s.states, s.inputs.sequences, out=out, bias=s.w.get("taps_bias"))
 
     def widened(self, C: int, wide: int) -> ShortConv:
@@ -87,7 +106,7 @@ class ShortConv(Block):
 
 
 @record
-class DeltaRule(Block):
+class DeltaRule(Mixer):
     """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
 
     p, z, b, a = mix_in x
@@ -102,6 +121,8 @@ class DeltaRule(Block):
     those of b and a, and those of q, k, v and z."""
 
     widens = False
+    title = "delta rule"
+    compiled = True
     size: int
     key_heads: int
     value_heads: int
@@ -111,6 +132,10 @@ class DeltaRule(Block):
     gates_by_key: bool = False    # b and a are grouped by key head
     heads_by_key: bool = False    # q, k, v and z are grouped by key head
     eps: float = 1e-5             # of mix_norm
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        return self.key_heads, "key heads in its linear attention"
 
     @property
     def values_per_key(self) -> int:
@@ -168,10 +193,10 @@ class DeltaRule(Block):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(0), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         s.k.delta_rule(x, s.w, self, self.eps, s.states, s.inputs.sequences, out=out)
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
@@ -184,7 +209,7 @@ class DeltaRule(Block):
 
 
 @record
-class Mamba2(Block):
+class Mamba2(Mixer):
     """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
 
     z, p, dt = mix_in x
@@ -200,6 +225,8 @@ class Mamba2(Block):
     Where ranks share groups, a rank has its heads, B and C of all groups, and a part of each rms."""
 
     widens = False
+    title = "Mamba layer"
+    compiled = True
     size: int
     heads: int
     head_size: int             # P
@@ -210,6 +237,10 @@ class Mamba2(Block):
     of_heads: int = 0          # > 0: ranks share groups, and have so many heads together
     first_head: int = 0        # number of this rank's first head
     eps: float = 1e-5          # of mix_norm
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        return self.heads, "heads in its Mamba layers"
 
     @functools.cached_property
     def group_size(self) -> int:
@@ -255,10 +286,10 @@ class Mamba2(Block):
     def arranged(self, w: dict[str, Any], arrays: Any) -> dict[str, Any]:
         return by_tap(w, self.size)
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         run(s, read, self.widths(0), self.mix, to)
 
-    def mix(self, s: Step, x, out):
+    def mix(self, s: BlockStep, x, out):
         k = s.k
         b = s.b
         w = s.w
@@ -284,5 +315,3 @@ class Mamba2(Block):
             return own
         return replace(own, of_heads=self.heads, first_head=heads.start)
 
-
-Mixer = ShortConv | DeltaRule | Mamba2

@@ -9,7 +9,7 @@ from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 
 
 @record
@@ -107,7 +107,7 @@ class Mla(Block):
                 "latents": Buffer(self.heads * self.kept),
                 "attended": Buffer(self.heads * self.head_values, short=True)}
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         k = s.k
         b = s.b
         w = s.w
@@ -130,7 +130,7 @@ class Mla(Block):
         k.by_head(latents, w["v_up"], out=attended)
         to.product(s, attended, "output")
 
-    def read_of_queries(self, s: Step, read: Read) -> Read:
+    def read_of_queries(self, s: BlockStep, read: Read) -> Read:
         """What the product that makes queries reads."""
         if not self.query_width:
             return read

@@ -7,8 +7,9 @@ import math
 from dataclasses import replace
 
 from chatlm.common.records import record
+from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import (
-    Divided, RankPart, Run, Tensor, Tensors, padded_places, rank_part, vector)
+    Divided, RankPart, Run, TensorAxes, Tensors, padded_places, rank_part, vector)
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.extras import Keep, Lambdas, LayerInput, PictureRows
@@ -23,6 +24,7 @@ from chatlm.worker.model.blocks.step import Buffer, Scratch, widest
 from chatlm.worker.model.padding import Padding
 from chatlm.worker.model.tensors import rounded_up
 
+NO_ATTENTION = Attention(0, 0, 0, 0, Rope(0))
 DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
@@ -149,6 +151,11 @@ class Model:
         return tuple(mixer if isinstance(mixer, Attention | Mla) else None for mixer in mixers)
 
     @property
+    def attention(self) -> Attention | Mla:
+        """How the first layer attends that does. Kernels are proved in its sizes."""
+        return self.attentions[0] if self.attentions else NO_ATTENTION
+
+    @property
     def attentions(self) -> list[Attention | Mla]:
         return [attn for attn in self.by_layer if attn]
 
@@ -203,6 +210,11 @@ class Model:
         return experts[0] if experts else min(dense, key=lambda feed: feed.width, default=None)
 
     @property
+    def feed_width(self) -> int:
+        """F of that block; 0 without any."""
+        return self.feed.width if self.feed else 0
+
+    @property
     def experts(self) -> Experts | ExpertsBesideDense | None:
         return self.feed if isinstance(self.feed, Experts | ExpertsBesideDense) else None
 
@@ -234,6 +246,10 @@ class Model:
     def with_own_head(self) -> Model:
         """The same model with a head that is a matrix of its own, no longer the embedding."""
         return replace(self, head=self.head and replace(self.head, tied=False))
+
+    def with_tied_head(self) -> Model:
+        """The same model with a head that is the embedding."""
+        return replace(self, head=self.head and replace(self.head, tied=True))
 
     def with_context(self, length: int) -> Model:
         """The same model for texts of at most `length` tokens, answers included."""
@@ -314,13 +330,13 @@ class Model:
                        layers=tuple(layer.moved(mine.start) for layer in self.layers[mine.start:mine.stop]))
 
 
-def own_part(tensor: Tensor, divided: Divided, rank: int) -> RankPart | None:
+def own_part(tensor: TensorAxes, divided: Divided, rank: int) -> RankPart | None:
     if not tensor.once:
         return rank_part(tensor, divided)
     return None if rank else RankPart()
 
 
-def padding_of(tensor: Tensor, padded: Tensor) -> Padding:
+def padding_of(tensor: TensorAxes, padded: TensorAxes) -> Padding:
     places = tuple(None if axis == wide else padded_places(axis, wide)
                    for axis, wide in zip(tensor.axes, padded.axes))
     return Padding(padded.shape, places, padded.factor / tensor.factor)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.model.blocks.axes import Tensors, vector
-from chatlm.worker.model.blocks.step import Buffer, Read, Scratch, Step
+from chatlm.worker.model.blocks.step import BlockStep, Buffer, Read, Scratch
 
 
 @record
@@ -29,13 +29,13 @@ class RmsNorm:
     def scratch(self, C: int) -> Scratch:
         return {"normed": Buffer(C)} if self.apart else {}
 
-    def read(self, s: Step, x, name: str) -> Read:
+    def read(self, s: BlockStep, x, name: str) -> Read:
         if not self.apart:
             return Read(x, Norm(s.w.get(name), self.eps))
         self.apply(s, x, name, out=s.b.normed)
         return Read(s.b.normed)
 
-    def apply(self, s: Step, x, name: str, out):
+    def apply(self, s: BlockStep, x, name: str, out):
         s.k.rms_norm(x, s.w.get(name), self.eps, out=out)
 
     def padded(self, C: int, wide: int) -> RmsNorm:
@@ -61,11 +61,11 @@ class LayerNorm:
     def scratch(self, C: int) -> Scratch:
         return {"normed": Buffer(C)}
 
-    def read(self, s: Step, x, name: str) -> Read:
+    def read(self, s: BlockStep, x, name: str) -> Read:
         self.apply(s, x, name, out=s.b.normed)
         return Read(s.b.normed)
 
-    def apply(self, s: Step, x, name: str, out):
+    def apply(self, s: BlockStep, x, name: str, out):
         more = {"count": self.count} if self.count else {}
         s.k.layer_norm(x, s.w.get(name), s.w.get(f"{name}_bias"), self.eps, out=out, **more)
 

@@ -53,7 +53,7 @@ class Read(NamedTuple):
     norm: Norm | None = None  # still to be applied
 
 
-class Step:
+class BlockStep:
     """What a layer is computed with. The parts before and after all layers share one, too.
 
     Each is made once, and `begin` gives it the buffers and inputs of the next step."""
@@ -119,17 +119,17 @@ class Sum:
         self.norm_name = norm_name
         self.norm_of_sum = norm_of_sum
 
-    def residual(self, s: Step):
+    def residual(self, s: BlockStep):
         return getattr(s.b, self.residual_name)
 
-    def out(self, s: Step):
+    def out(self, s: BlockStep):
         return getattr(s.b, self.out_name)
 
-    def adds_directly(self, s: Step) -> bool:
+    def adds_directly(self, s: BlockStep) -> bool:
         """May the op that computes the result add the residual at once?"""
         return s.k.all_reduce is None and (self.norm is None or self.norm_of_sum)
 
-    def product(self, s: Step, x, name: str):
+    def product(self, s: BlockStep, x, name: str):
         """Add x @ w[name].T and its bias. With several ranks, each has some columns of the matrix."""
         bias = s.w.get(f"{name}_bias")
         if not self.adds_directly(s):
@@ -139,7 +139,7 @@ class Sum:
         s.product(Read(x), name, total, bias=bias, residual=self.residual(s))
         self.finish(s, total)
 
-    def add(self, s: Step, result, reduced: bool = False):
+    def add(self, s: BlockStep, result, reduced: bool = False):
         """Add a result (T, C). Unless it is `reduced`, it is this rank's alone."""
         reduce = None if reduced else s.k.all_reduce
         if self.norm is None and reduce:
@@ -153,7 +153,7 @@ class Sum:
             self.norm.apply(s, result, self.norm_name, out=result)
         s.k.mix(self.residual(s), result, 1.0, 1.0, out=self.out(s))
 
-    def finish(self, s: Step, total):
+    def finish(self, s: BlockStep, total):
         """Apply the norm of the sum, if there is one, to a result that has the residual already."""
         if self.norm_of_sum and self.norm is not None:
             self.norm.apply(s, total, self.norm_name, out=self.out(s))
@@ -178,7 +178,7 @@ class Block:
         besides. `arrays` makes them."""
         return {}
 
-    def compute(self, s: Step, read: Read, to: Sum):
+    def compute(self, s: BlockStep, read: Read, to: Sum):
         """Read norm(x), and hand the result to the sum."""
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MERGE = "--lora merges it into the weights at load"
 
 
-class Part(NamedTuple):
+class RowChange(NamedTuple):
     """What an adapter changes in some rows of one of our matrices."""
 
     first_row: int
@@ -59,7 +59,7 @@ class AdapterReader:
         if self.adaptable.tied:
             embed, head = self.adaptable.tied
             whole[head] = whole[embed]
-        parts: dict[str, list[Part]] = {}  # by the whole model's names
+        parts: dict[str, list[RowChange]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
                 for theirs, before in zip(all_of, rows_before(all_of.values()))}
         added = read_adapter(folder, whole | unread, self.adaptable.names)
@@ -75,7 +75,7 @@ class AdapterReader:
                     self._refuse_part(folder, theirs, ours, change)
                     moved = change.at(file_slice)
                     moved = moved._replace(b=self.adaptable.turned(file_slice.name, moved.b))
-                    parts.setdefault(ours, []).append(Part(before, moved))
+                    parts.setdefault(ours, []).append(RowChange(before, moved))
         return {own: joined(parts[ours], cut) for own, (ours, cut) in self.cuts.items() if ours in parts}
 
     def _refuse_part(self, folder: Path, theirs: str, ours: str, change: Change):
@@ -97,7 +97,7 @@ def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
     return before
 
 
-def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
+def joined(parts: list[RowChange], cut: Cut) -> AdapterMatrix:
     """The parts of one matrix as one, limited to a rank's share."""
     types = {kind_of(array) for part in parts for array in (part.change.a, part.change.b)}
     kind = types.pop() if len(types) == 1 else "float32"

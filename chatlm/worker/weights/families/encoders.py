@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS
+from chatlm.worker.model.blocks.experts import Experts
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS, Model
+from chatlm.worker.model.blocks.norms import LayerNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import Family, Gguf, Header
 from chatlm.worker.weights.families.family import ACTIVATIONS, both
-from chatlm.worker.weights.families.layernorms import BIASES, EPSILON, gguf_epsilon
+from chatlm.worker.weights.families.layernorms import ALL_BIASES, EPSILON, gguf_epsilon
 from chatlm.worker.weights.rules import Rule
 
 if TYPE_CHECKING:
     import numpy
 
-# x = norm(x + attention x); x = norm(x + feed-forward x); the first x is a norm of the sum of embeddings
-AFTER_SUMS = {"of_texts": True, "layer_norms": True, "norm_biases": True, "pre_norms": False,
-              "sum_norms": True, "input_norm": True, **BIASES}
+
+def after_sums(facts: Facts, feeds: Seq[FeedForward | Experts], positions: int = 0,
+               distances: bool = False) -> Model:
+    """x = norm(x + attention x);  x = norm(x + feed-forward x). The first x is a norm too, of the sum of
+    embeddings.
+
+    positions: > 0: rows of a table, each added to the embedding
+    distances: scores get a bias for each head and bucket of distances"""
+    norm = LayerNorm(facts.eps, "norm" in facts.biases)
+    layers = []
+    for number, feed in enumerate(feeds):
+        attention = facts.attention(number, sees="text", distances=distances)
+        layers.append(Layer(attention, feed, output_norm=norm, down_norm=norm, norms_of_sums=True))
+    first = Input(positions=positions, types=facts.config["type_vocab_size"], norm=norm)
+    return facts.encoder(layers, None, first, facts.heads if distances else 0)
+
+
+def bert(facts: Facts, unused: int = 0, distances: bool = False) -> Model:
+    """Heads do not turn. `unused`: how many rows of the table of positions come before the first token's."""
+    positions = facts.config["max_position_embeddings"] - unused
+    facts = replace(facts, max_positions=positions, rope=replace(facts.rope, size=0))
+    return after_sums(facts, [facts.feed(number) for number in facts.layers], positions, distances)
+
+
+def roberta(facts: Facts) -> Model:
+    return bert(facts, UNUSED)
+
+
+def mpnet(facts: Facts) -> Model:
+    return bert(facts, UNUSED, distances=True)
+
+
 BERT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2,
         "position_embedding_type": "absolute"} | dict.fromkeys(
             """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
@@ -57,12 +93,6 @@ def repack_roberta(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarra
 UNUSED = 2  # a RoBERTa's first token has the position after that of the padding, which is 1
 
 
-def fields_of(config: Mapping, unused: int = 0) -> dict:
-    positions = config["max_position_embeddings"] - unused
-    return {"rope_size": 0, "positions": positions, "max_positions": positions,
-            "token_types": config["type_vocab_size"]}
-
-
 def gguf_bert(header: Header) -> tuple[dict, dict]:
     """The epsilon of its norms, and how many types of tokens its table has."""
     changes, _ = gguf_epsilon(header)
@@ -81,10 +111,10 @@ def gguf(architecture: str, layers: Callable = gguf_bert) -> Gguf:
 
 
 ROBERTA = Family(
-    "RoBERTa", BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1}, AFTER_SUMS,
+    "RoBERTa", BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1}, roberta,
     BERT_TENSORS, keys={**BERT_KEYS, "pad_token_id": Rule(int, UNUSED - 1, UNUSED - 1)},
     repack=repack_roberta, activations=ACTIVATIONS, aliases={"layer_norm_eps": "rms_norm_eps"},
-    fields_of=lambda path, config: fields_of(config, UNUSED))
+    biases=lambda config: ALL_BIASES)
 MPNET_TENSORS = BERT_TENSORS | both({
     ours: f"encoder.layer.{{}}.attention.{theirs}" for ours, theirs in (
         ("output", "attn.o"), ("output_norm", "LayerNorm"))}) | {
@@ -93,13 +123,13 @@ MPNET_TENSORS = BERT_TENSORS | both({
     "buckets": ("encoder.relative_attention_bias.weight",)}
 FAMILIES = {
     "bert": Family(
-        "BERT", BERT, AFTER_SUMS, BERT_TENSORS, keys=BERT_KEYS,
+        "BERT", BERT, bert, BERT_TENSORS, keys=BERT_KEYS,
         repack=repack_bert, activations=ACTIVATIONS, aliases={"layer_norm_eps": "rms_norm_eps"},
-        fields_of=lambda path, config: fields_of(config), gguf=gguf("bert")),
+        biases=lambda config: ALL_BIASES, gguf=gguf("bert")),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA._replace(title=""),
     "mpnet": ROBERTA._replace(
-        title="MPNet", fields=AFTER_SUMS | {"distance_buckets": True},
+        title="MPNet", model=mpnet,
         config=ROBERTA.config | {"type_vocab_size": 0, "relative_attention_num_buckets": DISTANCE_BUCKETS},
         keys={**ROBERTA.keys,
               "relative_attention_num_buckets": Rule(int, DISTANCE_BUCKETS, DISTANCE_BUCKETS)},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -12,13 +11,10 @@ import numpy
 
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.model.blocks.model import Model
-from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.blocks.input import Input
-    from chatlm.worker.model.blocks.layer import Layer
-    from chatlm.worker.model.blocks.mixers import Mixer
     from chatlm.worker.weights.changes import FileSlice
 
 
@@ -27,7 +23,7 @@ class Header(NamedTuple):
 
     path: Path
     metadata: Mapping
-    stored: Mapping[str, Any]  # name -> gguf.header.Tensor
+    stored: Mapping[str, Any]  # name -> gguf.header.GgufTensor
     read: Callable             # gguf_value
 
     @property
@@ -79,6 +75,16 @@ ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_t
 KV_UP = ("k_up", "v_up")  # of latents
 
 
+def usual_biases(config: Mapping) -> Iterator[str]:
+    """The biases that a config states in the words of most families."""
+    if config.get("attention_bias"):
+        yield "qkv"
+        if config.get("attention_out_bias", True):
+            yield "output"
+    if config.get("mlp_bias"):
+        yield "ffn"
+
+
 class Family(NamedTuple):
     """How a family differs from llama (see transformers' modeling_<name>.py): a row of FAMILIES.
 
@@ -86,7 +92,7 @@ class Family(NamedTuple):
 
     title: str         # the common names of its models
     config: dict       # its own config.json keys and their defaults
-    fields: dict = {}  # of ModelSpec, where they are not the defaults
+    model: Callable[[Facts], Model]  # its blocks
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     gguf: Gguf = Gguf()
@@ -98,20 +104,16 @@ class Family(NamedTuple):
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
     # (model, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
     ordered: Callable[[Model, str, numpy.ndarray], numpy.ndarray] | None = None
-    activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
+    activations: Mapping[str, str] = GATED  # hidden_act -> Facts' activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
     needed: tuple[str, ...] = ()  # keys that must be stated: transformers' default is another model
-    # layer types other than attention -> what makes their mixer; None: `layers` does
-    mixers: Mapping[str, Callable[[Path, Mapping], Mixer | None]] = {}
+    kinds: tuple[str, ...] = ()  # layer types other than attention
+    biases: Callable[[Mapping], Iterable[str]] = usual_biases  # of a folder's config: Facts.biases
     aliases: dict[str, str] = {}  # its own keys -> the usual keys that they replace
     # a config.json in the terms of `config`, if the family's own has others
     restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
     complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
-    fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
-    # what a family of another structure builds itself, from a complete config and the rest of the recipe
-    layers: Callable[[Path, Mapping, ModelSpec], tuple[Layer, ...]] | None = None
-    input: Callable[[Path, Mapping, ModelSpec], Input] | None = None
-    own_attentions: bool = False  # such layers have windows and rotation of their own
+    own_attentions: bool = False  # its `model` finds out which windows layers have, and how heads turn
     # (config, windows of layers) -> the layers whose heads do not turn
     unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
     # (path, name, config, the rotary parameters under that name) -> the same in the terms of SCALINGS
@@ -125,14 +127,6 @@ class Family(NamedTuple):
                           slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
         """`slices` by the names of a folder's tensors -> the same by the names that adapters use."""
         return {called: at for name, at in slices.items() for called in self.in_adapters(model, name)}
-
-    def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
-        """The recipe with the blocks that the family builds itself. Such layers have their mixers in them."""
-        if self.layers:
-            recipe = replace(recipe, own_layers=self.layers(path, config, recipe), mixers=())
-        if self.input:
-            recipe = replace(recipe, own_input=self.input(path, config, recipe))
-        return recipe
 
     @property
     def all_tensors(self) -> dict[str, tuple[str, ...]]:
@@ -169,7 +163,6 @@ HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it
                             ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"),
                             ("shared_gate_up", "mlp.shared_expert.gate mlp.shared_expert.up"),
                             ("shared_down", "mlp.shared_expert.down"))}}
-HEAD_NORMS = {"qk_norm": "before_rope", "qk_norm_weights": True}
 EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "moe_intermediate_size"))
 QWEN_EXPERTS = EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 1}
 SHARED_GATE = {"shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)}

@@ -8,25 +8,24 @@ import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.attention import Attention, Scores
 from chatlm.worker.model.blocks.experts import ExpertsBesideDense, Router
 from chatlm.worker.model.blocks.extras import LayerInput, Scalar
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input, LayerInputs
 from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import Family, Gguf, Header, separate_experts
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Rule, check_divides, checked)
-
-if TYPE_CHECKING:
-    from chatlm.worker.weights.recipe import ModelSpec
 
 FULL, LOCAL = LAYER_TYPES
 ROPE = {LOCAL: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -132,46 +131,50 @@ def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
     return {"base": base, "factors": (1.0,) * turned + (math.inf,) * (size // 2 - turned)}
 
 
-def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
+def gemma4(facts: Facts) -> Model:
     """Norms before and after each block. Attention is followed by one dense block, which may be twice as wide
     in layers that read others' keys, or by experts beside a dense block.
 
     After both blocks, each layer adds its part of the layer inputs, if the model has them, and multiplies x
     by a number."""
-    norm = RmsNorm(recipe.norm_eps)
+    config = facts.config
+    experts = facts.experts
+    norm = RmsNorm(facts.eps)
     P = config["hidden_size_per_layer_input"]
     layers = []
-    for number, attention in enumerate(attentions_of(path, config, recipe)):
-        if recipe.experts:
-            dense = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
-            feed = ExpertsBesideDense(
-                recipe.experts, recipe.ffn_size, Router(recipe.experts_per_token), dense, norm)
+    for number, attention in enumerate(attentions_of(facts)):
+        if experts:
+            dense = FeedForward(experts.shared_size, facts.activation, prefix="shared_")
+            feed = ExpertsBesideDense(experts.count, facts.ffn_size, Router(experts.chosen), dense, norm)
         else:
             is_double = config["use_double_wide_mlp"] and attention.source is not None
-            feed = FeedForward(recipe.ffn_size * (2 if is_double else 1), recipe.activation)
-        own_input = (LayerInput(P, number, recipe.layers, norm),) if P else ()
+            feed = FeedForward(facts.ffn_size * (2 if is_double else 1), facts.activation)
+        own_input = (LayerInput(P, number, facts.count, norm),) if P else ()
         layers.append(Layer(attention, feed, attention_norm=norm, ffn_norm=norm, output_norm=norm,
                             down_norm=norm, after=(*own_input, Scalar())))
-    return tuple(layers)
+    return facts.decoder(layers, norm, input_of(facts))
 
 
-def input_of(path: Path, config: Mapping, recipe: ModelSpec) -> Input:
+def input_of(facts: Facts) -> Input:
     """The embedding * sqrt(C), and P more numbers of a token for each layer."""
+    config = facts.config
     P = config["hidden_size_per_layer_input"]
     vocabulary = config["vocab_size_per_layer_input"]
     if P and vocabulary != config["vocab_size"]:
-        raise ConfigError(f"{path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
+        raise ConfigError(f"{facts.path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
                           f"{config['vocab_size']}, like vocab_size")
-    layers = LayerInputs(P, recipe.layers, recipe.norm_eps * recipe.width) if P else None
-    return Input(scale=recipe.width**0.5, layers=layers)
+    layers = LayerInputs(P, facts.count, facts.eps * facts.width) if P else None
+    return Input(scale=facts.width**0.5, layers=layers)
 
 
-def attentions_of(path: Path, config: Mapping, recipe: ModelSpec) -> list[Attention]:
+def attentions_of(facts: Facts) -> list[Attention]:
     """How each layer attends. Full layers have heads of another size than sliding ones. The last layers read
     the keys and values of the last layer of their type that has its own.
 
     `config` is complete. `rope_of_types`, if it has that, is rope_of's result for each type of layer."""
-    types = config["layer_types"]
+    path = facts.path
+    config = facts.config
+    types = facts.kinds
     for key in ("rope_scaling", "partial_rotary_factor"):
         if config[key] is not None:
             raise ConfigError(f"{path}: {key} is {shown(config[key])}; in a gemma4_text model "
@@ -180,11 +183,11 @@ def attentions_of(path: Path, config: Mapping, recipe: ModelSpec) -> list[Attent
         raise ConfigError(f"{path}: rope_parameters is {shown(config['rope_parameters'])}; it must be an "
                           "object")
     key = "num_kv_shared_layers"
-    shared: int = checked(path, key, config[key], Rule(int, 0, recipe.layers - 1))
-    own = types[:recipe.layers - shared]
+    shared: int = checked(path, key, config[key], Rule(int, 0, facts.count - 1))
+    own = types[:facts.count - shared]
     sizes = {FULL: sizes_of_full_layers(path, config, types),
              LOCAL: (config["head_dim"], config["num_key_value_heads"])}
-    kinds = {type_: attention_of(path, config, recipe, type_, *sizes[type_]) for type_ in sorted({*types})}
+    kinds = {type_: attention_of(facts, type_, *sizes[type_]) for type_ in sorted({*types})}
     attentions = []
     for layer, type_ in enumerate(types):
         if layer < len(own):
@@ -198,10 +201,11 @@ def attentions_of(path: Path, config: Mapping, recipe: ModelSpec) -> list[Attent
     return attentions
 
 
-def attention_of(path: Path, config: Mapping, recipe: ModelSpec, type_: str, size: int,
-                 kv_heads: int) -> Attention:
+def attention_of(facts: Facts, type_: str, size: int, kv_heads: int) -> Attention:
     """How layers of one type attend: scores are q k^T of normed heads, without another scale."""
-    check_divides(path, "num_attention_heads", recipe.heads, kv_heads, f"the number of kv heads of {type_}")
+    path = facts.path
+    config = facts.config
+    check_divides(path, "num_attention_heads", facts.heads, kv_heads, f"the number of kv heads of {type_}")
     check_divides(path, f"the head size of {type_}", size, 2)
     if "rope_of_types" in config:
         rope = config["rope_of_types"][type_]
@@ -211,8 +215,8 @@ def attention_of(path: Path, config: Mapping, recipe: ModelSpec, type_: str, siz
     if type_ == LOCAL:
         window = checked(path, "sliding_window", config["sliding_window"], Rule(int, 1))
     return Attention(
-        recipe.heads, kv_heads, size, size, Rope(size, **rope), Scores(scale=size**0.5, window=window),
-        HeadNorms("before_rope", recipe.norm_eps), value_norm=True,
+        facts.heads, kv_heads, size, size, Rope(size, **rope), Scores(scale=size**0.5, window=window),
+        facts.head_norms(), value_norm=True,
         values_from_keys=type_ == FULL and config["attention_k_eq_v"])
 
 
@@ -301,8 +305,8 @@ GGUF_KEYS = {
     "rope.dimension_count_swa": Rule(int), "rope.freq_base_swa": Rule(float, 2, 10**15),
     "embedding_length_per_layer_input": KEYS["hidden_size_per_layer_input"]}
 ROW = Family(
-    "Gemma 4", CONFIG, {}, TENSORS, keys=KEYS, repack=repack,
-    aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete, layers=layers_of, input=input_of,
+    "Gemma 4", CONFIG, gemma4, TENSORS, keys=KEYS, repack=repack,
+    aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete,
     own_attentions=True, gguf=Gguf(
         "gemma4", names=GGUF_TENSORS, keys=GGUF_KEYS, layers=gguf_layers, repack=experts_apart,
         unsaid=lambda config: {"vocab_size_per_layer_input": config["vocab_size"]}))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mamba2
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, in_two, layers_of_kinds, of_mixer)
-from chatlm.worker.weights.rules import MOST_HEADS, Rule, check_divides
+from chatlm.worker.weights.rules import LAYER_TYPES, MOST_HEADS, Rule, check_divides
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 CONFIG = {"attention_bias": False} | dict.fromkeys(MULTIPLIERS, 1.0)
@@ -44,27 +49,36 @@ FUSED = [  # with experts, and without
     for theirs, parts in (("input", ("gate", "up")), ("output", ("down",)))]
 
 
-def mamba2_of(path: Path, config: Mapping) -> Mamba2:
+def mamba2_of(facts: Facts) -> Mamba2:
+    config = facts.config
     if config["time_step_limit"] not in NO_LIMITS:
-        raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
+        raise ConfigError(f"{facts.path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
                           "[0.0, Infinity]")
     heads = config["mamba_n_heads"]
     groups = config["mamba_n_groups"]
-    check_divides(path, "mamba_n_heads", heads, groups, "mamba_n_groups")
+    check_divides(facts.path, "mamba_n_heads", heads, groups, "mamba_n_groups")
     head_size = config["mamba_d_head"] or config["mamba_expand"] * config["hidden_size"] // heads
     return Mamba2(config["mamba_d_conv"], heads, head_size, config["mamba_d_state"], groups,
-                  config["mamba_conv_bias"], config["mamba_proj_bias"])
+                  config["mamba_conv_bias"], config["mamba_proj_bias"], eps=facts.eps)
 
 
-def fields_of(path: Path, config: Mapping) -> dict:
-    """The multipliers of a recipe, and no rotation if the config asks for none."""
-    fields = {"embedding_scale": config["embedding_multiplier"],
-              "residual_scale": config["residual_multiplier"], "logit_scale": 1 / config["logits_scaling"]}
-    if config["attention_multiplier"]:
-        fields["q_scale"] = config["attention_multiplier"] * config["head_dim"]**0.5
+def granite(facts: Facts) -> Model:
+    """Llama's layers, some with Mamba-2 instead of attention, and with multipliers of embeddings, of what
+    blocks add, of scores and of logits. Heads may not turn."""
+    config = facts.config
     if config.get("position_embedding_type", "rope") != "rope":
-        fields["rope_size"] = 0
-    return fields
+        facts = replace(facts, rope=replace(facts.rope, size=0))
+    factor = config["attention_multiplier"]
+    q_scale = factor * facts.head_size**0.5 if factor else 1.0
+    residual = config["residual_multiplier"]
+    norm = RmsNorm(facts.eps / residual**2)  # it reads x divided by the multiplier
+    layers = []
+    for number, kind in enumerate(facts.kinds):
+        attends = kind in LAYER_TYPES
+        mixer = facts.attention(number, scale=q_scale) if attends else mamba2_of(facts)
+        layers.append(Layer(mixer, facts.feed(number), norm, norm))
+    first = Input(config["embedding_multiplier"], residual)
+    return facts.decoder(layers, norm, first, 1 / config["logits_scaling"], residual)
 
 
 def repack(state: Mapping) -> dict:
@@ -109,20 +123,20 @@ def gguf_hybrid(header: Header) -> tuple[dict, dict]:
 
 
 FAMILIES = {
-    "granite": Family("Granite 3", CONFIG | {"mlp_bias": False}, keys=KEYS, fields_of=fields_of,
+    "granite": Family("Granite 3", CONFIG | {"mlp_bias": False}, granite, keys=KEYS,
                       gguf=Gguf("granite", permuted=True, ignored=IGNORED, layers=gguf_dense), fused=FUSED),
     "granitemoe": Family(
-        "Granite 3 MoE", CONFIG_EXPERTS, {}, TENSORS, keys=KEYS, fields_of=fields_of, repack=repack),
+        "Granite 3 MoE", CONFIG_EXPERTS, granite, TENSORS, keys=KEYS, repack=repack),
     "granitemoeshared": Family(
-        "", CONFIG_EXPERTS | {"shared_intermediate_size": 0}, {}, TENSORS, keys=KEYS, fields_of=fields_of,
+        "", CONFIG_EXPERTS | {"shared_intermediate_size": 0}, granite, TENSORS, keys=KEYS,
         repack=repack, fused=FUSED,
         gguf=Gguf("granitemoe", permuted=True, ignored=IGNORED, layers=gguf_multipliers)),
     "granitemoehybrid": Family(
         "Granite 4", CONFIG_EXPERTS | MAMBA | {
             "shared_intermediate_size": 1024, "layer_types": None, "position_embedding_type": None,
             "normalization_function": "rmsnorm"},
-        {}, TENSORS | MAMBA_TENSORS, lambda config, layer: False, keys=MAMBA_KEYS, fields_of=fields_of,
+        granite, TENSORS | MAMBA_TENSORS, lambda config, layer: False, keys=MAMBA_KEYS,
         repack=repack, fused=FUSED, needed=("layer_types",),
-        mixers={"mamba": mamba2_of, "linear_attention": mamba2_of},  # as transformers calls it now
+        kinds=("mamba", "linear_attention"),  # as transformers calls it now
         gguf=Gguf("granitehybrid", permuted=True, ignored=IGNORED, layers=gguf_hybrid,
                   names={"dt_bias": ("blk.{}.ssm_dt.bias",)}))}

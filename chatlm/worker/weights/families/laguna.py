@@ -8,12 +8,13 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.model.blocks.attention import Attention, HeadGates
+from chatlm.worker.model.blocks.attention import HeadGates
 from chatlm.worker.model.blocks.layer import Layer
-from chatlm.worker.weights.families.family import EXPERTS, HEAD_NORMS, Family, Gguf, Header, expert_tensors
-from chatlm.worker.weights.families.mixtures import CHOICE_BIAS, GGUF_KEYS, SIGMOIDS
-from chatlm.worker.weights.model_of import attention_of, layer_of
-from chatlm.worker.weights.recipe import ModelSpec
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
+from chatlm.worker.weights.families.family import EXPERTS, Family, Gguf, Header, expert_tensors
+from chatlm.worker.weights.families.mixtures import CHOICE_BIAS, GGUF_KEYS
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, SHARE_SCALE, Rule, check_divides, checked)
 
@@ -47,14 +48,27 @@ def gates_of(path: Path, config: Mapping) -> HeadGates:
     return HeadGates("softplus", of_numbers=gating in PER_NUMBER)
 
 
-def fields_of(path: Path, config: Mapping) -> dict:
+def laguna(facts: Facts) -> Model:
+    """What heads give has gates. Layers with a window have other numbers of heads, which turn otherwise."""
+    path = facts.path
+    config = facts.config
     cap = config["moe_router_logit_softcapping"]
     if cap:
         raise ConfigError(f"{path}: moe_router_logit_softcapping is {shown(cap)}; it must be 0, because this "
                           "server cannot bound a router's logits yet")
     if config["moe_apply_router_weight_on_input"]:
         raise ConfigError(f"{path}: moe_apply_router_weight_on_input is true; it must be false")
-    return {"share_scale": config["routed_scaling_factor"], "head_gates": gates_of(path, config)}
+    gates = gates_of(path, config)
+    size = turned_in_windows(path, config)
+    norm = RmsNorm(facts.eps)
+    layers = []
+    for number, heads in enumerate(heads_of(path, config)):
+        attention = replace(facts.attention(number, facts.head_norms()), heads=heads, gates=gates)
+        if attention.window:
+            attention = replace(attention, rope=Rope(size, attention.rope.base))
+        feed = facts.feed(number, kind="sigmoid", choice_bias=True, scale=config["routed_scaling_factor"])
+        layers.append(Layer(attention, feed, norm, norm))
+    return facts.decoder(layers, norm)
 
 
 def heads_of(path: Path, config: Mapping) -> list[int]:
@@ -76,17 +90,6 @@ def turned_in_windows(path: Path, config: Mapping) -> int:
     size = int(config["head_dim"] * part)
     check_divides(path, f"the number of rotated dimensions of {LOCAL}", size, 2)
     return size
-
-
-def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    size = turned_in_windows(path, config)
-    layers = []
-    for number, heads in enumerate(heads_of(path, config)):
-        attention: Attention = replace(attention_of(recipe, number), heads=heads)
-        if attention.window:
-            attention = replace(attention, rope=Rope(size, attention.rope.base))
-        layers.append(replace(layer_of(recipe, number), mixer=attention))
-    return tuple(layers)
 
 
 def gguf_layers(header: Header) -> tuple[dict, dict]:
@@ -121,7 +124,7 @@ FAMILIES = {"laguna": Family(
         "gating_types": None, "num_attention_heads_per_layer": None, "sliding_window": 512,
         "layer_types": None, "partial_rotary_factor": None, "rope_theta": 500_000.0,
         "rope_local_base_freq": 10_000.0},
-    SIGMOIDS | HEAD_NORMS,
+    laguna,
     expert_tensors("experts.{}", "gate") | {
         "head_gates": ("model.layers.{}.self_attn.g_proj.weight",),
         "choice_bias": ("model.layers.{}.mlp.experts.e_score_correction_bias",)},
@@ -129,7 +132,7 @@ FAMILIES = {"laguna": Family(
     keys={"moe_routed_scaling_factor": SHARE_SCALE, "routed_scaling_factor": SHARE_SCALE,
           "moe_router_logit_softcapping": Rule(float, 0, 10**6)},
     aliases={"moe_routed_scaling_factor": "routed_scaling_factor"},
-    restated=of_layer_kinds, fields_of=fields_of, layers=layers_of,
+    restated=of_layer_kinds,
     gguf=Gguf("laguna", names=CHOICE_BIAS | {"head_gates": ("blk.{}.attn_gate.weight",)}, layers=gguf_layers,
               keys={**GGUF_KEYS, "rope.dimension_count_swa": Rule(int, 2, MOST_CHANNELS),
                     "leading_dense_block_count": Rule(int, 0, MOST_LAYERS),

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy
 
 from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mla import Mla
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families import minicpm, mixtures
 from chatlm.worker.weights.families.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, separate_experts, without_draft_heads)
 from chatlm.worker.weights.families.mixtures import (
     CHOICE_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED, shared_tensors, shared_width)
-from chatlm.worker.weights.model_of import feed_of, stream_eps
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, check_divides, checked, router_groups
-
-if TYPE_CHECKING:
-    from chatlm.worker.weights.recipe import ModelSpec
 
 # Of the norms of latents and of what makes queries, whatever rms_norm_eps says: as in transformers and in
 # DeepSeek's own code. llama.cpp and vLLM use rms_norm_eps
@@ -78,32 +77,50 @@ def stretched(config: Mapping) -> float:
     return 0.1 * scale * math.log(max(factor, 1)) + 1
 
 
-def dense_fields(path: Path, config: Mapping) -> dict:
-    """The fields of a recipe that describe attention."""
-    return {"q_scale": stretched(config)**2, "qkv_bias": False, "output_bias": config["attention_bias"]}
+def deepseek(facts: Facts, **more: Any) -> Model:
+    """Latent attention, and experts in most layers. `more`: other settings of their router."""
+    routing = routing_of(facts) | more if facts.experts else {}
+    norm = RmsNorm(facts.eps)
+    attention = attention_of(facts)
+    layers = [Layer(attention, facts.feed(number, **routing), norm, norm) for number in facts.layers]
+    return facts.decoder(layers, norm)
 
 
-def mixture_fields(path: Path, config: Mapping) -> dict:
-    """The fields of a recipe that describe attention and the router.
-
-    A router of softmaxes is V2's. It never divides shares by their sum, as in transformers, whatever
-    norm_topk_prob says, and a group counts by its best expert."""
-    fields = dense_fields(path, config)
-    if not config["num_experts"]:
-        return fields
-    fields["share_scale"] = config["routed_scaling_factor"]
-    if config["scoring_func"] == "sigmoid":
-        fields |= {"sigmoid_router": True, "choice_bias": True}
-    else:
-        fields |= {"shares_sum_to_one": False, "group_best": 1}
-    if config["topk_method"] != "greedy":
-        fields["router_groups"] = router_groups(path, config)
-    return fields
-
-
-def mistral4_fields(path: Path, config: Mapping) -> dict:
+def mistral4(facts: Facts) -> Model:
     """Its softmaxes are divided by their sum, and a group counts by its two best experts."""
-    return mixture_fields(path, config) | {"shares_sum_to_one": config["norm_topk_prob"], "group_best": 2}
+    return deepseek(facts, sum_to_one=facts.config["norm_topk_prob"], group_best=2)
+
+
+def minicpm3(facts: Facts) -> Model:
+    """Latent attention with MiniCPM's factors."""
+    _, residual, _ = factors = minicpm.factors_of(facts)
+    norm = RmsNorm(facts.eps / residual**2)  # it reads x divided by the factor
+    attention = replace(attention_of(facts), adjacent=False)
+    layers = [Layer(attention, facts.feed(number), norm, norm) for number in facts.layers]
+    return minicpm.with_factors(facts, factors, layers, norm)
+
+
+def attention_of(facts: Facts) -> Mla:
+    config = facts.config
+    return Mla(
+        facts.heads, config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"],
+        config["v_head_dim"], RmsNorm(INNER_EPS), facts.rope, config["q_lora_rank"] or 0,
+        Scores(stretched(config)**2, facts.growth), adjacent=config.get("rope_interleave", True),
+        biased=config["attention_bias"])
+
+
+def routing_of(facts: Facts) -> dict[str, Any]:
+    """A router of softmaxes is V2's. It never divides shares by their sum, as in transformers, whatever
+    norm_topk_prob says, and a group counts by its best expert."""
+    config = facts.config
+    found: dict[str, Any] = {"scale": config["routed_scaling_factor"]}
+    if config["scoring_func"] == "sigmoid":
+        found |= {"kind": "sigmoid", "choice_bias": True}
+    else:
+        found |= {"sum_to_one": False, "group_best": 1}
+    if config["topk_method"] != "greedy":
+        found["groups"] = router_groups(facts.path, config)
+    return found
 
 
 def rope_of_mistral4(path: Path, name: str, config: Mapping, rope: dict) -> dict:
@@ -112,26 +129,6 @@ def rope_of_mistral4(path: Path, name: str, config: Mapping, rope: dict) -> dict
     part = rope.get("partial_rotary_factor", turned)
     checked(path, f"{name}.partial_rotary_factor", part, Rule(float, turned - 1e-6, turned + 1e-6))
     return {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-
-
-def minicpm3_fields(path: Path, config: Mapping) -> dict:
-    """The factors of embeddings, of what blocks add, and of logits."""
-    return dense_fields(path, config) | minicpm.factors_of(path, config)
-
-
-def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    """Latent attention in each layer, and experts or a dense feed-forward part."""
-    norm = RmsNorm(stream_eps(recipe))
-    attention = Mla(
-        recipe.heads, config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"],
-        config["v_head_dim"], RmsNorm(INNER_EPS), recipe.rope(0), config["q_lora_rank"] or 0,
-        Scores(recipe.q_scale, recipe.q_growth), adjacent=config.get("rope_interleave", True),
-        biased=config["attention_bias"])
-    return tuple(Layer(attention, feed_of(recipe, number), norm, norm) for number in range(recipe.layers))
-
-
-def half_split_layers(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    return layers_of(path, {**config, "rope_interleave": False}, recipe)
 
 
 def of_layer_types(path: Path, raw: Mapping) -> Mapping:
@@ -257,9 +254,9 @@ V3 = Family(
     "DeepSeek-V3 and R1", ATTENTION | MIXTURE | {
         "vocab_size": 129_280, "n_routed_experts": 256, "moe_intermediate_size": 2048, "n_group": 8,
         "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "num_dense_layers": 3},
-    {}, MIXTURE_TENSORS, has_window=lambda config, layer: False,
+    deepseek, MIXTURE_TENSORS, has_window=lambda config, layer: False,
     keys=V3_KEYS, aliases={"n_routed_experts": "num_experts", "first_k_dense_replace": "num_dense_layers"},
-    complete=completed, fields_of=mixture_fields, layers=layers_of, repack=repack,
+    complete=completed, repack=repack,
     gguf=Gguf("deepseek2", names=GGUF_TENSORS, names_in=gguf_names, layers=gguf_mixture, repack=repack_gguf,
               keys=GGUF_KEYS, log_unit=LOG_UNIT))
 V2 = V3._replace(
@@ -287,7 +284,7 @@ MISTRAL4 = V3._replace(
         "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         "first_k_dense_replace": 0, "num_dense_layers": 0, "scoring_func": "softmax",
         "rope_parameters": MISTRAL4_ROPE},
-    keys=V3_KEYS | {"scoring_func": Rule(str, choices=("softmax",))}, fields_of=mistral4_fields,
+    keys=V3_KEYS | {"scoring_func": Rule(str, choices=("softmax",))}, model=mistral4,
     rope_of=rope_of_mistral4, queries_grow=True,
     gguf=V3.gguf._replace(architectures="mistral4", layers=gguf_mistral4))
 MINICPM3 = Family(
@@ -295,15 +292,14 @@ MINICPM3 = Family(
         "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
         "v_head_dim": None, **minicpm.UNSAID, "mlp_bias": False, "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5},
-    {}, TENSORS, has_window=lambda config, layer: False,
+    minicpm3, TENSORS, has_window=lambda config, layer: False,
     keys=ATTENTION_KEYS | {
         "v_head_dim": SIZE._replace(optional=True), **minicpm.KEYS},
-    complete=completed, fields_of=minicpm3_fields, layers=half_split_layers,
+    complete=completed,
     gguf=Gguf("minicpm3", names=GGUF_TENSORS, names_in=gguf_names, layers=gguf_latent, keys=GGUF_KEYS))
 YOUTU = Family(
-    "Youtu-LLM", ATTENTION | {"tie_word_embeddings": True, "embedding_initializer_range": None}, {}, TENSORS,
-    has_window=lambda config, layer: False, keys=ATTENTION_KEYS, complete=completed, fields_of=dense_fields,
-    layers=layers_of)
+    "Youtu-LLM", ATTENTION | {"tie_word_embeddings": True, "embedding_initializer_range": None}, deepseek,
+    TENSORS, has_window=lambda config, layer: False, keys=ATTENTION_KEYS, complete=completed)
 FAMILIES = {
     "deepseek_v3": V3,
     "deepseek_v2": V2,

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import contiguous, kind_of
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
-    ACTIVATIONS, EXPERTS, Family, Gguf, Header, as_vectors, both, expert_tensors, without_draft_heads)
+    ACTIVATIONS, EXPERTS, Family, Gguf, Header, as_vectors, both, expert_tensors, usual_biases,
+    without_draft_heads)
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule,
     checked)
 
 if TYPE_CHECKING:
     import numpy
-    from chatlm.worker.model.blocks.model import Model
 
-NORMS = {"layer_norms": True, "norm_biases": True}
-BIASES = {"qkv_bias": True, "output_bias": True, "ffn_bias": True}
+ALL_BIASES = ("qkv", "output", "ffn", "norm")
 EPSILON = Rule(float, 0, 1)
 
 
@@ -79,8 +84,16 @@ def complete_gpt2(path: Path, config: Mapping) -> dict:
     return {"intermediate_size": config["intermediate_size"] or 4 * config["hidden_size"]}
 
 
-def fields_of_gpt2(path: Path, config: Mapping) -> dict:
-    return {"rope_size": 0, "positions": config["max_position_embeddings"]}
+def gpt2(facts: Facts) -> Model:
+    """Heads do not turn: a table of positions is added to embeddings."""
+    facts = replace(facts, rope=replace(facts.rope, size=0))
+    norm = norm_of(facts)
+    layers = [Layer(facts.attention(number), facts.feed(number), norm, norm) for number in facts.layers]
+    return facts.decoder(layers, norm, Input(positions=facts.config["max_position_embeddings"]))
+
+
+def norm_of(facts: Facts) -> LayerNorm:
+    return LayerNorm(facts.eps, "norm" in facts.biases)
 
 
 NEOX_TENSORS = both({
@@ -100,13 +113,27 @@ def neox_rows(model: Model, name: str, rows: numpy.ndarray) -> numpy.ndarray:
     return by_head.swapaxes(0, 1).reshape(rows.shape)
 
 
-def fields_of_neox(path: Path, config: Mapping) -> dict:
-    return {"parallel": config["use_parallel_residual"], "qkv_bias": config["attention_bias"],
-            "output_bias": config["attention_bias"]}
+def gpt_neox(facts: Facts) -> Model:
+    """x = x + attention(norm x) + feed-forward(norm x), or one after the other."""
+    norm = norm_of(facts)
+    reads = "input" if facts.config["use_parallel_residual"] else "sum"
+    layers = [Layer(facts.attention(number), facts.feed(number), norm, norm, feed_reads=reads)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
 
 
-def fields_of_starcoder2(path: Path, config: Mapping) -> dict:
-    return dict.fromkeys(BIASES, config["use_bias"])
+def biases_of_neox(config: Mapping) -> set[str]:
+    return {"norm", "ffn", *usual_biases(config)}
+
+
+def starcoder2(facts: Facts) -> Model:
+    norm = norm_of(facts)
+    layers = [Layer(facts.attention(number), facts.feed(number), norm, norm) for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def biases_of_starcoder2(config: Mapping) -> Seq[str]:
+    return ALL_BIASES if config["use_bias"] else ("norm",)
 
 
 STARCODER2_TENSORS = both({
@@ -116,10 +143,15 @@ STARCODER2_TENSORS = both({
 HEAD_WEIGHTS = ("q_norm.weight", "k_norm.weight")  # which files have in a row for each head
 
 
-def cohere_fields(path: Path, config: Mapping) -> dict:
-    """The larger models have LayerNorms of heads, each with its own weights."""
-    norms = {"qk_norm": "centred", "qk_norm_weights": True} if config.get("use_qk_norm") else {}
-    return {"logit_scale": config["logit_scale"]} | norms
+def cohere(facts: Facts) -> Model:
+    """h = norm x;  x = x + attention h + feed-forward h.
+
+    The larger models have LayerNorms of heads, each with its own weights."""
+    norm = norm_of(facts)
+    norms = facts.head_norms("centred") if facts.config.get("use_qk_norm") else None
+    layers = [Layer(facts.attention(number, norms), facts.feed(number), norm, feed_reads="mixer's")
+              for number in facts.layers]
+    return facts.decoder(layers, norm, logit_scale=facts.config["logit_scale"])
 
 
 def gguf_cohere(header: Header) -> tuple[dict, dict]:
@@ -134,10 +166,10 @@ def with_head_weights(state: Mapping[str, Any]) -> dict[str, Any]:
 COHERE = Family(
     "Cohere", {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "attention_bias": False,
                "tie_word_embeddings": True, "use_qk_norm": False},
-    {"layer_norms": True, "parallel": True, "one_norm": True}, keys={
+    cohere, keys={
         "layer_norm_eps": EPSILON, "logit_scale": Rule(float, 1e-4, 10**6)},
     aliases={"layer_norm_eps": "rms_norm_eps"}, interleaved=True,
-    fields_of=cohere_fields, repack=with_head_weights,
+    repack=with_head_weights,
     gguf=gguf("command-r", gguf_cohere, repack=with_head_weights))
 COHERE2 = COHERE._replace(
     title="Cohere 2", repack=dict, config={
@@ -193,10 +225,26 @@ def north_unrotated(config: Mapping, windows: Seq[int]) -> set[int]:
     return {layer for layer, window in enumerate(windows) if not window and layer not in turned}
 
 
-def north_fields(path: Path, config: Mapping) -> dict:
-    is_sigmoid = config["expert_selection_fn"] == "sigmoid"
-    return {"logit_scale": config["logit_scale"], "layer_norms": not config["rms_norms"],
-            "sigmoid_router": is_sigmoid, "shares_sum_to_one": config["norm_topk_prob"] or not is_sigmoid}
+def north(facts: Facts) -> Model:
+    """Cohere's layers, most of them with experts. Shares of softmaxes always sum to one."""
+    config = facts.config
+    norm = RmsNorm(facts.eps) if config["rms_norms"] else norm_of(facts)
+    kind = config["expert_selection_fn"]
+    sum_to_one = config["norm_topk_prob"] or kind == "softmax"
+    layers = []
+    for number in facts.layers:
+        feed = facts.feed(number, kind=kind, sum_to_one=sum_to_one)
+        layers.append(Layer(facts.attention(number), feed, norm, feed_reads="mixer's"))
+    return facts.decoder(layers, norm, logit_scale=config["logit_scale"])
+
+
+def olmo(facts: Facts) -> Model:
+    """LayerNorms without weights, and bounds of q, k and v."""
+    norm = LayerNorm(facts.eps, weights=False)
+    clip = facts.config["clip_qkv"] or 0.0
+    layers = [Layer(replace(facts.attention(number), clip=clip), facts.feed(number), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
 
 
 def gguf_north(header: Header) -> tuple[dict, dict]:
@@ -225,26 +273,26 @@ NORTH = COHERE2._replace(
         "prefix_dense_sliding_window_pattern": Rule(int, 1, MOST_LAYERS),
         "num_dense_layers": Rule(int, 0, MOST_LAYERS),
         "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
-    tensors=expert_tensors("experts.{}", "gate"), restated=north_layers, fields_of=north_fields,
+    model=north, tensors=expert_tensors("experts.{}", "gate"), restated=north_layers,
     unrotated=north_unrotated, repack=without_draft_heads, gguf=Gguf(
         "cohere2moe", layers=gguf_north, repack=without_draft_heads, keys={
             "attention.layer_norm_epsilon": EPSILON, "expert_gating_func": Rule(int, 1, 2),
             "expert_weights_norm": Rule(bool), "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))
 FAMILIES = {
     "gpt2": Family(
-        "GPT-2", GPT2, NORMS | BIASES, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
-        complete=complete_gpt2, fields_of=fields_of_gpt2, ordered=contiguous_rows,
+        "GPT-2", GPT2, gpt2, GPT2_TENSORS, keys=GPT2_KEYS, repack=repack_gpt2, aliases=GPT2_SIZES,
+        complete=complete_gpt2, biases=lambda config: ALL_BIASES, ordered=contiguous_rows,
         activations=ACTIVATIONS, gguf=gguf("gpt2")),
     "gpt_neox": Family(
         "GPT-NeoX and Pythia", {
             "hidden_act": "gelu", "rotary_pct": 0.25, "partial_rotary_factor": 0.25,
             "rotary_emb_base": 10_000.0, "layer_norm_eps": 1e-5, "use_parallel_residual": True,
             "attention_bias": True},
-        NORMS | {"ffn_bias": True}, NEOX_TENSORS, keys={
+        gpt_neox, NEOX_TENSORS, keys={
             "rotary_pct": Rule(float, 0.01, 1), "rotary_emb_base": ROPE_BASE, "layer_norm_eps": EPSILON},
         aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta",
                  "layer_norm_eps": "rms_norm_eps"},
-        fields_of=fields_of_neox, ordered=neox_rows, activations=ACTIVATIONS,
+        biases=biases_of_neox, ordered=neox_rows, activations=ACTIVATIONS,
         gguf=gguf("gptneox", gguf_neox)),
     "starcoder2": Family(
         "StarCoder2", {
@@ -253,18 +301,18 @@ FAMILIES = {
             "tie_word_embeddings": True, "num_key_value_heads": 2, "mlp_type": "default",
             "norm_type": "layer_norm"} | dict.fromkeys("""activation_function layer_norm_epsilon
                 residual_dropout scale_attention_softmax_in_fp32""".split()),
-        NORMS, STARCODER2_TENSORS, keys={
+        starcoder2, STARCODER2_TENSORS, keys={
             "norm_epsilon": EPSILON, "norm_type": Rule(str, choices=("layer_norm",)),
             "mlp_type": Rule(str, choices=("default",)),  # and what it has twice, but does not read
             "activation_function": Rule(str, optional=True),
             "layer_norm_epsilon": EPSILON._replace(optional=True)},
-        aliases={"norm_epsilon": "rms_norm_eps"}, fields_of=fields_of_starcoder2, activations=ACTIVATIONS,
+        aliases={"norm_epsilon": "rms_norm_eps"}, biases=biases_of_starcoder2, activations=ACTIVATIONS,
         gguf=gguf("starcoder2", unsaid=lambda config: {"sliding_window": config["sliding_window"] or 4096})),
     "cohere": COHERE,
     "cohere2": COHERE2,
     "cohere2_moe": NORTH,
     "olmo": Family(
         "OLMo", {"attention_bias": False, "clip_qkv": None, "rms_norm_eps": 1e-5},  # configs do not state it
-        {"layer_norms": True, "norm_weights": False}, keys={
+        olmo, keys={
             "clip_qkv": Rule(float, 1e-4, 10**6, optional=True), "rms_norm_eps": Rule(float, 1e-5, 1e-5)},
-        fields_of=lambda path, config: {"clip": config["clip_qkv"] or 0.0}, gguf=gguf("olmo", permuted=True))}
+        gguf=gguf("olmo", permuted=True))}

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import ShortConv
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
-    EXPERTS, HEAD_NORMS, Family, Gguf, Header, layers_of_kinds, of_mixer)
+    EXPERTS, Family, Gguf, Header, layers_of_kinds, of_mixer)
 from chatlm.worker.weights.rules import LAYER_TYPES, MOST_CHANNELS, MOST_LAYERS, SHARE_SCALE, Rule
 
 CONFIG = {
@@ -51,7 +55,22 @@ NAMES = {"final_norm": ("token_embd_norm.weight",)} | {
 EXPERT_NAMES = NAMES | {
     "choice_bias": ("blk.{}.exp_probs_b.bias",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
     "expert_gate_up": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight")}
-MIXERS = {"conv": lambda path, config: ShortConv(config["conv_L_cache"], config["conv_bias"])}
+
+
+def lfm2(facts: Facts) -> Model:
+    """Layers with a short convolution, and some with attention whose heads have norms."""
+    config = facts.config
+    norm = RmsNorm(facts.eps)
+    conv = ShortConv(config["conv_L_cache"], config["conv_bias"], facts.width)
+    routing = {}
+    if facts.experts:
+        routing = {"kind": "sigmoid", "choice_bias": config["use_expert_bias"],
+                   "scale": config["routed_scaling_factor"]}
+    layers = []
+    for number, kind in enumerate(facts.kinds):
+        mixer = facts.attention(number, facts.head_norms()) if kind in LAYER_TYPES else conv
+        layers.append(Layer(mixer, facts.feed(number, **routing), norm, norm))
+    return facts.decoder(layers, norm)
 
 
 def complete(path: Path, config: Mapping) -> dict:
@@ -64,10 +83,6 @@ def complete(path: Path, config: Mapping) -> dict:
     if config["block_auto_adjust_ff_dim"]:
         width = -(-int(config["block_ffn_dim_multiplier"] * int(2 * width / 3)) // multiple) * multiple
     return {"layer_types": types, "intermediate_size": width}
-
-
-def router_fields(path: Path, config: Mapping) -> dict:
-    return {"choice_bias": config["use_expert_bias"], "share_scale": config["routed_scaling_factor"]}
 
 
 def repack(state: Mapping) -> dict:
@@ -88,14 +103,13 @@ def gguf_layers_of_experts(header: Header) -> tuple[dict, dict]:
 ALIASES = {"norm_eps": "rms_norm_eps", "tie_embedding": "tie_word_embeddings"}
 FAMILIES = {
     "lfm2": Family(
-        "LFM2", CONFIG, HEAD_NORMS, TENSORS, lambda config, layer: False,
+        "LFM2", CONFIG, lfm2, TENSORS, lambda config, layer: False,
         Gguf("lfm2", names=NAMES, layers=gguf_layers), DENSE_KEYS, repack=repack,
-        mixers=MIXERS, aliases=ALIASES | {"block_ff_dim": "intermediate_size"},
+        kinds=("conv",), aliases=ALIASES | {"block_ff_dim": "intermediate_size"},
         complete=complete),
     "lfm2_moe": Family(
-        "LFM2-MoE", CONFIG_EXPERTS, HEAD_NORMS | {"sigmoid_router": True}, TENSORS | EXPERT_TENSORS,
+        "LFM2-MoE", CONFIG_EXPERTS, lfm2, TENSORS | EXPERT_TENSORS,
         lambda config, layer: False,
         Gguf("lfm2moe", names=EXPERT_NAMES, layers=gguf_layers_of_experts,
              keys={"expert_gating_func": Rule(int, 2, 2), "expert_weights_norm": Rule(bool)}),
-        EXPERT_KEYS, repack=repack, mixers=MIXERS, needed=("layer_types",), aliases=ALIASES,
-        fields_of=router_fields)}
+        EXPERT_KEYS, repack=repack, kinds=("conv",), needed=("layer_types",), aliases=ALIASES)}

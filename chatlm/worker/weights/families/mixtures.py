@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.worker.model.blocks.attention import HeadNorms
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
-    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, Family, Gguf, Header, as_vectors, expert_tensors, separate_experts,
+    AFTER_ATTENTION, EXPERTS, Family, Gguf, Header, as_vectors, expert_tensors, separate_experts,
     without_draft_heads)
+from chatlm.worker.weights.families.plain import biases_of_glm4
 from chatlm.worker.weights.rules import (
     JITTER, MOST_CHANNELS, MOST_EXPERTS, MOST_LAYERS, SHARE_SCALE, Rule, checked, router_groups)
 
-SIGMOIDS = {"sigmoid_router": True, "choice_bias": True}
 GROUPS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 DENSE_FIRST = {"first_k_dense_replace": 1, "num_dense_layers": 1}
 SHARED = {"n_shared_experts": 1, "num_shared_experts": 1, "shared_expert_intermediate_size": 0,
@@ -41,8 +46,18 @@ def shared_tensors(module: str) -> dict[str, tuple[str, ...]]:
             "shared_down": (f"{name}.down_proj.weight",)}
 
 
-def sigmoid_fields(path: Path, config: Mapping) -> dict:
-    return {"router_groups": router_groups(path, config), "share_scale": config["routed_scaling_factor"]}
+def mixture(facts: Facts, norms: HeadNorms | None, **routing: Any) -> Model:
+    """Llama's layers, most of them with experts. `norms`: of heads; `routing`: of the Router."""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number, norms), facts.feed(number, **routing), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def sigmoids(facts: Facts) -> dict[str, Any]:
+    """A router of sigmoids, which chooses among some groups of experts, and with a bias."""
+    return {"kind": "sigmoid", "choice_bias": True, "groups": router_groups(facts.path, facts.config),
+            "scale": facts.config["routed_scaling_factor"]}
 
 
 def shared_width(config: Mapping, count: str) -> dict:
@@ -82,8 +97,9 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
         "use_qk_norm": header.has("attn_q_norm.weight")}
 
 
-def glm_fields(path: Path, config: Mapping) -> dict:
-    return sigmoid_fields(path, config) | (HEAD_NORMS if config["use_qk_norm"] else {})
+def glm4_moe(facts: Facts) -> Model:
+    norms = facts.head_norms() if facts.config["use_qk_norm"] else None
+    return mixture(facts, norms, **sigmoids(facts))
 
 
 GLM4_MOE = Family(
@@ -91,21 +107,25 @@ GLM4_MOE = Family(
         "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
         "attention_bias": False, "use_qk_norm": False, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5,
         "num_key_value_heads": 8},
-    SIGMOIDS | {"output_bias": False},
+    glm4_moe,
     expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
         "choice_bias": ("model.layers.{}.mlp.gate.e_score_correction_bias",)},
-    keys=KEYS, repack=without_draft_heads, fields_of=glm_fields,
+    keys=KEYS, repack=without_draft_heads, biases=biases_of_glm4,
     aliases={"n_routed_experts": "num_experts", "first_k_dense_replace": "num_dense_layers"},
     complete=lambda path, config: shared_width(config, "n_shared_experts"),
     gguf=Gguf("glm4moe", names=AFTER_ATTENTION | CHOICE_BIAS, layers=gguf_layers, repack=without_draft_heads,
               keys=GGUF_KEYS))
 
 
-def ling_fields(path: Path, config: Mapping) -> dict:
-    if not config["use_qk_norm"]:
-        raise ConfigError(f"{path}: use_qk_norm is false; it must be true")
-    biases = {"qkv_bias": config["use_qkv_bias"], "output_bias": config["use_bias"]}
-    return sigmoid_fields(path, config) | biases | {"choice_bias": config["moe_router_enable_expert_bias"]}
+def ling2(facts: Facts) -> Model:
+    if not facts.config["use_qk_norm"]:
+        raise ConfigError(f"{facts.path}: use_qk_norm is false; it must be true")
+    routing = sigmoids(facts) | {"choice_bias": facts.config["moe_router_enable_expert_bias"]}
+    return mixture(facts, facts.head_norms(), **routing)
+
+
+def biases_of_ling(config: Mapping) -> list[str]:
+    return ["qkv"] * config["use_qkv_bias"] + ["output"] * config["use_bias"]
 
 
 LING2 = Family(
@@ -115,7 +135,7 @@ LING2 = Family(
         "partial_rotary_factor": 0.5, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True,
         "use_rmsnorm": True, "score_function": "sigmoid", "moe_router_enable_expert_bias": True,
         "router_dtype": None, "output_dropout": 0.0},
-    HEAD_NORMS | SIGMOIDS,
+    ling2,
     expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
         "embed": ("model.word_embeddings.weight",),
         "qkv": ("model.layers.{}.attention.query_key_value.weight",),
@@ -127,7 +147,7 @@ LING2 = Family(
         "choice_bias": ("model.layers.{}.mlp.gate.expert_bias",)},
     keys=KEYS | {"score_function": Rule(str, choices=("sigmoid",)),
                  "router_dtype": Rule(str, optional=True), "output_dropout": Rule(float, 0, 1)},
-    repack=without_draft_heads, fields_of=ling_fields,
+    repack=without_draft_heads, biases=biases_of_ling,
     aliases={"first_k_dense_replace": "num_dense_layers"},
     complete=lambda path, config: shared_width(config, "num_shared_experts"),
     gguf=Gguf("bailingmoe2", names=CHOICE_BIAS, layers=gguf_layers, repack=without_draft_heads,
@@ -141,10 +161,9 @@ def rope_of_minimax(path: Path, name: str, config: Mapping, rope: dict) -> dict:
     return rope | {"partial_rotary_factor": config["rotary_dim"] / config["head_dim"]}
 
 
-def minimax_fields(path: Path, config: Mapping) -> dict:
+def minimax(facts: Facts) -> Model:
     """Its norms of q and of k are over all heads."""
-    heads = config["num_attention_heads"], config["num_key_value_heads"]
-    return {"qk_norm_weights": True, "qk_norm_sizes": tuple(count * config["head_dim"] for count in heads)}
+    return mixture(facts, facts.whole_norms(), kind="sigmoid", choice_bias=True)
 
 
 MINIMAX_OTHER = dict.fromkeys("""attn_type_list layernorm_full_attention_beta layernorm_linear_attention_beta
@@ -155,7 +174,7 @@ MINIMAX = Family(
         "num_local_experts": 256, "num_experts_per_tok": 8, "num_key_value_heads": 8, "head_dim": 128,
         "rope_theta": 5e6, "rotary_dim": None, "scoring_func": "sigmoid", "use_routing_bias": True,
         "use_qk_norm": True, "use_mtp": False, "shared_intermediate_size": 0, "partial_rotary_factor": None},
-    SIGMOIDS, {
+    minimax, {
         "router": ("model.layers.{}.block_sparse_moe.gate.weight",),
         "choice_bias": ("model.layers.{}.block_sparse_moe.e_score_correction_bias",),
         "expert_gate_up": tuple(f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{part}.weight"
@@ -163,7 +182,7 @@ MINIMAX = Family(
         "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)},
     keys={"rotary_dim": Rule(int, 2, MOST_CHANNELS, optional=True),
           "scoring_func": Rule(str, choices=("sigmoid",)), "router_jitter_noise": JITTER},
-    fields_of=minimax_fields, rope_of=rope_of_minimax,
+    rope_of=rope_of_minimax,
     gguf=Gguf("minimax-m2", names=CHOICE_BIAS, keys=GGUF_KEYS, layers=gguf_layers))
 
 
@@ -194,6 +213,15 @@ HUNYUAN_EXPERTS = EXPERTS | {
 HUNYUAN_KEYS = {key: KEYS[key] for key in ("moe_topk", "num_shared_expert")} | {
     "moe_layer_num_skipped": Rule(int, 0, 0)}
 HUNYUAN_TENSORS = expert_tensors("experts.{}", "gate.wg") | shared_tensors("shared_mlp")
+
+
+def ernie_moe(facts: Facts) -> Model:
+    """A bias counts in the choice of experts, but not in their shares."""
+    return mixture(facts, None, choice_bias=True)
+
+
+def biases_of_ernie(config: Mapping) -> list[str]:
+    return ["qkv", "output"] if config["use_bias"] else []
 
 
 def ernie_layers(path: Path, config: Mapping) -> dict:
@@ -238,7 +266,7 @@ ERNIE_MOE = Family(
         "mlp_only_layers": None, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
         "tie_word_embeddings": True, "use_bias": False, "moe_gate": "topk", "moe_use_aux_free": True,
         "num_nextn_predict_layers": 0, "moe_capacity": None},  # the last of training
-    {"choice_bias": True},
+    ernie_moe,
     expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
         "choice_bias": ("model.layers.{}.mlp.moe_statics.e_score_correction_bias",)},
     keys={
@@ -249,8 +277,7 @@ ERNIE_MOE = Family(
         "moe_norm_min": Rule(float, 0, 1e-9), "moe_gate": Rule(str, choices=("topk",), optional=True),
         "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
     aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True,
-    complete=ernie_layers, repack=ernie_tensors, fields_of=lambda path, config: {
-        "qkv_bias": config["use_bias"], "output_bias": config["use_bias"], "ffn_bias": False},
+    complete=ernie_layers, repack=ernie_tensors, biases=biases_of_ernie,
     gguf=Gguf("ernie4_5-moe", names=CHOICE_BIAS, layers=gguf_ernie, repack=ernie_tensors, keys={
         "interleave_moe_layer_step": Rule(int, 0, MOST_LAYERS),
         "leading_dense_block_count": Rule(int, 0, MOST_LAYERS),

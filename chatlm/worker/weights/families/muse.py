@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.model.blocks.attention import HeadGates
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import Family, Gguf, Header
 from chatlm.worker.weights.rules import Rule, checked
 
@@ -36,9 +42,17 @@ def rotated(path: Path, config: Mapping) -> dict:
     return {"layer_rope_theta": bases}
 
 
-def fields_of(path: Path, config: Mapping) -> dict:
-    return {"logit_scale": config["logit_scale"], "q_scale": config["qk_scale_factor"],
-            "post_eps": config["post_norm_eps"]}
+def muse(facts: Facts) -> Model:
+    """Norms before and after each block, and of the embedding; gates of each number that heads give."""
+    config = facts.config
+    norm = RmsNorm(facts.eps)
+    after = RmsNorm(config["post_norm_eps"])
+    norms = facts.head_norms(weights=False)
+    layers = []
+    for number in facts.layers:
+        attention = replace(facts.attention(number, norms, config["qk_scale_factor"]), gates=HeadGates())
+        layers.append(Layer(attention, facts.feed(number), norm, norm, after, after))
+    return facts.decoder(layers, norm, Input(norm=RmsNorm(facts.eps, weights=False)), config["logit_scale"])
 
 
 def norms_of_heads(name: str) -> bool:
@@ -73,12 +87,11 @@ FAMILIES = {"muse_glimmer_text": Family(
         "attention_bias": False, "sliding_window": 2048, "layer_types": None, "final_logit_softcapping": 20.0,
         "qk_scale_factor": 3.87, "output_multiplier": 0.19611613513818404, "logit_scale": 0.19611613513818404,
         "post_norm_eps": 1e-8, "layer_rope_theta": None},
-    {"post_norms": True, "qk_norm": "before_rope", "embedding_norm": True, "head_gates": HeadGates()},
-    TENSORS, has_window, keys={
+    muse, TENSORS, has_window, keys={
         "qk_scale_factor": FACTOR, "output_multiplier": FACTOR, "logit_scale": FACTOR,
         "post_norm_eps": Rule(float, 0, 1)},
     one_more=True, plain_norms=("model.norm.weight",), aliases={"output_multiplier": "logit_scale"},
-    complete=rotated, fields_of=fields_of, unrotated=unrotated, gguf=Gguf(
+    complete=rotated, unrotated=unrotated, gguf=Gguf(
         "muse-glimmer", permuted=True, layers=gguf_layers,
         names={"head_gates": ("blk.{}.attn_gate.weight",)}, repack=lambda stored: {
             name: tensor for name, tensor in stored.items() if not norms_of_heads(name)}))}

@@ -5,26 +5,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.blocks.experts import Experts
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mamba2
+from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import EXPERTS, Family, Gguf, Header, of_mixer, separate_experts
 from chatlm.worker.weights.families.granite import NO_LIMITS
-from chatlm.worker.weights.model_of import mixer_of
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, SHARE_SCALE, Rule, check_divides,
     checked, router_groups)
 
 if TYPE_CHECKING:
     import numpy
-    from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.weights.recipe import ModelSpec
 
 # the names of a part -> Mamba, attention, or a dense or sparse feed-forward part
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "M": "mamba", "full_attention": LAYER_TYPES[0],
@@ -217,54 +218,55 @@ def in_adapters(model: Model, name: str) -> tuple[str]:
     return (f"model.layers.{part}.{'norm' if is_norm else 'mixer'}.{rest}",)
 
 
-def mamba2_of(path: Path, config: Mapping) -> Mamba2:
+def mamba2_of(facts: Facts) -> Mamba2:
+    config = facts.config
     if config["time_step_limit"] not in NO_LIMITS:
-        raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
+        raise ConfigError(f"{facts.path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
                           "[0.0, Infinity]")
-    check_divides(path, "mamba_num_heads", config["mamba_num_heads"], config["n_groups"], "n_groups")
+    check_divides(facts.path, "mamba_num_heads", config["mamba_num_heads"], config["n_groups"], "n_groups")
     return Mamba2(config["conv_kernel"], config["mamba_num_heads"], config["mamba_head_dim"],
-                  config["ssm_state_size"], config["n_groups"], config["use_conv_bias"], config["use_bias"])
+                  config["ssm_state_size"], config["n_groups"], config["use_conv_bias"], config["use_bias"],
+                  eps=facts.eps)
 
 
-def blocks_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
-    """A layer has a mixer, a feed-forward part or both, each after a norm."""
-    norm = RmsNorm(recipe.norm_eps)
-    experts = experts_of(path, config, recipe) if recipe.experts else None
-    width = recipe.dense_size if experts else recipe.ffn_size
-    dense = FeedForward(width, recipe.activation, recipe.ffn_bias)
+def nemotron(facts: Facts) -> Model:
+    """A layer has a mixer, a feed-forward part or both, each after a norm. Heads do not turn."""
+    facts = replace(facts, rope=replace(facts.rope, size=0))
+    norm = RmsNorm(facts.eps)
     layers = []
-    for number, type_ in enumerate(config["layer_types"]):
-        mixer = None if type_ == "none" else mixer_of(recipe, number)
-        feed: FeedForward | Experts | None = experts or dense
-        if number in recipe.dense_layers:
-            feed = dense
-        if number in config["bare_layers"]:
-            feed = None
+    for number, kind in enumerate(facts.kinds):
+        mixer = mixer_of(facts, number, kind)
+        feed = None if number in facts.config["bare_layers"] else feed_of(facts, number)
         layers.append(Layer(mixer, feed, attention_norm=norm if mixer else None,
                             ffn_norm=norm if feed else None))
-    return tuple(layers)
+    return facts.decoder(layers, norm)
 
 
-def experts_of(path: Path, config: Mapping, recipe: ModelSpec) -> Experts:
-    """Experts that a router of sigmoids chooses, beside one that all tokens take. They may read a product of
-    x, and add to x through another; the one beside them reads x itself."""
-    router = Router(recipe.experts_per_token, "sigmoid", recipe.shares_sum_to_one, choice_bias=True,
-                    groups=router_groups(path, config), scale=config["routed_scaling_factor"])
-    shared = None
-    if recipe.shared_size:
-        shared = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
-    return Experts(recipe.experts, recipe.ffn_size, router, recipe.activation, biased=recipe.ffn_bias,
-                   latent=config["moe_latent_size"] or 0, shared=shared)
+def mixer_of(facts: Facts, number: int, kind: str) -> Attention | Mamba2 | None:
+    if kind == "none":
+        return None
+    return mamba2_of(facts) if kind == "mamba" else facts.attention(number)
+
+
+def feed_of(facts: Facts, number: int) -> FeedForward | Experts:
+    """A dense part, or experts that a router of sigmoids chooses, beside one that all tokens take. They may
+    read a product of x, and add to x through another; the one beside them reads x itself."""
+    config = facts.config
+    routing = {}
+    if facts.experts:
+        routing = {"kind": "sigmoid", "choice_bias": True, "groups": router_groups(facts.path, config),
+                   "scale": config["routed_scaling_factor"]}
+    feed = facts.feed(number, **routing)
+    return replace(feed, latent=config["moe_latent_size"] or 0) if isinstance(feed, Experts) else feed
 
 
 FAMILIES = {"nemotron_h": Family(
-    "Nemotron-H and Nemotron 3", CONFIG, {}, TENSORS, lambda config, layer: False, keys=KEYS, repack=repack,
-    restated=in_pairs, needed=("layer_types",),
-    mixers={"mamba": mamba2_of, "none": lambda path, config: None}, layers=blocks_of,
+    "Nemotron-H and Nemotron 3", CONFIG, nemotron, TENSORS, lambda config, layer: False, keys=KEYS,
+    repack=repack, restated=in_pairs, needed=("layer_types",), kinds=("mamba", "none"),
     aliases={"layer_norm_epsilon": "rms_norm_eps", "mlp_hidden_act": "hidden_act",
              "n_routed_experts": "num_experts",
              "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size"},
-    fields_of=lambda path, config: {"rope_size": 0}, activations={"relu2": "relu2"},
+    activations={"relu2": "relu2"},
     in_adapters=in_adapters, gguf=Gguf(
         "nemotron_h nemotron_h_moe", permuted=True, names=GGUF_TENSORS, layers=gguf_layers,
         repack=repack_gguf, keys={

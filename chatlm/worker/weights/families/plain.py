@@ -3,13 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from chatlm.worker.arrays.kinds import kind_of
+from chatlm.worker.model.blocks.attention import HeadNorms
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
-    AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
+    AFTER_ATTENTION, EXPERTS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors,
+    usual_biases)
 from chatlm.worker.weights.rules import JITTER, ROPE_BASE, Rule, checked
 
+# ---- blocks
+
+
+def llama(facts: Facts, norms: HeadNorms | None = None) -> Model:
+    """x = x + attention(norm x);  x = x + feed-forward(norm x). The second may be experts.
+
+    norms: of the heads of q and k"""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number, norms), facts.feed(number), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def qwen3(facts: Facts) -> Model:
+    """Heads of q and k have norms before they turn."""
+    return llama(facts, facts.head_norms())
+
+
+def qwen2_moe(facts: Facts) -> Model:
+    """The expert that all tokens take has a gate."""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number), facts.feed(number, shared_gate=True), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def gpt_oss(facts: Facts) -> Model:
+    """Each head has a logit that attends to no value, and the router has a bias."""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number, sinks=True), facts.feed(number, bias=True), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def gemma2(facts: Facts) -> Model:
+    """Norms before and after each block, scores with a bound, and embeddings times sqrt(C)."""
+    norm = RmsNorm(facts.eps)
+    softcap = facts.config["attn_logit_softcapping"] or 0.0
+    layers = [Layer(facts.attention(number, scale=gemma_scale(facts), softcap=softcap), facts.feed(number),
+                    norm, norm, norm, norm) for number in facts.layers]
+    return facts.decoder(layers, norm, Input(scale=facts.width**0.5))
+
+
+def gemma3(facts: Facts) -> Model:
+    """Gemma 2 with norms of heads instead of the bound. Its embedders see whole texts."""
+    norm = RmsNorm(facts.eps)
+    of_texts = facts.config["use_bidirectional_attention"]
+    scale = gemma_scale(facts)
+    sees = "text" if of_texts else "before"
+    layers = [Layer(facts.attention(number, facts.head_norms(), scale, sees), facts.feed(number),
+                    norm, norm, norm, norm) for number in facts.layers]
+    model = facts.encoder if of_texts else facts.decoder
+    return model(layers, norm, Input(scale=facts.width**0.5))
+
+
+def gemma_scale(facts: Facts) -> float:
+    """What queries are multiplied by, besides 1 / sqrt(D)."""
+    return (facts.head_size / facts.config["query_pre_attn_scalar"])**0.5
+
+
+def nanochat(facts: Facts) -> Model:
+    """Norms have no weights, one follows the embedding, and heads turn the other way, before their norms."""
+    norm = RmsNorm(facts.eps, weights=False)
+    facts = replace(facts, rope=replace(facts.rope, direction=-1))
+    norms = facts.head_norms("after_rope", weights=False)
+    layers = [Layer(facts.attention(number, norms), facts.feed(number), norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm, Input(norm=norm))
+
+
+def norms_after(facts: Facts, norms: HeadNorms) -> Model:
+    """x = x + norm(attention x);  x = x + norm(feed-forward x)."""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number, norms), facts.feed(number), output_norm=norm, down_norm=norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def olmo2(facts: Facts) -> Model:
+    return norms_after(facts, facts.whole_norms())
+
+
+def olmoe(facts: Facts) -> Model:
+    return llama(facts, facts.whole_norms())
+
+
+def exaone4(facts: Facts) -> Model:
+    return norms_after(facts, facts.head_norms())
+
+
+def glm4(facts: Facts) -> Model:
+    """Norms before and after each block."""
+    norm = RmsNorm(facts.eps)
+    layers = [Layer(facts.attention(number), facts.feed(number), norm, norm, norm, norm)
+              for number in facts.layers]
+    return facts.decoder(layers, norm)
+
+
+def hunyuan(facts: Facts) -> Model:
+    """Heads of q and k have norms after they turned."""
+    return llama(facts, facts.head_norms("after_rope"))
+
+
+# ---- what files say
 
 QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256,
@@ -21,7 +133,6 @@ GEMMA_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for our
     ("output_norm", "post_attention"), ("ffn_norm", "pre_feedforward"), ("down_norm", "post_feedforward"))}
 NO_ROPE = {"no_rope_layers": Rule(int, 0, 1, many=True, optional=True),
            "no_rope_layer_interval": Rule(int, 1)}
-NORMS_AFTER = {"pre_norms": False, "post_norms": True}
 AFTER_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for ours, theirs in (
     ("output_norm", "post_attention"), ("down_norm", "post_feedforward"))}
 HUNYUAN_OTHER = dict.fromkeys("""attention_head_dim cla_share_factor class_num dense_list eod_token_id
@@ -64,26 +175,11 @@ def repack_gpt_oss(state: Mapping) -> dict:
     return repacked
 
 
-def whole_norms(path: Path, config: Mapping) -> dict:
-    """The sizes of norms over all heads of q and of k, which come before rope."""
-    heads = config["num_attention_heads"], config["num_key_value_heads"]
-    return {"qk_norm_weights": True, "qk_norm_sizes": tuple(count * config["head_dim"] for count in heads)}
-
-
-def gemma_scales(path: Path, config: Mapping) -> dict:
-    return {"q_scale": (config["head_dim"] / config["query_pre_attn_scalar"])**0.5,
-            "embedding_scale": config["hidden_size"]**0.5}
-
-
-def gemma3_fields(path: Path, config: Mapping) -> dict:
-    return gemma_scales(path, config) | {"of_texts": config["use_bidirectional_attention"]}
-
-
 def gguf_gemma3(header: Header) -> tuple[dict, dict]:
     return {}, {"use_bidirectional_attention": header.own == "gemma-embedding."}
 
 
-def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
+def gemma_scalar(largest: int) -> Callable[[Mapping], dict]:
     """The number by which llama.cpp divides scores. Its files do not state it; the largest model has
     another."""
     def unsaid(config: Mapping) -> dict:
@@ -91,6 +187,11 @@ def gemma_scale(largest: int) -> Callable[[Mapping], dict]:
         is_largest = config["num_hidden_layers"] == largest
         return {"query_pre_attn_scalar": width if is_largest else config["head_dim"]}
     return unsaid
+
+
+def biases_of_glm4(config: Mapping) -> list[str]:
+    """The output of attention has none."""
+    return ["qkv"] * config["attention_bias"]
 
 
 def qwen_window(config: Mapping, layer: int) -> bool:
@@ -127,122 +228,121 @@ def rope_of_hunyuan(path: Path, name: str, config: Mapping, rope: dict) -> dict:
 
 QWEN3_MOE = Family(
     "Qwen3-MoE", QWEN | QWEN_EXPERTS | {"num_experts_per_tok": 8, "attention_bias": False},
-    HEAD_NORMS, expert_tensors("experts.{}", "gate"),
+    qwen3, expert_tensors("experts.{}", "gate"),
     lambda config, layer: config["use_sliding_window"],
     Gguf("qwen3moe", unsaid=lambda config: {"norm_topk_prob": True}))
 HUNYUAN = Family(
     "Hunyuan 0.5B to 7B", HUNYUAN_OTHER | {
         "attention_bias": False, "rms_norm_eps": 1e-5, "norm_type": "rms", "use_qk_norm": True,
         "use_rotary_pos_emb": True},
-    {"qk_norm": "after_rope", "qk_norm_weights": True}, {
+    hunyuan, {
         f"{part[0]}_norm": (f"model.layers.{{}}.self_attn.{part}_layernorm.weight",)
         for part in ("query", "key")},
     gguf=Gguf("hunyuan-dense"), keys={"norm_type": Rule(str, choices=("rms",))},
     rope_of=rope_of_hunyuan)
 FAMILIES = {  # by config.json's model_type
     "llama": Family("Llama 2 and 3, SmolLM2", {
-        "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": None},
+        "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": None}, llama,
         gguf=Gguf("llama", permuted=True, mscale_unknown=True, variants={
             "expert_count": "mixtral", "attention.sliding_window": "mistral"})),
     "mistral": Family("Mistral 7B, Nemo and Small", {"sliding_window": 4096, "num_key_value_heads": 8},
-                      gguf=Gguf(permuted=True)),
+                      llama, gguf=Gguf(permuted=True)),
     "ministral3": Family("Ministral 3", {
         "sliding_window": None, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
-        "rope_parameters": MINISTRAL_ROPE}, queries_grow=True, gguf=Gguf(
+        "rope_parameters": MINISTRAL_ROPE}, llama, queries_grow=True, gguf=Gguf(
             "mistral3", permuted=True,
             keys={"attention.temperature_scale": Rule(float, 0, 10, optional=True)})),
     "mixtral": Family(
         "Mixtral", EXPERTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
                               "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
                               "router_jitter_noise": None},
-        tensors=MIXTRAL_TENSORS, keys={"router_jitter_noise": JITTER}, gguf=Gguf(permuted=True)),
-    "qwen2": Family("Qwen2 and 2.5", QWEN, {"qkv_bias": True}, has_window=qwen_window,
+        llama, MIXTRAL_TENSORS, keys={"router_jitter_noise": JITTER}, gguf=Gguf(permuted=True)),
+    "qwen2": Family("Qwen2 and 2.5", QWEN, llama, has_window=qwen_window, biases=lambda config: ("qkv",),
                     gguf=Gguf("qwen2 qwen2vl")),
-    "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS,
+    "qwen3": Family("Qwen3", QWEN | {"head_dim": 128, "attention_bias": False}, qwen3,
                     has_window=qwen_window, gguf=Gguf("qwen3 qwen3vl"), has_rerankers=True),
     "qwen3_moe": QWEN3_MOE,
     "qwen2_moe": Family(
         "Qwen1.5- and Qwen2-MoE", QWEN | QWEN_EXPERTS | {
             "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632, "qkv_bias": True},
-        {"shared_gate": True}, expert_tensors("experts.{}", "gate") | SHARED_GATE,
+        qwen2_moe, expert_tensors("experts.{}", "gate") | SHARED_GATE,
         lambda config, layer: config["use_sliding_window"] and layer % 2 == 0 and (
             layer < config["max_window_layers"]),
-        Gguf("qwen2moe"), fields_of=lambda path, config: {"qkv_bias": config["qkv_bias"]}),
+        Gguf("qwen2moe"), biases=lambda config: ["qkv"] * config["qkv_bias"]),
     "gpt_oss": Family(
         "gpt-oss", EXPERTS | {
             "num_experts_per_tok": 4, "sliding_window": 128, "layer_types": None, "head_dim": 64,
             "attention_bias": True, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE,
             "rms_norm_eps": 1e-5, "quantization_config": None, "experts_per_token": None,
             "initial_context_length": None},
-        {"sinks": True, "router_bias": True, "ffn_bias": True, "activation": "clamped_swiglu"},
+        gpt_oss,
         expert_tensors("experts", "router", ("weight", "bias")), lambda config, layer: layer % 2 == 0,
-        Gguf("gpt-oss", names=AFTER_ATTENTION), repack=repack_gpt_oss),
+        Gguf("gpt-oss", names=AFTER_ATTENTION), repack=repack_gpt_oss, activations={"silu": "clamped_swiglu"},
+        biases=lambda config: {"ffn", *usual_biases(config)}),
     "smollm3": Family(
         "SmolLM3", QWEN | {
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
             "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
-        has_window=lambda config, layer: (
+        llama, has_window=lambda config, layer: (
             config["use_sliding_window"] and not config["no_rope_layers"][layer]),
         gguf=Gguf("smollm3", permuted=True), keys=NO_ROPE, complete=rotated_smollm3,
         unrotated=lambda config, windows: {
             layer for layer, rotated in enumerate(config["no_rope_layers"]) if not rotated}),
     "gemma2": Family(
         "Gemma 2", GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        {"post_norms": True}, GEMMA_TENSORS, lambda config, layer: layer % 2 == 0,
-        Gguf("gemma2", unsaid=gemma_scale(46)), GEMMA_KEYS, one_more=True, fields_of=gemma_scales),
+        gemma2, GEMMA_TENSORS, lambda config, layer: layer % 2 == 0,
+        Gguf("gemma2", unsaid=gemma_scalar(46)), GEMMA_KEYS, one_more=True),
     "gemma3_text": Family(
         "Gemma 3", GEMMA | {
             "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
             "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "use_bidirectional_attention": False},
-        {"post_norms": True} | HEAD_NORMS,
-        GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
-        Gguf("gemma3 gemma-embedding", unsaid=gemma_scale(62), layers=gguf_gemma3,
+        gemma3, GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"],
+        Gguf("gemma3 gemma-embedding", unsaid=gemma_scalar(62), layers=gguf_gemma3,
              ignored=frozenset(f"dense_{i}_feat_{end}" for i in (2, 3) for end in ("in", "out"))),
-        GEMMA_KEYS | {"use_bidirectional_attention": Rule(bool)}, one_more=True, fields_of=gemma3_fields),
+        GEMMA_KEYS | {"use_bidirectional_attention": Rule(bool)}, one_more=True),
     "phi3": Family(
         "Phi-3, 3.5 and 4-mini",
         {"sliding_window": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
          "partial_rotary_factor": None},
-        tensors={"qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
-                 "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",)},
+        llama, {"qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
+                "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",)},
         gguf=Gguf("phi3", strips_specials=True), rope_of=rope_of_phi3),
     "nanochat": Family(
         "nanochat", {"hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.0},
-        {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope",
-         "activation": "relu2"},
-        {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)}),
+        nanochat, {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)},
+        activations={"relu2": "relu2"}),
     "olmo2": Family("OLMo 2", {"attention_bias": False, "rms_norm_eps": 1e-5},
-                    NORMS_AFTER, AFTER_TENSORS, fields_of=whole_norms,
+                    olmo2, AFTER_TENSORS,
                     gguf=Gguf("olmo2", variants={"attention.sliding_window": "olmo3"})),
     "olmo3": Family(
         "OLMo 3", {"attention_bias": False, "rms_norm_eps": 1e-5, "sliding_window": 4096, "layer_types": None,
                    "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
-        NORMS_AFTER, AFTER_TENSORS, lambda config, layer: (layer + 1) % 4, fields_of=whole_norms,
+        olmo2, AFTER_TENSORS, lambda config, layer: (layer + 1) % 4,
         gguf=Gguf(unsaid=lambda config: {"rope_local_base_freq": None})),  # the other layers' base
     "olmoe": Family(
         "OLMoE", QWEN_EXPERTS | {"num_experts": 64, "num_experts_per_tok": 8, "attention_bias": False,
                                  "rms_norm_eps": 1e-5},
-        {}, expert_tensors("experts.{}", "gate"), fields_of=whole_norms, gguf=Gguf("olmoe")),
+        olmoe, expert_tensors("experts.{}", "gate"), gguf=Gguf("olmoe")),
     "glm4": Family(
         "GLM-4-0414", {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5,
                        "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7},
-        {"post_norms": True, "output_bias": False}, {
+        glm4, {
             "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",),
             "output_norm": ("model.layers.{}.post_self_attn_layernorm.weight",),
             "down_norm": ("model.layers.{}.post_mlp_layernorm.weight",)},
-        interleaved=True, gguf=Gguf("glm4")),
+        interleaved=True, biases=biases_of_glm4, gguf=Gguf("glm4")),
     "exaone4": Family(
         "EXAONE 4.0", {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4,
                        "layer_types": None},
-        NORMS_AFTER | HEAD_NORMS, AFTER_TENSORS,
+        exaone4, AFTER_TENSORS,
         lambda config, layer: config["sliding_window"] and (layer + 1) % config["sliding_window_pattern"],
         Gguf("exaone4"), unrotated=lambda config, windows: {
             layer for layer, window in enumerate(windows) if any(windows) and not window}),
     "ernie4_5": Family("ERNIE 4.5", {"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
-                                     "tie_word_embeddings": True}, interleaved=True,
+                                     "tie_word_embeddings": True}, llama, interleaved=True,
                        gguf=Gguf("ernie4_5")),
     "seed_oss": Family("Seed-OSS", {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
-                                    "head_dim": 128, "residual_dropout": None},
+                                    "head_dim": 128, "residual_dropout": None}, llama,
                        gguf=Gguf("seed_oss", names=AFTER_ATTENTION)),
     "hunyuan_v1_dense": HUNYUAN}

@@ -5,20 +5,56 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.weights.families.encoders import AFTER_SUMS, HEADS, NAMES_AFTER_SUMS, gguf, gguf_bert
+from chatlm.worker.model.blocks.experts import Experts
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import LayerNorm
+from chatlm.worker.weights.facts import Facts
+from chatlm.worker.weights.families.encoders import HEADS, NAMES_AFTER_SUMS, after_sums, gguf, gguf_bert
 from chatlm.worker.weights.families.family import Family, Gguf, Header
 from chatlm.worker.weights.families.family import ACTIVATIONS, both
-from chatlm.worker.weights.families.layernorms import EPSILON, gguf_epsilon
+from chatlm.worker.weights.families.layernorms import ALL_BIASES, EPSILON, gguf_epsilon
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, checked
 
-if TYPE_CHECKING:
-    from chatlm.worker.model.blocks.model import Model
+
+def modern_bert(facts: Facts) -> Model:
+    """Llama's layers over whole texts, with LayerNorms. The first x is a norm already."""
+    norm = LayerNorm(facts.eps, "norm" in facts.biases)
+    layers = [Layer(facts.attention(number, sees="text"), facts.feed(number), norm if number else None, norm)
+              for number in facts.layers]
+    return facts.encoder(layers, norm, Input(norm=norm))
+
+
+def rotary_bert(facts: Facts) -> Model:
+    """BERT's layers, whose heads turn."""
+    return after_sums(facts, [facts.feed(number) for number in facts.layers])
+
+
+def nomic_bert_moe(facts: Facts) -> Model:
+    """Every nth layer, counted from the second, has experts instead of a feed-forward part. They have no
+    biases of their own; their sum may have one."""
+    if facts.experts is None:
+        return rotary_bert(facts)
+    config = facts.config
+    every = config["moe_every_n_layers"]
+    dense = tuple(number for number in facts.layers if number % every != 1 % every)
+    facts = replace(facts, experts=replace(
+        facts.experts, sum_to_one=False, dense_layers=dense, dense_size=config["intermediate_size"]))
+    feeds = []
+    for number in facts.layers:
+        feed = facts.feed(number)
+        if isinstance(feed, Experts):
+            feed = replace(feed, biased=False, sum_bias=config["experts_bias"])
+        feeds.append(feed)
+    return after_sums(facts, feeds)
 
 
 def without_heads(state: Mapping[str, numpy.ndarray], prefix: str) -> dict[str, numpy.ndarray]:
@@ -114,18 +150,6 @@ def restated(path: Path, raw: Mapping, fixed: Mapping[str, Any]) -> Mapping:
     return known | {"rope_theta": float(base)}
 
 
-def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:
-    """Every nth layer, counted from the second, has experts instead of a feed-forward part."""
-    every = config["moe_every_n_layers"]
-    layers = config["num_hidden_layers"]
-    experts = config["num_experts"]
-    dense = tuple(layer for layer in range(layers) if layer % every != 1 % every)
-    chosen = config["num_experts_per_tok"]
-    return {"token_types": config["type_vocab_size"], "experts": experts, "experts_per_token": chosen,
-            "shares_sum_to_one": False, "dense_layers": dense, "dense_size": config["intermediate_size"],
-            "experts_bias": config["experts_bias"]}
-
-
 def repack_nomic_moe(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """The matrices of all experts as (experts, rows, columns). In the file, the rows of w2 are its inputs."""
     kept = without_heads(state, "bert.")
@@ -184,18 +208,13 @@ def rope_of_gte(path: Path, name: str, config: Mapping, rope: dict) -> dict:
     return {"rope_type": "linear", "factor": scale**(2 / config["head_dim"]), "rope_theta": base * scale}
 
 
-def types_of(path: Path, config: Mapping) -> dict[str, Any]:
-    return {"token_types": config["type_vocab_size"]}
-
-
-ROTATED = AFTER_SUMS | {"ffn_bias": False, "qkv_bias": False, "output_bias": False}
 GTE_FAMILY = Family(
-    "GTE", GTE, AFTER_SUMS, GTE_TENSORS, keys=GTE_KEYS, repack=repack_gte, ordered=gates_first,
-    aliases={"layer_norm_eps": "rms_norm_eps"}, fields_of=types_of, rope_of=rope_of_gte)
+    "GTE", GTE, rotary_bert, GTE_TENSORS, keys=GTE_KEYS, repack=repack_gte, ordered=gates_first,
+    aliases={"layer_norm_eps": "rms_norm_eps"}, biases=lambda config: ALL_BIASES, rope_of=rope_of_gte)
 FAMILIES = {
     "modernbert": Family(
         "ModernBERT", MODERN,
-        {"of_texts": True, "layer_norms": True, "input_norm": True, "first_norm": False}, MODERN_TENSORS,
+        modern_bert, MODERN_TENSORS,
         lambda config, layer: layer % config["global_attn_every_n_layers"], keys={
             "position_embedding_type": Rule(str, optional=True),  # of BERT's configs, unread
             "norm_eps": EPSILON, "global_attn_every_n_layers": Rule(int, 1), "global_rope_theta": ROPE_BASE,
@@ -206,15 +225,15 @@ FAMILIES = {
         repack=lambda state: without_heads(state, "model."),
         gguf=Gguf("modern-bert", keys={"attention.layer_norm_epsilon": EPSILON}, layers=gguf_modern)),
     "nomic_bert": Family(
-        "Nomic-BERT", NOMIC, ROTATED, NOMIC_TENSORS, keys=NOMIC_KEYS,
+        "Nomic-BERT", NOMIC, rotary_bert, NOMIC_TENSORS, keys=NOMIC_KEYS,
         repack=lambda state: without_heads(state, "bert."), restated=restated_nomic,
-        aliases={"layer_norm_eps": "rms_norm_eps"}, fields_of=types_of,
+        aliases={"layer_norm_eps": "rms_norm_eps"}, biases=lambda config: ("norm",),
         gguf=gguf("nomic-bert")),
     "nomic_bert_moe": Family(
-        "Nomic-BERT with experts", NOMIC_MOE, AFTER_SUMS, NOMIC_MOE_TENSORS, activations=ACTIVATIONS,
+        "Nomic-BERT with experts", NOMIC_MOE, nomic_bert_moe, NOMIC_MOE_TENSORS, activations=ACTIVATIONS,
         keys=NOMIC_KEYS | {"type_vocab_size": Rule(int, 1, 1), "moe_every_n_layers": Rule(int, 1)},
         repack=repack_nomic_moe, restated=restated_nomic_moe, aliases={"layer_norm_eps": "rms_norm_eps"},
-        fields_of=nomic_moe_fields, gguf=Gguf("nomic-bert-moe", names=NAMES_AFTER_SUMS, keys={
+        biases=lambda config: ALL_BIASES, gguf=Gguf("nomic-bert-moe", names=NAMES_AFTER_SUMS, keys={
             "attention.layer_norm_epsilon": EPSILON, "moe_every_n_layers": Rule(int, 1)},
             layers=gguf_nomic_moe)),
     "gte": GTE_FAMILY,

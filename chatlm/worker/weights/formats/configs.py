@@ -1,22 +1,22 @@
-"""A config.json's values, checked key by key, become a ModelSpec; rotary frequencies for longer contexts."""
+"""A config.json's values, checked key by key, become Facts, of which the family makes blocks."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
-from chatlm.worker.model.blocks.mixers import Mixer
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.weights.facts import ExpertFacts, Facts
 from chatlm.worker.weights.families.family import GATED, Family
 from chatlm.worker.weights.families.table import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.formats.refused import REFUSED
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, ORIGINAL_RULE
-from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
     Rule, check_divides, checked)
@@ -174,10 +174,10 @@ def checked_config(path: Path, row: Family, raw: Mapping, defaults: Mapping) -> 
 
 def rule_of(row: Family, key: str, default: Any) -> Rule | None:
     """What a family's config may have under a key; None: it is checked elsewhere."""
-    if key == "layer_types" and row.mixers:
-        return HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.mixers))
+    if key == "layer_types" and row.kinds:
+        return HF_KEYS[key]._replace(choices=(LAYER_TYPES[0], *row.kinds))
     if key.startswith("hidden_act"):
-        any_of = row.activations is not GATED or default == "silu" and "activation" not in row.fields
+        any_of = row.activations is not GATED or default == "silu"
         return Rule(str, choices=tuple(row.activations) if any_of else (str(default),))
     rule = row.keys.get(key) or HF_KEYS.get(key)
     if rule is None and isinstance(default, bool):
@@ -244,39 +244,33 @@ def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
     check_divides(path, own["head_dim"], config["head_dim"], 2)
 
 
-def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
-    """The spec of a checked config; `rope` has max_positions, the fields that begin with rope_, and perhaps
-    local_rope_base, the base of layers with a window, which then have no factors."""
+def family_blocks(path: Path, family: str, config: dict, rope: Mapping,
+                  biases: Iterable[str] | None = None) -> Model:
+    """The blocks of a checked config. `biases`: those that the tensors tell of; None: the config does.
+
+    `rope` has max_positions, the fields that begin with rope_, and perhaps q_growth and local_rope_base."""
     row = FAMILIES[family]
+    return row.model(facts_of(path, row, config, rope, row.biases(config) if biases is None else biases))
+
+
+def facts_of(path: Path, row: Family, config: dict, rope: Mapping, biases: Iterable[str]) -> Facts:
     layers = config["num_hidden_layers"]
-    types = config.get("layer_types") or [
+    kinds = config.get("layer_types") or [
         LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
-    choices = (*LAYER_TYPES, *row.mixers)
-    checked(path, "layer_types", types, HF_KEYS["layer_types"]._replace(choices=choices), layers)
-    windows = (0,) * layers if row.own_attentions else windows_of(path, config, types)
-    ffn_size, experts = feed_forward_fields(path, config)
-    fields: dict[str, Any] = {
-        "ffn_bias": config.get("mlp_bias", False), "activation": row.activations[config["hidden_act"]],
-        "mixers": mixers_of(path, row, config, types), **row.fields, **rope, **experts}
-    local_base = fields.pop("local_rope_base", None)
-    unrotated = row.unrotated(config, windows)
-    if config.get("attention_bias"):
-        usual = row.fields.get("output_bias", True)
-        fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias", usual)}
-    fields |= row.fields_of(path, config)
-    of_texts = fields.get("of_texts", False)
-    if of_texts:  # their windows are as wide on both sides together
-        windows = tuple(window // 2 for window in windows)
-    spec = ModelSpec(
-        vocab_size=config["vocab_size"], layers=layers, width=config["hidden_size"],
-        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
-        head_size=config["head_dim"], ffn_size=ffn_size,
-        norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"] and not of_texts,
-        softcap=config.get("final_logit_softcapping") or 0.0,
-        attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
-    if any(windows) or unrotated:
-        spec = with_kinds(spec, windows, unrotated, local_base)
-    return spec
+    choices = (*LAYER_TYPES, *row.kinds)
+    checked(path, "layer_types", kinds, HF_KEYS["layer_types"]._replace(choices=choices), layers)
+    if set(kinds) <= set(row.kinds):
+        raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
+    windows = (0,) * layers if row.own_attentions else windows_of(path, config, kinds)
+    ffn_size, experts = feed_forward_sizes(path, config)
+    turns = Rope(rope.get("rope_size", config["head_dim"]), rope.get("rope_base", 10_000.0),
+                 rope.get("rope_factors"), rope.get("rope_scale", 1.0))
+    return Facts(
+        path, config, config["vocab_size"], layers, config["hidden_size"], config["num_attention_heads"],
+        config["num_key_value_heads"], config["head_dim"], ffn_size, rope["max_positions"],
+        config["rms_norm_eps"], config["tie_word_embeddings"], row.activations[config["hidden_act"]],
+        frozenset(biases), tuple(kinds), windows, turns, rope.get("local_rope_base"),
+        frozenset(row.unrotated(config, windows)), rope.get("q_growth", ()), experts)
 
 
 def windows_of(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, ...]:
@@ -288,52 +282,28 @@ def windows_of(path: Path, config: Mapping, types: Seq[str]) -> tuple[int, ...]:
     return tuple(window or 0 if type_ == "sliding_attention" else 0 for type_ in types)
 
 
-def with_kinds(spec: ModelSpec, windows: Seq[int], unrotated: set[int],
-               local_base: float | None) -> ModelSpec:
-    """The spec with these windows, a rotary base for layers with a window, and some layers unrotated."""
-    def attention(layer: int) -> Attention:
-        own = replace(spec.attention(layer), window=windows[layer])
-        if windows[layer] and local_base:
-            own = replace(own, rope_base=local_base, rope_factors=None, rope_scale=1.0)
-        return replace(own, rope_size=0) if layer in unrotated else own
-
-    return replace(spec, attentions=tuple(map(attention, range(spec.layers))))
-
-
-def mixers_of(path: Path, row: Family, config: Mapping, types: Seq[str]) -> tuple[Mixer | None, ...]:
-    """The mixer of each layer of these types; () where all are attention."""
-    makers = [row.mixers.get(type_) for type_ in types]
-    if not any(makers):
-        return ()
-    if all(makers):
-        raise ConfigError(f"{path}: none of its layers is {LAYER_TYPES[0]}; this server needs one")
-    return tuple(make(path, config) if make else None for make in makers)
-
-
-def feed_forward_fields(path: Path, config: Mapping) -> tuple[int, dict]:
-    """F, checked, and the spec's expert fields: none without experts."""
+def feed_forward_sizes(path: Path, config: Mapping) -> tuple[int, ExpertFacts | None]:
+    """F, checked, and what the config says of experts."""
     size = config["intermediate_size"]
-    fields = {}
+    experts = None
     if "num_experts" in config:
-        size, fields = expert_fields(path, config)
+        size, experts = expert_facts(path, config)
     checked(path, "the width of its feed-forward parts", size, HF_KEYS["intermediate_size"])
-    return size, fields
+    return size, experts
 
 
-def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
-    """F and the spec's expert fields, also for a model that could have experts but has none."""
+def expert_facts(path: Path, config: Mapping) -> tuple[int, ExpertFacts | None]:
+    """F and what it says of experts, also for a model that could have some but has none."""
     layers = config["num_hidden_layers"]
     chosen = "num_experts_per_tok"
     numbers = config["num_experts"], config["num_local_experts"]
     experts = next((number for number in numbers if number is not None), 128)  # as in transformers
     shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
     if not experts:
-        return shared or config["intermediate_size"], {}
+        return shared or config["intermediate_size"], None
     stated = config.get("mlp_only_layers") or range(config.get("num_dense_layers") or 0)
     step = config.get("decoder_sparse_step", 1)  # every such layer has experts
     dense = tuple(layer for layer in range(layers) if layer in stated or (layer + 1) % step)
-    return config["moe_intermediate_size"] or config["intermediate_size"], {
-        "experts": experts, "shared_size": shared, "dense_layers": dense,
-        "experts_per_token": checked(path, chosen, config[chosen], Rule(int, 1, experts)),
-        "dense_size": config["intermediate_size"] if dense else 0,
-        "shares_sum_to_one": config.get("norm_topk_prob", True)}
+    return config["moe_intermediate_size"] or config["intermediate_size"], ExpertFacts(
+        experts, checked(path, chosen, config[chosen], Rule(int, 1, experts)),
+        config.get("norm_topk_prob", True), shared, dense, config["intermediate_size"] if dense else 0)

@@ -3,7 +3,7 @@
     x = eh_proj [norm_e(embedding of t_p); norm_h(h_{p-1})];  h'_p = norm(layer(x));  head(h'_p) draws t_{p+1}
 
 h is the model's state after its final norm (llama.cpp's convention: entry p depends on tokens up to p alone).
-It becomes a model of its own, whose spec `joins`; embedding and output matrix are those of the model."""
+It becomes a model of its own, whose input is a `Join`; embedding and output matrix are those of the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import numpy
 
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.model.blocks.experts import Experts
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Join
+from chatlm.worker.model.blocks.norms import RmsNorm
 
 if TYPE_CHECKING:
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.families.family import Family
-    from chatlm.worker.weights.recipe import ModelSpec
 
 
 JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
@@ -36,31 +39,39 @@ GGUF_JOINT = "nextn.eh_proj.weight"
 COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of the model's
 
 
-def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
-    """The spec of a model's draft head. `dense`: its layer has no experts, although the model has."""
-    layer = next(l for l, attn in enumerate(model_of(spec).by_layer) if attn)
-    return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
-                   dense_layers=(0,) if dense else (), joins=True)
+def head_blocks(model: Model, dense: int | None) -> Model:
+    """A model's draft head: one of its layers that attend, with a feed-forward part like theirs.
+
+    dense: how wide that part is if it has no experts, although the model has"""
+    feed = model.feed
+    norm = model.norm
+    assert isinstance(feed, Experts | FeedForward) and isinstance(norm, RmsNorm)
+    if dense is not None:
+        feed = FeedForward(dense, feed.activation)
+    layer = next(layer for layer, attn in zip(model.layers, model.by_layer) if attn)
+    return replace(model, input=Join(RmsNorm(norm.eps)), layers=(replace(layer, feed=feed),))
 
 
-def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
+def folder_head(model: Model, row: Family, state: Mapping[str, numpy.ndarray],
                 scales: Mapping[str, numpy.ndarray]
-                ) -> tuple[ModelSpec, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
-    """A folder's draft head as a model of one layer: its spec, our tensors -> the names of its own, and these
-    tensors and their scales by such names. None if the folder has none."""
+                ) -> tuple[Model, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
+    """A folder's draft head as a model of one layer: its blocks, our tensors -> the names of its own, and
+    these tensors and their scales by such names. None if the folder has none."""
     joint = state.get(JOINT)
     if not isinstance(joint, numpy.ndarray) or JOINT in scales:
         return None
     own = {name: tensor for name, tensor in of_one_layer(state).items()
            if not name.startswith("mtp.")}  # without a copy of the embedding
-    dense = bool(spec.experts) and not any(".experts." in name for name in own)
     shared = ["model.embed_tokens.weight"]
-    if not spec.tied_head:
+    if not model.tied:
         shared.append("lm_head.weight")
     own |= {name: state[name] for name in shared if name in state}
-    own = row.repack(own) | {"join_embed.weight": joint[:, :spec.width],
-                             "join_hidden.weight": joint[:, spec.width:]}
-    return head_spec(spec, dense), row.all_tensors | TABLE, own, of_one_layer(scales)
+    own = row.repack(own) | {"join_embed.weight": joint[:, :model.width],
+                             "join_hidden.weight": joint[:, model.width:]}
+    dense = None
+    if model.experts and not any(".experts." in name for name in own):
+        dense = width_of(own.get("model.layers.0.mlp.down_proj.weight"), columns=1)
+    return head_blocks(model, dense), row.all_tensors | TABLE, own, of_one_layer(scales)
 
 
 def of_one_layer(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
@@ -72,10 +83,10 @@ def of_one_layer(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarra
     return own
 
 
-def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
-              ) -> tuple[ModelSpec, Table, dict[str, Any]] | None:
+def gguf_head(model: Model, row: Family, stored: Mapping[str, Any]
+              ) -> tuple[Model, Table, dict[str, Any]] | None:
     """The same of a GGUF file, whose draft head is the layer after the model's."""
-    prefix = f"blk.{spec.layers}."
+    prefix = f"blk.{len(model.layers)}."
     joint = stored.get(prefix + GGUF_JOINT)
     if joint is None:
         return None
@@ -84,20 +95,27 @@ def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
         part = name.removeprefix(prefix)
         if name != part and part not in (*COPIES, GGUF_JOINT):
             own[GGUF_NAMES.get(part, f"blk.0.{part}")] = tensor
-    dense = bool(spec.experts) and not any("_exps." in name for name in own)
+    dense = None
+    if model.experts and not any("_exps." in name for name in own):
+        dense = width_of(own.get("blk.0.ffn_down.weight"), columns=0)
     shared = ["token_embd.weight", "output_norm.weight"]
-    if not spec.tied_head:
+    if not model.tied:
         shared.append("output.weight")
     for name in shared:
         if name in stored:
             own.setdefault(name, stored[name])
     own |= {f"{name}.weight": half for name, half in zip(JOINED, halves(joint))}
-    return head_spec(spec, dense), row.gguf_names | TABLE, own
+    return head_blocks(model, dense), row.gguf_names | TABLE, own
+
+
+def width_of(down: Any, columns: int) -> int:
+    """How many columns a matrix (C, F) has; 0 if it is missing. `columns`: their place in its shape."""
+    shape = () if down is None else down.shape
+    return int(shape[columns]) if len(shape) == 2 else 0
 
 
 def halves(tensor: Any) -> tuple[Any, Any]:
-    """The first half of a gguf.header.Tensor's columns, and the second; as floats if a block has columns of
-    both."""
+    """The first half of a GgufTensor's columns, and the second; as floats if a block has columns of both."""
     columns, rows = map(int, tensor.shape)
     if columns % (2 * block_of(tensor.tensor_type.name)[0]):
         data = numpy.asarray(dequantize(tensor.tensor_type, tensor.data), numpy.float32)

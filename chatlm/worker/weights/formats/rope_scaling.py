@@ -64,7 +64,7 @@ class Scaling(NamedTuple):
 
 def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
                 context: int | None) -> dict[str, Any]:
-    """max_positions and the fields of a ModelSpec that begin with rope_.
+    """max_positions and what becomes a Rope: rope_base, rope_size, rope_factors, rope_scale.
 
     `rope` is a rope_scaling or rope_parameters object, whose `name` errors give. longrope uses its long
     factors for all positions if the server's `context` (None: the model's) is longer than the original one;

@@ -12,7 +12,7 @@ from chatlm.worker.arrays.packed import RopePairs
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.layer import Layer
-from chatlm.worker.model.blocks.mixers import DeltaRule, Mixer
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.weights.families.family import KV_UP
 
@@ -106,7 +106,7 @@ def columns_of_flat(part: str, mixer: Block | None, model: Model) -> int:
     if part == "buckets":
         return model.distances
     if part == "taps":
-        assert isinstance(mixer, Mixer)
+        assert isinstance(mixer, ShortConv | DeltaRule | Mamba2)
         return mixer.size
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from chatlm.worker.arrays.kinds import floats
 if TYPE_CHECKING:
     from chatlm.worker.weights.families.family import Family
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.weights.recipe import ModelSpec
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
@@ -37,30 +35,30 @@ class Pair(NamedTuple):
         return cls(*(row.in_adapters(model, name)[0] for name in cls.of(row.all_tensors)))
 
 
-def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str, Any],
-                   scales: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any], dict[str, Any]]:
-    """The spec, tensors and scales of a folder whose config says that the head is the embedding.
+def head_of_folder(path: Path, model: Model, row: Family, state: Mapping[str, Any],
+                   scales: Mapping[str, Any]) -> tuple[Model, dict[str, Any], dict[str, Any]]:
+    """The blocks, tensors and scales of a folder whose config says that the head is the embedding.
 
     One of the two matrices is enough. A head that differs from the embedding is the model's own, as in
     transformers."""
     pair = Pair.of(row.all_tensors)
     state = dict(state)
     scales = dict(scales)
-    if not spec.tied_head or pair.head not in state:
-        return spec, state, scales
+    if not model.tied or pair.head not in state:
+        return model, state, scales
     if pair.embed not in state:
         for tensors in (state, scales):
             if pair.head in tensors:
                 tensors[pair.embed] = tensors.pop(pair.head)
-        return spec, state, scales
+        return model, state, scales
     have_same_scales = equal(scales.get(pair.head), scales.get(pair.embed))
     if have_same_scales and equal(state[pair.head], state[pair.embed]):
         for tensors in (state, scales):
             tensors.pop(pair.head, None)
-        return spec, state, scales
+        return model, state, scales
     log.warning("%s says tie_word_embeddings, but %s differs from %s: the file's own head is used. If the "
                 "model was trained with one matrix for both, remove it", path, pair.head, pair.embed)
-    return replace(spec, tied_head=False), state, scales
+    return model.with_own_head(), state, scales
 
 
 def equal(one: Any, other: Any) -> bool:

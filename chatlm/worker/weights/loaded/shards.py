@@ -11,7 +11,6 @@ import numpy
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.feed_forward import FeedForward
-from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:
@@ -50,15 +49,8 @@ def dense_feeds(model: Model) -> list[FeedForward]:
 def refuse_heads(mixer: Mixer, tp: int, most: int):
     """ConfigError if `tp` ranks cannot have equally many heads of a layer that keeps a state. Everything else
     can be divided among up to `most`."""
-    count = 0
-    heads = ""
-    if isinstance(mixer, DeltaRule):
-        count = mixer.key_heads
-        heads = "key heads in its linear attention"
-    if isinstance(mixer, Mamba2):
-        count = mixer.heads
-        heads = "heads in its Mamba layers"
-    if count % tp:
+    count, heads = mixer.shared
+    if heads and count % tp:
         allowed = [str(ranks) for ranks in range(1, min(count, most) + 1) if count % ranks == 0]
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {count} {heads}, so "
                           f"--tp must be one of {', '.join(allowed)}")

@@ -20,7 +20,7 @@ class NotExact(Exception):
     """The matrix' numbers do not fit its type of tiles, so it is multiplied out."""
 
 
-class Layout(Protocol):
+class PackedLayout(Protocol):
     """A matrix (N, K) as a format stores it. `kind`: the type of tiles that holds its numbers, or "".
     `mapped`: the file's tensors."""
 
@@ -48,7 +48,7 @@ class PackedWeight:
     ndim = 2
     kind = "packed"
 
-    def __init__(self, layout: Layout, title: str, rows: range | None = None):
+    def __init__(self, layout: PackedLayout, title: str, rows: range | None = None):
         # the format's
         self.layout = layout
         self.title = title
@@ -89,7 +89,7 @@ class PackedWeight:
         return made
 
     def as_blocks(self, ordered: Callable[[numpy.ndarray], numpy.ndarray]) -> Any:
-        """Like a gguf.header.Tensor of its type of tiles, with its rows `ordered`."""
+        """Like a gguf.header.GgufTensor of its type of tiles, with its rows `ordered`."""
         return SimpleNamespace(tensor_type=TYPES[self.layout.kind], data=ordered(self.blocks()))
 
 

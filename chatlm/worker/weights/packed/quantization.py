@@ -16,7 +16,7 @@ import numpy
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.worker.arrays.kinds import FLOATS, floats, kind_of
 from chatlm.worker.weights.packed.layouts import (
-    Codebook, Grouped, Layout, Mx4, Nv4, PackedWeight, awq_codes, unpacked, word_counts)
+    Codebook, Grouped, Mx4, Nv4, PackedLayout, PackedWeight, awq_codes, unpacked, word_counts)
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
 MOST_REPEATS = 5  # of a regular expression, whose time grows with each
@@ -112,7 +112,7 @@ FLOAT = " ".join(FLOATS)
 WHOLE = "int32 int64"
 
 
-def awq(stored: Stored) -> Layout:
+def awq(stored: Stored) -> PackedLayout:
     qweight = stored.take("qweight", "int32", None, None)
     K = qweight.shape[0]
     N = 8 * qweight.shape[1]
@@ -146,7 +146,7 @@ def overridden(quantization: Quantization, module: str) -> Quantization:
     return quantization
 
 
-def gptq(stored: Stored) -> Layout:
+def gptq(stored: Stored) -> PackedLayout:
     settings = overridden(stored.quantization, stored.module)
     bits = settings.get("bits", Rule(int, 2, 8))
     if bits not in (2, 3, 4, 8):
@@ -270,7 +270,7 @@ def ct_symmetric(group: CtGroup) -> bool:
     return group.weights.get("symmetric") is not False
 
 
-def ct_packed(stored: Stored) -> Layout:
+def ct_packed(stored: Stored) -> PackedLayout:
     bits, config = ct_bits(stored)
     N, K = sizes_in(stored)
     packed = stored.take("weight_packed", "int32", N, None)
@@ -318,7 +318,7 @@ def sizes_in(stored: Stored) -> tuple[int, int]:
     return N, K
 
 
-def ct_int8(stored: Stored) -> Layout:
+def ct_int8(stored: Stored) -> PackedLayout:
     _, config = ct_bits(stored)
     weight = stored.take("weight", "int8", None, None)
     N, K = weight.shape
@@ -337,7 +337,7 @@ def rows_between(tensor: numpy.ndarray, begin: int, end: int) -> numpy.ndarray:
     return tensor[begin:end]
 
 
-def nvfp4(stored: Stored, codes: str = "weight_packed", factor: str = "weight_global_scale") -> Layout:
+def nvfp4(stored: Stored, codes: str = "weight_packed", factor: str = "weight_global_scale") -> PackedLayout:
     packed = stored.take(codes, "uint8", None, None)
     N = packed.shape[0]
     K = 2 * packed.shape[1]
@@ -350,7 +350,7 @@ def nvfp4(stored: Stored, codes: str = "weight_packed", factor: str = "weight_gl
     return Nv4(packed, scales, number, divides=codes == "weight_packed")
 
 
-def mxfp4(stored: Stored, codes: str = "weight_packed") -> Layout:
+def mxfp4(stored: Stored, codes: str = "weight_packed") -> PackedLayout:
     packed = stored.take(codes, "uint8", None, None)
     if packed.shape[1] % 16:
         stored.refuse(codes, "of whole groups of 32 inputs")
@@ -371,7 +371,7 @@ def codebook_state(stored: Stored, ending: str) -> tuple[int, int, int, int | No
     stored.refuse(ending, "JSON with shape, of outputs and inputs, and an even blocksize")
 
 
-def codebook(stored: Stored, name: str) -> Layout:
+def codebook(stored: Stored, name: str) -> PackedLayout:
     """bitsandbytes' 4 bits."""
     packed = stored.take("weight", "uint8", None, 1)[:, 0]
     N, K, block, inner, offset = codebook_state(stored, f"weight.quant_state.bitsandbytes__{name}")
@@ -400,7 +400,7 @@ def nested_scales(absmax: numpy.ndarray, table: numpy.ndarray, outer: numpy.ndar
     return table[absmax[begin:end]] * outer[groups] + numpy.float32(offset)
 
 
-def llm_int8(stored: Stored) -> Layout:
+def llm_int8(stored: Stored) -> PackedLayout:
     weight = stored.take("weight", "int8", None, None)
     scales = stored.take("SCB", FLOAT, len(weight))
     return Grouped((*weight.shape,), 8, weight.shape[1], partial(rows_between, weight), scales[:, None],
@@ -417,7 +417,7 @@ class Packing(NamedTuple):
     kind: str
     needed: str                    # what tells it from another of the same codes
     others: str
-    layout: Callable[[Stored], Layout]
+    layout: Callable[[Stored], PackedLayout]
 
 
 NESTED = "weight.absmax weight.quant_map weight.nested_absmax weight.nested_quant_map"

@@ -1,4 +1,4 @@
-"""Rows of packed blocks, as gguf.header.Tensor has them: joined, and cut for a rank."""
+"""Rows of packed blocks, as gguf.header.GgufTensor has them: joined, and cut for a rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = tuple[Any, RopePairs | None]  # rows, and the pairs among them that are s
 
 
 def as_rows(tensor, shape: tuple[int, ...]):
-    """A gguf.header.Tensor as rows of a tensor of this shape; the experts' matrices become one."""
+    """A gguf.header.GgufTensor as rows of a tensor of this shape; the experts' matrices become one."""
     data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 

@@ -34,7 +34,7 @@ FIXED_32 = 5
 
 
 @dataclass
-class Model:
+class PieceModel:
     """What a file says. Defaults are those of sentencepiece_model.proto, for fields that it leaves out."""
 
     pieces: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def sentencepiece_json(path: Path, options: Mapping) -> bytes:
     return json.dumps(pipeline, ensure_ascii=False).encode()
 
 
-def read_sentencepiece(path: Path) -> Model:
+def read_sentencepiece(path: Path) -> PieceModel:
     """ConfigError if the file is broken, or of a kind that has no equal elsewhere."""
     data = read_small(path)
     try:
@@ -84,7 +84,7 @@ def read_sentencepiece(path: Path) -> Model:
     return model
 
 
-def check(path: Path, model: Model):
+def check(path: Path, model: PieceModel):
     if model.algorithm not in (UNIGRAM, BPE):
         kind = ALGORITHMS.get(model.algorithm, str(model.algorithm))
         raise ConfigError(f"{path}: its model_type is {kind}; it must be bpe or unigram")
@@ -98,7 +98,7 @@ def check(path: Path, model: Model):
         raise ConfigError(f"{path} has {len(model.of_type(UNKNOWN))} unknown pieces; there must be one")
 
 
-def check_user_defined(path: Path, model: Model):
+def check_user_defined(path: Path, model: PieceModel):
     """sentencepiece cuts user-defined pieces out of a text before it normalizes the rest. `tokenizers` cuts
     afterwards, so ids would differ where the normalizer changes such a piece."""
     from tokenizers import normalizers
@@ -117,14 +117,14 @@ def check_user_defined(path: Path, model: Model):
 # ---- the file
 
 
-def model_of(data: bytes) -> Model:
-    model = Model()
+def model_of(data: bytes) -> PieceModel:
+    model = PieceModel()
     for number, value in fields(data):
         if number not in (1, 2, 3):
             continue
         if not isinstance(value, bytes):
             raise ValueError(f"the field {number} is no message")
-        part = Part(dict(fields(value)))
+        part = PieceMessage(dict(fields(value)))
         if number == 1:
             model.pieces.append(part.data(1).decode("utf-8"))
             model.scores.append(part.real(2))
@@ -142,7 +142,7 @@ def model_of(data: bytes) -> Model:
 
 
 @dataclass
-class Part:
+class PieceMessage:
     """A message in a message. ValueError for a field of another kind than the asked one."""
 
     values: dict[int, Any]
@@ -202,14 +202,14 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 # ---- the parts of a tokenizer.json
 
 
-def bpe_parts(path: Path, model: Model) -> dict[str, Any]:
+def bpe_parts(path: Path, model: PieceModel) -> dict[str, Any]:
     [unknown] = model.of_type(UNKNOWN)
     return bpe_pipeline(model.pieces, merges_of(path, model), None, None, None, fuse_unk=True,
                         unk_token=model.pieces[unknown], byte_fallback=model.byte_fallback,
                         ignore_merges=bool(model.of_type(USER_DEFINED)))
 
 
-def merges_of(path: Path, model: Model) -> list[tuple[str, str]]:
+def merges_of(path: Path, model: PieceModel) -> list[tuple[str, str]]:
     """Each way to make a piece of two others; pieces with the best scores come first."""
     normal = model.of_type(NORMAL)
     best_first = sorted(normal, key=lambda token: -model.scores[token])
@@ -217,7 +217,7 @@ def merges_of(path: Path, model: Model) -> list[tuple[str, str]]:
     return merges_among(path, pieces, set(pieces))
 
 
-def unigram_parts(model: Model) -> dict[str, Any]:
+def unigram_parts(model: PieceModel) -> dict[str, Any]:
     """A text never becomes a control, unknown, unused or byte piece by its letters, and always becomes a
     user-defined one."""
     [unknown] = model.of_type(UNKNOWN)
@@ -231,7 +231,7 @@ def unigram_parts(model: Model) -> dict[str, Any]:
         "vocab": [[piece, score] for piece, score in zip(model.pieces, scores)]}}
 
 
-def normalizer_of(model: Model, options: Mapping) -> dict[str, Any] | None:
+def normalizer_of(model: PieceModel, options: Mapping) -> dict[str, Any] | None:
     steps = changes_of(model)
     if not marks_first_text_only(model, options):
         steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
@@ -240,7 +240,7 @@ def normalizer_of(model: Model, options: Mapping) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": steps} if steps else None
 
 
-def changes_of(model: Model) -> list[dict[str, Any]]:
+def changes_of(model: PieceModel) -> list[dict[str, Any]]:
     """What happens to a text before its spaces are marked."""
     steps: list[dict[str, Any]] = []
     if model.charsmap:
@@ -260,16 +260,16 @@ def normalizer_from(step: Mapping) -> Any:
     return normalizers.Replace(Regex(step["pattern"]["Regex"]), step["content"])
 
 
-def has_prefix(model: Model, options: Mapping) -> bool:
+def has_prefix(model: PieceModel, options: Mapping) -> bool:
     return model.begins_with_space and options.get("add_prefix_space") is not False
 
 
-def marks_first_text_only(model: Model, options: Mapping) -> bool:
+def marks_first_text_only(model: PieceModel, options: Mapping) -> bool:
     """Does only the text at the beginning get a space, and none after an added token?"""
     return has_prefix(model, options) and options.get("legacy") is False
 
 
-def pre_tokenizer_of(model: Model, options: Mapping) -> dict[str, Any] | None:
+def pre_tokenizer_of(model: PieceModel, options: Mapping) -> dict[str, Any] | None:
     steps: list[dict[str, Any]] = []
     if marks_first_text_only(model, options):
         steps.append({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False})
@@ -284,7 +284,7 @@ def escaped(text: str) -> str:
     return re.sub(r"[^\w\s]|_", lambda sign: f"\\{sign[0]}" if sign[0].isascii() else sign[0], text)
 
 
-def decoder_of(model: Model, options: Mapping) -> dict[str, Any]:
+def decoder_of(model: PieceModel, options: Mapping) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
         {"type": "Fuse"}]

@@ -28,7 +28,9 @@ from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, 
 
 if TYPE_CHECKING:
     from chatlm.worker.model.blocks.norms import AnyNorm
-    from chatlm.worker.weights.recipe import Shapes
+
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Said(Protocol):

@@ -164,6 +164,6 @@ def with_names_of_now(stored: dict[str, Any], eyes: Eyes) -> dict[str, Any]:
 
 
 def values_of(tensor: Any, columns: int) -> numpy.ndarray:
-    """A gguf.header.Tensor as floats (rows, columns)."""
+    """A gguf.header.GgufTensor as floats (rows, columns)."""
     data = tensor.data.reshape(-1, tensor.data.shape[-1])
     return dequantized((len(data), columns), [(tensor._replace(data=data), None)], "float32")

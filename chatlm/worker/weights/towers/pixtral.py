@@ -19,8 +19,7 @@ from chatlm.worker.weights.towers.families import (
 if TYPE_CHECKING:
     from chatlm.worker.tower import Eyes
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.weights.recipe import Shapes
-    from chatlm.worker.weights.towers.families import Colors, Said
+    from chatlm.worker.weights.towers.families import Colors, Said, Shapes
 
 # Rows of a picture, as in llama.cpp. The makers' processor allows 3,025; a tower's attention costs the square
 # of it.

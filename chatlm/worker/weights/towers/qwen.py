@@ -18,8 +18,7 @@ from chatlm.worker.weights.towers.families import (
 if TYPE_CHECKING:
     from chatlm.worker.tower import Eyes
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.weights.recipe import Shapes
-    from chatlm.worker.weights.towers.families import Said
+    from chatlm.worker.weights.towers.families import Said, Shapes
 
 
 # Rows of a picture. The makers' processor allows 16,384; a tower's attention costs the square of it: with

@@ -18,8 +18,7 @@ from chatlm.common.messages.requests import AnswerParams, Failed
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.kernels import choosing
 from chatlm.worker.kernels.limits import not_compiled
-from chatlm.worker.weights.formats.folder.description import hf_spec
-from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 import encoders
 from encoders import (
     FILES, MODELS, PIECES, TEXTS, cosine, engine_of, expected, expected_score, framed, make_encoder, modules, save_folder, save_gguf, vectors, write_json,
@@ -345,12 +344,12 @@ PUBLISHED = {       # the forms in which makers write configs -> (tokens of the 
 def test_configs_as_their_makers_write_them_are_read(name, tmp_path):
     config, longest, width = PUBLISHED[name]
     write_json(tmp_path, config=config)
-    _, spec = hf_spec(tmp_path / "config.json", None)
-    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(model_of(spec))
+    _, spec = hf_blocks(tmp_path / "config.json", None)
+    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(spec)
     if name == "modernbert":
-        assert model_of(spec).windows[:4] == (0, 64, 64, 0) and [spec.attention(layer).rope_base for layer in (0, 1)] == [160000.0, 10000.0]
+        assert spec.windows[:4] == (0, 64, 64, 0) and [spec.by_layer[layer].rope.base for layer in (0, 1)] == [160000.0, 10000.0]
     if name == "nomic-v1.5":
-        assert (spec.rope_base, spec.activation, spec.token_types) == (1000.0, "swiglu", 2)
+        assert (spec.by_layer[0].rope.base, spec.feed.activation, spec.token_types) == (1000.0, "swiglu", 2)
 
 
 @pytest.mark.parametrize("change, words", [({"rotary_scaling_factor": 2}, "rotary_scaling_factor is 2; in a nomic_bert model it must be null"),
@@ -359,7 +358,7 @@ def test_configs_as_their_makers_write_them_are_read(name, tmp_path):
 def test_a_nomic_bert_of_another_form_is_refused(change, words, tmp_path):
     write_json(tmp_path, config=PUBLISHED["nomic-v1.5"][0] | change)
     with pytest.raises(ConfigError, match=words):
-        hf_spec(tmp_path / "config.json", None)
+        hf_blocks(tmp_path / "config.json", None)
 
 
 # --- as sentence-transformers 6 writes them: its vectors and scores were compared with ours (6.2.0, 2026-11-26, within 7e-7) -----------
@@ -463,8 +462,8 @@ def test_the_latest_place_makes_scores_probabilities(made, tmp_path):
 
 def test_gte_s_ntk_is_a_larger_base_and_slower_turn(tmp_path):
     write_json(tmp_path, config=PUBLISHED["gte-multilingual"][0])
-    _, spec = hf_spec(tmp_path / "config.json", None)
-    frequencies = spec.rope_base ** (-np.arange(0, 64, 2) / 64) / np.array(spec.rope_factors)
+    _, spec = hf_blocks(tmp_path / "config.json", None)
+    frequencies = spec.by_layer[0].rope.frequencies
     assert frequencies == pytest.approx((20000 * 8) ** (-np.arange(0, 64, 2) / 64) / 8 ** (2 / 64))
 
 

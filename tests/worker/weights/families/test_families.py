@@ -20,15 +20,15 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.memory_plan import plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
+from chatlm.worker.model.blocks.experts import Router
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import experts_reference, sigmoid_routes
 from chatlm.worker.ranks.alone import RankAlone
-from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
-from chatlm.worker.weights.formats.gguf.description import gguf_spec, gguf_text
+from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch, tensors_of
 from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, tolerance_of, transformer,
                       with_exact_angles, write_tokenizer)
@@ -141,14 +141,14 @@ def test_minicpm_is_granite_with_other_factors(backend, tmp_path):
 def test_a_minicpm_file_without_factors_has_those_of_2b(tmp_path):
     metadata, stored = read_gguf(as_gguf(tmp_path / "granite.gguf", granite_like_minicpm()))
     own = {key.replace("granite.", "minicpm."): value for key, value in metadata.items() if "scale" not in key} | {"general.architecture": "minicpm"}
-    _, spec = gguf_spec(tmp_path / "granite.gguf", own, stored, None)
-    assert (spec.embedding_scale, spec.residual_scale, spec.logit_scale) == (12, pytest.approx(1.4 / 2), 4.0)
+    _, spec = gguf_blocks(tmp_path / "granite.gguf", own, stored, None)
+    assert (spec.input.scale, spec.residual_scale, spec.head.scale) == (12, pytest.approx(1.4 / 2), 4.0)
 
 
 def test_a_laguna_file_without_a_pattern_has_its_windows(tmp_path):
     """As llama.cpp's converter writes it: every fourth layer has none, from the first on."""
     _, spec = spec_of_changed_gguf(tmp_path, "laguna", {"laguna.attention.sliding_window_pattern": None})
-    assert [layer.mixer.window for layer in spec.own_layers] == [0, 24, 24, 24, 0]
+    assert [layer.mixer.window for layer in spec.layers] == [0, 24, 24, 24, 0]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -383,12 +383,12 @@ def test_quantized_matrices_compute_their_values(made, name, tmp_path):
     ("exaone4", "exaone4.attention.sliding_window_pattern", 4, "")])
 def test_metadata_that_changes_arithmetic_is_named(name, key, value, words, tmp_path):
     metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
-    kind, spec = gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
+    kind, spec = gguf_blocks(tmp_path / "tiny.gguf", metadata, stored, None)
     if not words:
-        assert gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None) == (kind, spec)
+        assert gguf_blocks(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None) == (kind, spec)
         return
     with pytest.raises(ConfigError) as caught:
-        gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
+        gguf_blocks(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
     assert words in str(caught.value) and key in str(caught.value)
 
 
@@ -477,7 +477,7 @@ def test_what_quantizing_costs_is_known_beforehand(kind, kl, tmp_path, caplog):
 
 def spec_of(folder, config, context=None):
     (folder / "config.json").write_text(json.dumps(config))
-    return hf_spec(folder / "config.json", context)[1]
+    return hf_blocks(folder / "config.json", context)[1]
 
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
@@ -491,22 +491,23 @@ def test_published_configs_read_as_in_transformers(name, tmp_path):
     whole = transformers.AutoConfig.from_pretrained(tmp_path)
     config = whole.get_text_config()
     tied = getattr(config, "tie_word_embeddings", whole.tie_word_embeddings)
-    assert (spec.vocab_size, spec.layers, spec.width, spec.heads, spec.kv_heads, spec.ffn_size, spec.norm_eps, spec.tied_head) == (
+    attn, experts = spec.attentions[0], spec.experts
+    assert (spec.vocab_size, len(spec.layers), spec.width, attn.heads, attn.kv_heads, spec.feed.width, spec.tied) == (
         config.vocab_size, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-        getattr(config, "moe_intermediate_size", config.intermediate_size), config.rms_norm_eps, tied)
-    assert (spec.experts, spec.experts_per_token) == (getattr(config, "num_local_experts", getattr(config, "num_experts", 0)),
-                                                      getattr(config, "num_experts_per_tok", 0))
-    assert spec.shares_sum_to_one == getattr(config, "norm_topk_prob", True)
+        getattr(config, "moe_intermediate_size", config.intermediate_size), tied)
+    assert spec.norm.eps * spec.residual_scale**2 == pytest.approx(config.rms_norm_eps)
+    assert ((experts.count, experts.router.chosen, experts.router.sum_to_one) if experts else (0, 0, True)) == (
+        getattr(config, "num_local_experts", getattr(config, "num_experts", 0)), getattr(config, "num_experts_per_tok", 0), getattr(config, "norm_topk_prob", True))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     activations = {"silu": "clamped_swiglu" if hasattr(config, "swiglu_limit") else "swiglu", "relu2": "relu2"}
-    assert spec.head_size == head_size and spec.activation == activations.get(getattr(config, "hidden_act", ""), "geglu")
+    assert attn.head_size == head_size and spec.feed.activation == activations.get(getattr(config, "hidden_act", ""), "geglu")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
-    assert model_of(spec).windows == tuple(window * (kind == "sliding_attention") for kind in kinds)
-    unrotated = tuple(l for l in range(spec.layers) if spec.attention(l).rope_size == 0)
+    assert spec.windows == tuple(window * (kind == "sliding_attention") for kind in kinds)
+    unrotated = tuple(l for l, its in enumerate(spec.by_layer) if its.rope.size == 0)
     assert unrotated == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
     nested = "full_attention" in config.rope_parameters
-    for layer in sorted({0, 5, spec.layers - 1} - set(unrotated)):
+    for layer in sorted({0, 5, len(spec.layers) - 1} - set(unrotated)):
         rope = config.rope_parameters[kinds[layer]] if nested else config.rope_parameters
         if rope.get("alpha"):
             expected, scale = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters(config)
@@ -515,8 +516,8 @@ def test_published_configs_read_as_in_transformers(name, tmp_path):
             expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
         else:
             expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=4096, **({"layer_type": kinds[layer]} if nested else {}))
-        np.testing.assert_allclose(spec.rope(layer).frequencies, expected, rtol=2e-6)
-        assert spec.rope(layer).scale == pytest.approx(scale)
+        np.testing.assert_allclose(spec.by_layer[layer].rope.frequencies, expected, rtol=2e-6)
+        assert spec.by_layer[layer].rope.scale == pytest.approx(scale)
     longest = {"Qwen2.5 with YaRN, as its card says": 131072, "Ministral-3-3B, with images": 16384}
     assert spec.max_positions == longest.get(name, config.max_position_embeddings)
 
@@ -529,12 +530,13 @@ def test_lfm2_configs_read_as_in_transformers(name, width, ffn, tmp_path):
     spec, config = spec_of(tmp_path, LFM2_CONFIGS[name]), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    assert (spec.width, spec.ffn_size) == (width, ffn) == (config.hidden_size, made.model.layers[0].feed_forward.w1.out_features)
+    assert (spec.width, spec.feed.width) == (width, ffn) == (config.hidden_size, made.model.layers[0].feed_forward.w1.out_features)
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
-    assert (spec.layers, spec.vocab_size, spec.heads, spec.kv_heads, spec.head_size, spec.norm_eps, spec.tied_head, spec.rope_base, spec.max_positions) == (
+    attn = spec.attentions[0]
+    assert (len(spec.layers), spec.vocab_size, attn.heads, attn.kv_heads, attn.head_size, spec.norm.eps, spec.tied, attn.rope.base, spec.max_positions) == (
         config.num_hidden_layers, 65536, width // 64, 8, 64, 1e-5, True, 1e6, 128000)
-    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head")
-    assert model_of(spec).state_bytes == 4 * 2 * width * sum(map(bool, spec.mixers))
+    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head")
+    assert spec.state_bytes == 4 * 2 * width * sum(map(bool, spec.mixers))
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -556,12 +558,12 @@ def test_lfm2_moe_s_config_reads_as_in_transformers(published, tmp_path):
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head"}
+    sizes = {key: int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head"}
     assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
     assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
-    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.dense_layers, spec.dense_size) == (32, 4, 1792, (0, 1), 7168)
-    assert spec.tied_head and spec.attention(2).rope_base == 1e6 and spec.sigmoid_router and spec.choice_bias and spec.shares_sum_to_one
-    assert model_of(spec).paged_layers == 6 and model_of(spec).state_bytes == 18 * 4 * 2 * 2048
+    assert (spec.experts.count, spec.experts.width, [layer.feed.width for layer in spec.layers[:3]]) == (32, 1792, [7168, 7168, 1792])
+    assert spec.tied and spec.by_layer[2].rope.base == 1e6 and spec.experts.router == Router(4, "sigmoid", choice_bias=True, scale=published["routed_scaling_factor"])
+    assert spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -617,7 +619,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     base = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": None, "rope_parameters": rope}
-    found = spec_of(tmp_path, base).rope(0)
+    found = spec_of(tmp_path, base).by_layer[0].rope
     expected, expected_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](transformers.AutoConfig.from_pretrained(tmp_path))
     np.testing.assert_allclose(found.frequencies, expected, rtol=2e-6)
     assert found.scale == pytest.approx(expected_scale)

@@ -26,11 +26,10 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.formats.configs import OTHERS_AFFAIR
-from chatlm.worker.weights.formats.folder.description import hf_spec, hf_text
+from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
 from chatlm.worker.weights.formats.gguf.description import gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec, model_of
 from attention_kinds import attention
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def spec_of(folder, config, context=None):
     (folder / "config.json").write_text(json.dumps(config))
-    return hf_spec(folder / "config.json", context)[1]
+    return hf_blocks(folder / "config.json", context)[1]
 
 
 # --- LayerNorms and the router of Phi-3.5-MoE ----------------------------------------------------------------------
@@ -112,10 +111,10 @@ def test_a_nemotron_h_has_transformers_weights(tmp_path):
     spec = spec_of(tmp_path, NANO_9B)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
+    count = sum(math.prod(shape) for shape in spec.shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
-    assert spec.layers == 31 and model_of(spec).paged_layers == 4 and spec.rope_size == 0
-    assert [number for number, layer in enumerate(spec.own_layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
+    assert len(spec.layers) == 31 and spec.paged_layers == 4 and {its.rope.size for its in spec.attentions} == {0}
+    assert [number for number, layer in enumerate(spec.layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
     listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
@@ -158,20 +157,20 @@ def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_pat
     spec = spec_of(tmp_path, config)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
+    count = sum(math.prod(shape) for name, shape in spec.shapes().items() if not name.endswith("choice_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
-    assert len(spec.own_layers) == layers and all(layer.mixer for layer in spec.own_layers)
-    experts = spec.own_layers[0].feed
+    assert len(spec.layers) == layers and all(layer.mixer for layer in spec.layers)
+    experts = spec.layers[0].feed
     assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
-    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
+    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(spec) == ""
 
 
 def test_consecutive_parts_of_a_kind_are_layers(tmp_path):
     """Parts of one kind after another are layers of their own."""
     spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
-    assert [type(layer.mixer).__name__ for layer in spec.own_layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
-    assert [type(layer.feed).__name__ for layer in spec.own_layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
-    assert {layer.feed.width for layer in spec.own_layers if layer.feed} == {1856}
+    assert [type(layer.mixer).__name__ for layer in spec.layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
+    assert [type(layer.feed).__name__ for layer in spec.layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
+    assert {layer.feed.width for layer in spec.layers if layer.feed} == {1856}
 
 
 def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
@@ -204,7 +203,7 @@ def test_a_nemotron_3_s_wrong_metadata_is_named(key, value, words, tmp_path):
     changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
     if not words:
         spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
-        assert spec.own_layers[0].feed.latent == (33 if "latent" in key else 0)
+        assert spec.layers[0].feed.latent == (33 if "latent" in key else 0)
         return
     with pytest.raises(ConfigError) as caught:
         spec_of_changed_gguf(tmp_path, "nemotron3", changes)
@@ -321,22 +320,23 @@ def test_published_hybrids_have_transformers_weights(published, billions, tmp_pa
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied_head and key == "head"))
+    count = sum(math.prod(shape) for key, shape in spec.shapes().items() if not (spec.tied and key == "head"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
 
 def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
     """Published sizes of Qwen3.5 make states of this many mebibytes."""
-    assert [model_of(spec_of(tmp_path, config)).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
+    assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
     with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
         spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
 
 def test_granite_4_h_tiny_s_config_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
-    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
-    assert spec.attention(5).rope_size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    experts = spec.experts
+    assert (experts.count, experts.router.chosen, experts.width, experts.shared.width, spec.paged_layers) == (64, 6, 512, 1024, 4)
+    assert spec.by_layer[5].rope.size == 0 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 
@@ -374,10 +374,10 @@ def test_torch_computes_cpu_only_ops_on_a_gpu(fields, words, caplog, monkeypatch
     """Some ops are compiled for a CPU alone, and torch computes these on a GPU."""
     from chatlm.worker.kernels import devices
     monkeypatch.setattr(devices, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
-    spec = ModelSpec(**SPEC | fields)
-    assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
-    assert choose_backend("cpu", model_of(spec)).name != "torch/reference" and not caplog.messages
-    assert choose_backend("cuda", model_of(spec), says_why=True).name == "decode_core/cuda"
+    spec = model_of(ModelSpec(**SPEC | fields))
+    assert (not_compiled(spec, "cuda"), not_compiled(spec)) == ("", "")
+    assert choose_backend("cpu", spec).name != "torch/reference" and not caplog.messages
+    assert choose_backend("cuda", spec, says_why=True).name == "decode_core/cuda"
     assert caplog.messages == [f"decode_core/cuda has no kernels for {words}: torch computes only these"] * bool(words)
 
 
@@ -426,7 +426,7 @@ def test_dynamic_scaling_is_that_of_the_context(context, tmp_path):
     spec = spec_of(tmp_path, config, context)
     length = min(max(context or 0, 131072), 4 * 131072)
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
-    np.testing.assert_allclose(spec.rope(0).frequencies, expected, rtol=2e-6)
+    np.testing.assert_allclose(spec.by_layer[0].rope.frequencies, expected, rtol=2e-6)
     assert spec.max_positions == length
 
 

@@ -28,11 +28,10 @@ from chatlm.worker.gauges import Gauges
 from chatlm.worker.kernels.choosing import choose_backend, load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.tensors import MappedRows, advise
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.gguf.description import gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.formats.gguf.tensors import mapped_table
-from chatlm.worker.weights.model_of import model_of
 from engines import tensors_of, tokens_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, with_exact_angles
 from hub_configs import GEMMA4_CONFIGS
@@ -45,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def spec_of(folder, name, **changes):
     config = GEMMA4_CONFIGS[name]
     (folder / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | changes}))
-    return hf_spec(folder / "config.json", None)[1]
+    return hf_blocks(folder / "config.json", None)[1]
 
 
 @pytest.mark.parametrize("name, billions, kib", [("gemma-4-E2B", 4.6, 18), ("gemma-4-E4B", 7.5, 56), ("gemma-4-31B", 30.7, 880), ("gemma-4-26B-A4B", 25.2, 220)])
@@ -56,12 +55,12 @@ def test_gemma_4_configs_read_as_in_transformers(name, billions, kib, tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar")}
+    sizes = {key: int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head" and not key.endswith(".scalar")}
     assert sum(parameter.numel() for parameter in made.parameters()) == sum(sizes.values())
     assert round(sum(sizes.values()) / 1e9, 1) == billions
-    assert 2 * sum(its.slot_size for its in model_of(spec).by_layer) == kib << 10        # of keys and values for each token, in bfloat16
+    assert 2 * sum(its.slot_size for its in spec.by_layer) == kib << 10        # of keys and values for each token, in bfloat16
     own = config.num_hidden_layers - config.num_kv_shared_layers
-    for layer, (its, kind) in enumerate(zip(model_of(spec).attentions, config.layer_types)):
+    for layer, (its, kind) in enumerate(zip(spec.attentions, config.layer_types)):
         theirs, attention = config.per_layer_config[layer], made.model.layers[layer].self_attn
         assert (its.kv_heads, its.head_size, its.window) == (theirs.num_key_value_heads, theirs.head_dim, attention.sliding_window or 0)
         assert its.scores.scale == its.head_size**0.5 and its.value_norm and its.values_from_keys == (layer < own and attention.v_proj is None)
@@ -70,7 +69,7 @@ def test_gemma_4_configs_read_as_in_transformers(name, billions, kib, tmp_path):
         frequencies = getattr(made.model.rotary_emb, f"{kind}_inv_freq")
         assert len(its.rope.factors or frequencies) == len(frequencies) == its.head_size // 2
         assert (its.rope.factors or (1.0,) * len(frequencies)).count(1.0) == (64 if kind == "full_attention" else 128)
-    assert spec.own_input.scale == config.hidden_size**0.5 and spec.softcap == 30.0 and spec.max_positions == config.max_position_embeddings
+    assert spec.input.scale == config.hidden_size**0.5 and spec.head.softcap == 30.0 and spec.max_positions == config.max_position_embeddings
 
 
 @pytest.mark.parametrize("change, words", [
@@ -161,14 +160,14 @@ def test_a_unified_text_model_has_usual_defaults(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4_unified", "text_config": {
         "hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
         "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0}}))
-    (family, spec), config = hf_spec(tmp_path / "config.json", None), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    (family, spec), config = hf_blocks(tmp_path / "config.json", None), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar"))
+    count = sum(int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head" and not key.endswith(".scalar"))
     assert family == config.model_type == "gemma4_unified_text" and sum(parameter.numel() for parameter in made.parameters()) == count
-    assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.own_input.layers is None and spec.tied_head
-    assert model_of(spec).windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
-    assert not_compiled(model_of(spec)) == ""
+    assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.input.layers is None and spec.tied
+    assert spec.windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
+    assert not_compiled(spec) == ""
 
 
 def test_a_gguf_may_have_gates_and_ups_apart(tmp_path):
@@ -338,7 +337,7 @@ def test_gauges_say_what_stays_in_the_file(dense, caplog):
 def test_torch_computes_gemma_4_on_a_gpu(name, tmp_path, caplog):
     """torch computes Gemma 4 on a GPU, and one line says so."""
     spec = spec_of(tmp_path, name)
-    assert choose_backend("cuda", model_of(spec)) and load_kernels("cuda", model_of(spec)).backend.name == "torch/reference"
+    assert choose_backend("cuda", spec) and load_kernels("cuda", spec).backend.name == "torch/reference"
     [line] = caplog.messages
     assert "attention of several kinds on a GPU, which this model needs: torch computes instead" in line
 

@@ -16,7 +16,7 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters.serving import adapter_reader
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from engines import forward_logits, make_batch, tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
@@ -148,7 +148,7 @@ def config_of(name, **changes):
 def error_of(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError) as caught:
-        hf_spec(folder / "config.json", None)
+        hf_blocks(folder / "config.json", None)
     return str(caught.value)
 
 

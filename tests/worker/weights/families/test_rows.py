@@ -9,7 +9,7 @@ import pytest
 from chatlm.common.errors import ConfigError
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.configs import HF_KEYS, rule_of
-from chatlm.worker.weights.formats.gguf.description import gguf_spec
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks
 from chatlm.worker.weights.formats.gguf.file import GGUF_KEYS, GGUF_OWN, gguf_rule, gguf_value
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -68,7 +68,7 @@ def test_a_file_that_needs_the_size_of_its_heads_says_so(architecture):
             "attention.sliding_window_pattern": [True, False]}
     metadata = {key if "general" in key else f"{architecture}.{key}": value for key, value in said.items()}
     with pytest.raises(ConfigError, match=f"{architecture}.attention.key_length is missing; it must be an int"):
-        gguf_spec(Path("x"), metadata, {}, None)
+        gguf_blocks(Path("x"), metadata, {}, None)
 
 
 def test_a_key_of_other_families_has_no_rule():

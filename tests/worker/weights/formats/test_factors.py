@@ -12,12 +12,12 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.weights.formats.gguf.factors import with_factors
-from chatlm.worker.weights.formats.gguf.header import Tensor
+from chatlm.worker.weights.formats.gguf.header import GgufTensor
 from families import as_gguf, load, make_model
 
 
 def tensor(name, kind, data, shape):
-    return Tensor(name, TYPES[kind], np.array(shape, np.uint64), int(np.prod(shape)), data.nbytes, 0, data)
+    return GgufTensor(name, TYPES[kind], np.array(shape, np.uint64), int(np.prod(shape)), data.nbytes, 0, data)
 
 
 def nvfp4(name, rows, columns, experts=1, seed=0):

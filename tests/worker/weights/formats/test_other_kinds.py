@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 import encoders
 import families
 import nomic_experts
@@ -92,7 +92,7 @@ def refusal_of(path, config):
     """The error for a config; "" if it is one of a model."""
     path.write_text(json.dumps(config))
     try:
-        hf_spec(path, None)
+        hf_blocks(path, None)
     except ConfigError as error:
         return str(error)
     return ""

@@ -11,7 +11,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.doctor.stated import check_head
 from chatlm.worker.kernels.limits import not_compiled
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from fp8 import save_fp8
@@ -114,7 +114,7 @@ def test_root_or_text_config_may_tie_the_head(root, inner, tied, tmp_path):
     text |= {} if inner is None else {"tie_word_embeddings": inner}
     config = {"model_type": "llava", "text_config": text} | ({} if root is None else {"tie_word_embeddings": root})
     path.write_text(json.dumps(config))
-    assert hf_spec(path, None)[1].tied_head == tied
+    assert hf_blocks(path, None)[1].tied == tied
     if tied:
         plain = load(folder)
         changed_file(folder, lambda tensors: tensors.update({"language_model.lm_head.weight": 2 * tensors["language_model.model.embed_tokens.weight"]}))

@@ -19,11 +19,11 @@ from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.formats.folder.description import hf_spec
+from chatlm.worker.weights.formats.folder.description import hf_blocks
 from chatlm.worker.weights.formats.nanochat.generations import nanochat_model
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.loaded.shards import layers_of, refuse_ranks, shard_model, stage_model
-from chatlm.worker.weights.recipe import ModelSpec
+from flat_models import ModelSpec
 from attention_kinds import KINDS, attention, blocks_of, kinds_model, loaded
 from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
@@ -284,19 +284,19 @@ def test_each_stage_keeps_its_own_states_and_keys(name, stages, tmp_path):
 def test_gemma_4_is_divided_by_each_layer_s_heads(name, tp, words, stages, tmp_path):
     """Published shapes of Gemma 4 are divided by the heads of each layer."""
     (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS[name]))
-    spec = hf_spec(tmp_path / "config.json", None)[1]
-    own = [next(layer for layer in spec.own_layers if bool(layer.mixer.window) == limited) for limited in (True, False)]
+    spec = hf_blocks(tmp_path / "config.json", None)[1]
+    own = [next(layer for layer in spec.layers if bool(layer.mixer.window) == limited) for limited in (True, False)]
     last = [layer if layer.mixer.source is None else dataclasses.replace(layer, mixer=dataclasses.replace(
-        layer.mixer, source=0 if layer.mixer.window else 1)) for layer in spec.own_layers[-2:]]
-    few = dataclasses.replace(spec, layers=4, own_layers=(*own, *last))
+        layer.mixer, source=0 if layer.mixer.window else 1)) for layer in spec.layers[-2:]]
+    few = dataclasses.replace(spec, layers=(*own, *last))
     for ranks in (2, 3, 8):
         check_every_part_is_given_out_once(few, ranks)
     with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
         refuse_ranks(blocks_of(spec), tp, 1)
     for count in (2, stages):
         parts = [layers_of(blocks_of(spec), stage, count) for stage in range(count)]
-        assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
-        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.own_layers[l].mixer))
+        assert [*itertools.chain(*parts)] == [*range(len(spec.layers))] and all(parts)
+        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.layers[l].mixer))
     with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):
         stage_model(loaded(spec, {}), 0, stages + 1)
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says: the recipe of its model, its tokenizer and its chat template."""
+"""What a Hugging Face folder says: the blocks of its model, its tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.families.table import FAMILIES
-from chatlm.worker.weights.formats.configs import HF_KEYS, complete_heads, family_config, family_spec
+from chatlm.worker.weights.formats.configs import HF_KEYS, complete_heads, family_blocks, family_config
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, growing_queries, scaled_rope
 from chatlm.worker.weights.purposes.classifiers import refuse_classifier
 from chatlm.worker.weights.rules import (
@@ -25,14 +25,14 @@ from chatlm.worker.weights.text.trial import refuse_endless
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
 GROWTH = "llama_4_scaling_beta"  # of Ministral 3's queries
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
-    """The rotary fields of a recipe, from a config.json with rope_scaling, or with rope_parameters for all
+    """The rotary settings of a model, from a config.json with rope_scaling, or with rope_parameters for all
     layers or by type."""
     row = FAMILIES[family]
     if row.own_attentions:
@@ -82,20 +82,20 @@ def by_type(path: Path, name: str, config: Mapping) -> tuple[dict, dict]:
     return rope, local
 
 
-def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
-    """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
-    return described_spec(path, read_json(path), context)
+def hf_blocks(path: Path, context: int | None) -> tuple[str, Model]:
+    """The family and the blocks of a config.json, for contexts of `context` tokens (None: the model's
+    own)."""
+    return described_blocks(path, read_json(path), context)
 
 
-def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, ModelSpec]:
-    """`hf_spec` of any file that says what `raw`, a config.json, does."""
+def described_blocks(path: Path, raw: dict, context: int | None) -> tuple[str, Model]:
+    """`hf_blocks` of any file that says what `raw`, a config.json, does."""
     family, config = family_config(path, raw)
     complete_heads(path, config)
-    spec = family_spec(path, family, config, hf_rope(path, family, config, context))
-    spec = FAMILIES[family].with_own_blocks(path, config, spec)
-    if not spec.of_texts:
+    model = family_blocks(path, family, config, hf_rope(path, family, config, context))
+    if not model.of_texts:
         refuse_classifier(path, raw, family)
-    return family, spec
+    return family, model
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:

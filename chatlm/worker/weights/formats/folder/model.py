@@ -20,13 +20,12 @@ from chatlm.worker.weights.changes import FileSlice, fused_slices
 from chatlm.worker.weights.families.family import draft_layers, is_one_more
 from chatlm.worker.weights.families.table import FAMILIES
 from chatlm.worker.weights.formats.array_tensors import ArrayTensors
-from chatlm.worker.weights.formats.folder.description import described_spec, hf_text
+from chatlm.worker.weights.formats.folder.description import described_blocks, hf_text
 from chatlm.worker.weights.formats.folder.tensors import read_safetensors
 from chatlm.worker.weights.formats.sources import (
     file_shapes, made_by, of_rows, pairs_of, tensor_sources, unread_keys, without_shared)
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.formats.tied_heads import Pair, head_of_folder
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed.fp8 import fp8_block, unscaled
 from chatlm.worker.weights.packed.layouts import NotExact, PackedWeight
 from chatlm.worker.weights.packed.mxfp4 import Mxfp4
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.changes import Change, Copy
     from chatlm.worker.weights.families.family import Family
     from chatlm.worker.weights.formats.sources import Sources
-    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
@@ -63,13 +61,13 @@ class FolderConfig:
     path: Path           # config.json, or the file that says the same in another form
     raw: dict[str, Any]  # as in a config.json
     family: str          # its row of FAMILIES
-    spec: ModelSpec
+    model: Model
 
     @classmethod
     def of(cls, path: Path, raw: dict[str, Any], context: int | None) -> FolderConfig:
         """Of a file that says what `raw`, a config.json, does, for contexts of `context` tokens (None: the
         model's own)."""
-        return cls(path, raw, *described_spec(path, raw, context))
+        return cls(path, raw, *described_blocks(path, raw, context))
 
 
 def same_text(text: TextSpec) -> TextSpec:
@@ -85,31 +83,30 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
     row = FAMILIES[family]
     called = names_of_folder(source, config.raw)
     head_name = row.all_tensors["head"][0]
-    has_head = config.spec.of_texts or head_name in state
+    model = config.model
+    has_head = model.of_texts or head_name in state
     score = state.pop(SCORE, None)
     if score is not None:
         from chatlm.worker.weights.purposes.rerankers import score_of
         score = score_of(source.path, config.raw, family, called, score, has_head)
-    embeds = config.spec.of_texts or (source.path / "modules.json").exists()
-    spec = config.spec
+    embeds = model.of_texts or (source.path / "modules.json").exists()
     if not has_head and (score is not None or embeds):
-        spec = replace(spec, tied_head=True)  # it has no head, and needs none
+        model = model.with_tied_head()  # it has no head, and needs none
     whole = state
-    spec, state, scales = head_of_folder(config.path, spec, row, row.repack(state), scales)
+    model, state, scales = head_of_folder(config.path, model, row, row.repack(state), scales)
     whole = whole | {name: state[name] for name in Pair.of(row.all_tensors) if name in state}
     whole_scales = scales
     drafts = left_out(whole, state)
     scales = {name: scale for name, scale in scales.items() if not name.startswith(drafts)}
-    model = model_of(spec)
     state = without_shared(model, state)
     scales = without_shared(model, scales)
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
     if any(isinstance(tensor, PackedWeight) for tensor in state.values()):
-        expected = file_shapes(tensor_sources(model, row.all_tensors, spec.vocab_size))
+        expected = file_shapes(tensor_sources(model, row.all_tensors, model.vocab_size))
         state = without_zero_biases(state, expected)
-    return FolderModel(source, config, spec, model, row.all_tensors, state, scales, whole, whole_scales,
+    return FolderModel(source, config, model, row.all_tensors, state, scales, whole, whole_scales,
                        score, embeds, restyled)
 
 
@@ -138,8 +135,7 @@ class FolderModel:
 
     source: ModelSource
     config: FolderConfig
-    spec: ModelSpec                        # the config's, once the tensors have been looked at
-    model: Model                           # its blocks
+    model: Model                           # the config's, once the tensors have been looked at
     table: Mapping[str, tuple[str, ...]]
     state: dict[str, Any]                  # the tensors that `table` names: arrays, PackedWeight, Mxfp4
     scales: dict[str, numpy.ndarray]       # of those in FP8
@@ -192,8 +188,7 @@ class FolderModel:
 
     def with_own_head(self) -> FolderModel:
         pair = Pair.of(self.table)
-        return replace(self, spec=replace(self.spec, tied_head=False), model=self.model.with_own_head(),
-                       state=with_head_of(self.state, pair),
+        return replace(self, model=self.model.with_own_head(), state=with_head_of(self.state, pair),
                        scales=with_head_of(self.scales, pair), whole=with_head_of(self.whole, pair))
 
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
@@ -254,11 +249,11 @@ class FolderModel:
         if not self.row.has_draft_head:
             return None
         from chatlm.worker.weights.formats.draft_heads import folder_head
-        found = folder_head(self.spec, self.row, self.whole, self.whole_scales)
+        found = folder_head(self.model, self.row, self.whole, self.whole_scales)
         if found is None:
             return None
-        spec, table, state, scales = found
-        return replace(self, spec=spec, model=model_of(spec), table=table, state=state, scales=scales)
+        model, table, state, scales = found
+        return replace(self, model=model, table=table, state=state, scales=scales)
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:

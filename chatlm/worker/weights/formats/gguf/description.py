@@ -1,4 +1,4 @@
-"""What a GGUF file says: the recipe of its model, and its tokenizer as a tokenizer.json."""
+"""What a GGUF file says: the blocks of its model, and its tokenizer as a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.worker.weights.families.family import Family, Header
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
-from chatlm.worker.weights.formats.configs import HF_DEFAULTS, complete_heads, family_spec, unsupported
+from chatlm.worker.weights.formats.configs import HF_DEFAULTS, complete_heads, family_blocks, unsupported
 from chatlm.worker.weights.formats.gguf.file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown)
 from chatlm.worker.weights.formats.gguf.header import Texts
@@ -32,16 +32,15 @@ from chatlm.worker.weights.text.splits import MADE_MERGES, PIECES_WITH_MERGES, P
 from chatlm.worker.weights.text.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
-def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
-    """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
+def gguf_blocks(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, Model]:
+    """The row of FAMILIES and the blocks, made as if from a config.json with the metadata's values."""
     header, family, config = gguf_config(path, metadata, stored)
-    spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
-    return family, FAMILIES[family].with_own_blocks(path, config, spec)
+    rope = gguf_rope(header, config, context)
+    return family, family_blocks(path, family, config, rope, biases_in(header))
 
 
 def gguf_config(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str, dict[str, Any]]:
@@ -74,12 +73,12 @@ def gguf_config(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header,
     return header, family, config
 
 
-def biases_in(header: Header, spec: ModelSpec) -> dict[str, bool]:
-    """The fields of a spec that say which biases there are. The metadata do not, so the tensors tell."""
-    down = "ffn_down_exps" if spec.experts and not spec.sum_norms else "ffn_down"
-    names = {"qkv_bias": ("attn_q", "attn_qkv"), "output_bias": ("attn_output",),
-             "norm_biases": ("attn_norm", "attn_output_norm"), "ffn_bias": (down,)}
-    return {field: any(header.has(f"{name}.bias") for name in any_of) for field, any_of in names.items()}
+def biases_in(header: Header) -> set[str]:
+    """Which biases there are: Facts.biases. The metadata do not say it, so the tensors tell."""
+    names = {"qkv": ("attn_q", "attn_qkv"), "output": ("attn_output",), "ffn": ("ffn_down", "ffn_down_exps"),
+             "norm": ("attn_norm", "attn_output_norm")}
+    found = {part for part, any_of in names.items() if any(header.has(f"{name}.bias") for name in any_of)}
+    return found | {"head"} if "output.bias" in header.stored else found
 
 
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:
@@ -129,7 +128,7 @@ MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This 
 
 
 def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
-    """The rotary fields of a recipe, as `hf_rope` makes them: from the scaling's keys, phi3's two lists of
+    """The rotary settings of a model, as `hf_rope` makes them: from the scaling's keys, phi3's two lists of
     factors, or llama 3's single one."""
     head_size = config["head_dim"]
     row = FAMILIES[GGUF_FAMILIES[header.own[:-1]]]

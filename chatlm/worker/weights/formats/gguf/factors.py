@@ -14,12 +14,12 @@ from chatlm.common.errors import ConfigError, require_library
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.formats.gguf.header import Tensor
+from chatlm.worker.weights.formats.gguf.header import GgufTensor
 
 ROWS = 4096  # multiplied at a time
 
 
-def with_factors(path: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_factors(path: Path, stored: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
     """A file's tensors with each matrix multiplied by its factor, and without the factors. ConfigError for a
     factor that is not one finite number, or one for each expert."""
     found = {name: match for name in stored
@@ -33,7 +33,7 @@ def with_factors(path: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def multiplied(path: Path, tensor: Tensor, factor: Tensor) -> Tensor:
+def multiplied(path: Path, tensor: GgufTensor, factor: GgufTensor) -> GgufTensor:
     """A matrix times its factor, in Q8_0."""
     factors = numpy.asarray(floats(dequantize(factor.tensor_type, factor.data)), numpy.float32).reshape(-1)
     allowed = {1, int(tensor.shape[2]) if len(tensor.shape) > 2 else 1}

@@ -37,7 +37,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_gguf(path: Path) -> tuple[dict, dict]:
-    """(metadata, name -> Tensor mapped from the file). A model that is split has the tensors of all its
+    """(metadata, name -> GgufTensor mapped from the file). A model that is split has the tensors of all its
     files."""
     metadata, stored = read_gguf_file(path)
     count = checked(path, "split.count", metadata.get("split.count", 1), Rule(int, 0, 99_999))

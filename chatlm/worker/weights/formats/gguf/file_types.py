@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.formats.gguf.header import Tensor
+    from chatlm.worker.weights.formats.gguf.header import GgufTensor
 
 # llama.cpp's numbers in general.file_type
 FILE_TYPES = {
@@ -20,7 +20,7 @@ FILE_TYPES = {
 NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
-def quantization_of(metadata: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
+def quantization_of(metadata: Mapping[str, Any], tensors: Iterable[GgufTensor]) -> str:
     """As the file says, or else the type of most of its weights. In a small model this may not be the type of
     the name: where rows are no multiple of 256, Q4_K_M has mostly Q5_0."""
     number = metadata.get("general.file_type")

@@ -66,7 +66,7 @@ class Texts(Sequence):
     __hash__ = None  # pyright: ignore[reportAssignmentType]  as a list has none
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor of a file."""
 
     name: str
@@ -126,7 +126,7 @@ class FileHeader:
         self.buffer = memoryview(self.file.data)
         self.at = 0
         self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, GgufTensor] = {}
         self.read()
 
     def read(self):
@@ -230,7 +230,8 @@ class FileHeader:
                 size = 0
             else:
                 data = rows_of(self.file[begin:end], kind.name, info.sizes)
-            self.tensors[info.name] = Tensor(info.name, kind, shape, math.prod(info.sizes), size, begin, data)
+            count = math.prod(info.sizes)
+            self.tensors[info.name] = GgufTensor(info.name, kind, shape, count, size, begin, data)
 
 
 def refuse_rotations(path: Path, metadata: dict[str, Any]):

@@ -14,7 +14,7 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.families.table import FAMILIES
-from chatlm.worker.weights.formats.gguf.description import gguf_spec, gguf_texts
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_texts
 from chatlm.worker.weights.formats.gguf.factors import with_factors
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types
 from chatlm.worker.weights.formats.gguf.file_types import quantization_of
@@ -22,7 +22,6 @@ from chatlm.worker.weights.formats.gguf.tensors import GgufTensors, details_of, 
 from chatlm.worker.weights.formats.sources import made_by, of_rows, pairs_of, without_shared
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.formats.tied_heads import Pair
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed.rows import packed_together
 from chatlm.worker.weights.purposes.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.rules import own_sampling
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.changes import FileSlice
     from chatlm.worker.weights.families.family import Family
     from chatlm.worker.weights.formats.sources import Sources
-    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
 
@@ -46,23 +44,22 @@ def gguf_model(source: ModelSource, settings: Settings, metadata: Mapping[str, A
                stored: dict[str, Any]) -> GgufModel:
     """The model of a GGUF file with these metadata and tensors."""
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
-    model_type, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
+    model_type, model = gguf_blocks(source.path, metadata, stored, settings.context_length)
     row = FAMILIES[model_type]
     check_gguf_types(source.path, stored)
     whole = row.gguf.repack(with_factors(source.path, stored))
-    model = model_of(spec)
     stored = without_shared(model, whole)
     if metadata.get(f"{metadata['general.architecture']}.nextn_predict_layers"):
-        stored = without_draft_head(stored, spec.layers)
+        stored = without_draft_head(stored, len(model.layers))
     heads = {}
     classes = None
-    if spec.of_texts:
+    if model.of_texts:
         heads = {name: tensor for name, tensor in stored.items() if re.match(r"(cls|dense_\d)\.", name)}
         stored = {name: tensor for name, tensor in stored.items() if name not in heads}
     else:
         classes = stored.pop(CLASSES, None)
     names = row.gguf_names | row.gguf.names_in(stored)
-    return GgufModel(source, metadata, types, model_type, spec, model, names, stored, whole, heads, classes)
+    return GgufModel(source, metadata, types, model_type, model, names, stored, whole, heads, classes)
 
 
 def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -77,14 +74,13 @@ def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]
 
 @record
 class GgufModel:
-    """The model of a GGUF file, or of several that it is split into. Tensors are gguf.header.Tensor."""
+    """The model of a GGUF file, or of several that it is split into. Tensors are gguf.header.GgufTensor."""
 
     source: ModelSource
     metadata: Mapping[str, Any]
     types: Counter[str]        # how many tensors the file has of each type
     model_type: str            # its row of FAMILIES
-    spec: ModelSpec
-    model: Model  # its blocks
+    model: Model
     table: Mapping[str, tuple[str, ...]]
     stored: dict[str, Any]     # the tensors that `table` names
     whole: Mapping[str, Any]   # the file's tensors, a draft head's too
@@ -144,8 +140,8 @@ class GgufModel:
 
     def with_own_head(self) -> GgufModel:
         pair = Pair.of(self.table)
-        return replace(self, spec=replace(self.spec, tied_head=False), model=self.model.with_own_head(),
-                       stored=with_head_of(self.stored, pair), whole=with_head_of(self.whole, pair))
+        return replace(self, model=self.model.with_own_head(), stored=with_head_of(self.stored, pair),
+                       whole=with_head_of(self.whole, pair))
 
     def tensors(self, settings: Settings, sources: Sources, added: Mapping[str, list[Change | Copy]],
                 storage: Storage) -> dict[str, Unread | MappedRows]:
@@ -195,11 +191,11 @@ class GgufModel:
         if not self.row.has_draft_head:
             return None
         from chatlm.worker.weights.formats.draft_heads import gguf_head
-        found = gguf_head(self.spec, self.row, self.whole)
+        found = gguf_head(self.model, self.row, self.whole)
         if found is None:
             return None
-        spec, table, stored = found
-        return replace(self, spec=spec, model=model_of(spec), table=table, stored=stored)
+        model, table, stored = found
+        return replace(self, model=model, table=table, stored=stored)
 
     def report(self, sources: Sources, tensors: Mapping[str, Unread | MappedRows],
                storage: Storage) -> Report:

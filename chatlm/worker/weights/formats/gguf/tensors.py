@@ -35,7 +35,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 @record
 class GgufTensors:
-    """How our tensors are made of a file's (gguf.header.Tensor) when they are read.
+    """How our tensors are made of a file's (gguf.header.GgufTensor) when they are read.
 
     Where matrices stay packed, the backend makes them in the file's type or one close to it."""
 
@@ -153,7 +153,7 @@ def merged_type(tensor, packed: bool) -> GgufType:
 
 
 def file_shape(name: str, tensor) -> tuple[int, ...]:
-    """The shape of a gguf.header.Tensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
+    """The shape of a gguf.header.GgufTensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
 
     llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,). Latents
     have a matrix for each head, which here is one of all heads."""

@@ -91,7 +91,7 @@ def is_nanochat(metadata: Mapping) -> bool:
 
 @record
 class NanochatGguf(CheckpointModel):
-    """A nanochat model whose tensors (gguf.header.Tensor) lie in a GGUF file, and may be packed."""
+    """A nanochat model whose tensors (gguf.header.GgufTensor) lie in a GGUF file, and may be packed."""
 
     types: Counter[str]
     quantization: str
