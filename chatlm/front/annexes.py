@@ -485,7 +485,8 @@ def load_usage() -> Make[UsageRoutes]:
 
 def load_conversation_log() -> Make[Callable[[Request], Watcher]]:
     from chatlm.front.server.conversation_log import ConversationLog
-    return lambda front: ConversationLog
+    from chatlm.front.server.watching import Watcher
+    return lambda front: lambda request: Watcher() if request.params.temporary else ConversationLog(request)
 
 
 FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")

@@ -102,6 +102,9 @@ class ChatRoutes:
         if not parsed.stream or request.n > 1:
             raise RequestError("an answer that goes into a chat is streamed, and is one (stream: true, n: 1)",
                                code="invalid_value", param="chat")
+        if request.params.temporary:
+            raise RequestError("an answer that goes into a chat is kept there: leave out chat, or "
+                               "prompt_cache_retention", code="invalid_value", param="chat")
         if not self.has_keys and not is_unguessable(request.id):
             raise RequestError("with chat, X-Request-Id must be 32 hexadecimal digits that nobody can guess, "
                                "or be left out: all devices of the owner read the answer by it",
