@@ -10,7 +10,7 @@ let listed = "";                  // a key of what the list shows, which is rebu
 
 function renderChats() {
   const chats = [...Chat.chats.values()].filter(({id}) => !matches || matches.has(id))
-    .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
+    .sort((a, b) => Boolean(b.temporary) - Boolean(a.temporary) || b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
   const key = JSON.stringify([today, Chat.current.id, matches !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), matches?.get(chat.id)])]);
   if (key === listed) return;
@@ -36,9 +36,9 @@ function keepFocus(change) {
 
 const DAY_MS = 86400000;
 
-function dayOf({pinned, updated}, today) {
+function dayOf({pinned, updated, temporary}, today) {
   const days = Math.ceil((today - updated) / DAY_MS);
-  return pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
+  return temporary ? TEXT.temporary : pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
     : new Intl.DateTimeFormat(undefined, {month: "long", year: "numeric"}).format(updated);
 }
 
@@ -250,11 +250,13 @@ Parts.register({
 
 // import and export ----------------------------------------------------------------------------------------------------
 
+const keptChats = () => [...Chat.chats.values()].filter(({temporary}) => !temporary);
+
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Prompts.own().length > 0;
+  const ofChat = Chat.path.length > 0, hasAny = keptChats().length > 0 || Prompts.own().length > 0;
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.chats.values()])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats(keptChats(), Prompts.own())]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
@@ -276,10 +278,10 @@ function showImport(chats, name) {
     ...(leftOut ? [element("p", {textContent: TEXT.leavesOut(leftOut)})] : []), element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
-async function exportChats(chats) {
+async function exportChats(chats, prompts = []) {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Prompts.own() : []);
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), prompts);
   const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }

@@ -79,7 +79,7 @@ async function begin() {
 // Records that the server has never had, or that have changed since; older ones first, for messages follow each other.
 async function findUnsent() {
   for (const kind of Object.keys(KIND)) {
-    const found = (await Store.read(kind)).filter(record => !record.rev || record.unsent).sort((a, b) => a.created - b.created);
+    const found = (await Store.read(kind)).filter(record => Store.isKept(record.id) && (!record.rev || record.unsent)).sort((a, b) => a.created - b.created);
     for (const record of found) {
       const key = `${kind} ${record.id}`;
       unsent.add(key);
