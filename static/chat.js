@@ -690,7 +690,6 @@ Parts.register({
     temporary: "Temporary chat", notTemporary: "Ordinary chat", temporaryHint: "Nothing of this chat is kept: not in this browser, and not on the server. It is gone when you close this tab.",
     temporaryElsewhere: "Nothing of this chat is kept in this browser. The server at this address is another program, which may keep it.",
   },
-  menu: () => [[state.chat.temporary ? TEXT.notTemporary : TEXT.temporary, state.chat.temporary ? "new" : "clock", () => { switchTemporary(); Composer.focusAfterClick(); }]],
   bind() {
     Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: Page.render});
     addEventListener("pagehide", () => {

@@ -435,6 +435,7 @@ Parts.register({
     parameterIs: (name, text) => text !== undefined ? `${name} is now ${text}.` : `${name} is the server's default again.`,
     systemIs: text => `The system prompt is now “${text}”.`, systemIsEmpty: "The system prompt is now empty.",
   },
+  menu: () => [[Chat.current.temporary ? TEXT.notTemporary : TEXT.temporary, Chat.current.temporary ? "new" : "clock", () => { Chat.switchTemporary(); focusAfterClick(); }]],
   bind() {
     const message = $("message");
     $("composer").onsubmit = event => { event.preventDefault(); submitDraft(); };

@@ -212,6 +212,7 @@ class Terminal:
     def _open_session(self, settings: Settings, words: list[str]):
         from prompt_toolkit import PromptSession, completion, document, history
         from prompt_toolkit.shortcuts import CompleteStyle
+        terminal = self
         paths = completion.PathCompleter(expanduser=True)
         commands = completion.WordCompleter(words, sentence=True)
 
@@ -223,8 +224,8 @@ class Terminal:
                 return commands.get_completions(typed, event)
 
         class KeptHistory(history.FileHistory):
-            def store_string(kept, string: str):  # pyright: ignore[reportSelfClsParameterName]
-                if self.keeps_history:
+            def store_string(self, string: str):
+                if terminal.keeps_history:
                     super().store_string(string)
 
         past = history.InMemoryHistory()

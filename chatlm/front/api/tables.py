@@ -38,8 +38,8 @@ TRUNCATE = Field(
 RETENTION = FieldType('"in_memory" or "24h"', {"enum": ["in_memory", "in-memory", "24h"]},
                       lambda value: value != "24h")
 TEMPORARY = Field(
-    "prompt_cache_retention", RETENTION, "`in_memory`: nothing of this prompt and its answer stays here when it "
-    "has ended, neither in --prefix-store nor among what drafts come from nor in the log; `24h`: as usual",
+    "prompt_cache_retention", RETENTION, "`in_memory`: nothing of this prompt and its answer stays here when "
+    "it has ended, neither in --prefix-store nor among what drafts come from nor in the log; `24h`: as usual",
     means="temporary", fills="params")
 COMMON_FIELDS = (  # for every route that generates
     STOPS,

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from engines import make_engine, pieces, run
@@ -14,7 +17,6 @@ from families import make_model, save
 from kept_prefixes import Memory, keep, make
 from models_that_draft import draft_always
 from nightly import by_day
-from test_draft_model import drafting_engine
 from works import assignment, changed
 
 KINDS = by_day(["qwen3", "gemma3", "lfm2", "qwen3.5"], "gemma3", "lfm2")
@@ -108,7 +110,8 @@ def test_no_page_of_a_temporary_answer_outlives_the_process(nanochat_fixtures):
 def test_a_second_model_that_drafts_keeps_none_either(tmp_path, monkeypatch):
     draft_always(monkeypatch, 4)
     folder = save(make_model("qwen3"), tmp_path)
-    engine = drafting_engine(folder, folder)
+    settings = Settings(model=str(folder), draft_model=str(folder), drafts="model", kv_cache_memory=32 << 20, max_batch=4)
+    engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))[1]
     made = pieces(engine, works(temporary=True))
     assert all(made[work.id].end.usage.accepted.model for work in works())
     drafts = engine.drafting.sources["model"]
