@@ -298,13 +298,14 @@ def changed_after(connection: sqlite3.Connection, owner: str, after: int) -> Cha
     return ChangedPage(rows[-1].rev if rows else after or 0, rows, False)
 
 
-def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> set[str]:
-    """Delete some of the chats in which nothing has changed since then. Returns their owners: none if nothing
-    was left to do."""
+def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> tuple[set[str], bool]:
+    """Delete some of the chats in which nothing has changed since then; those with newer messages are dated
+    anew. (the owners of deleted chats, whether there may be more to do)"""
     owners = set[str]()
-    for number, owner, name in connection.execute(
-            "SELECT number, owner, name FROM chat_records WHERE kind = 'chat' AND body <> '' AND changed < ? "
-            "LIMIT ?", (before_s, PURGED_ROWS)).fetchall():
+    found = connection.execute(
+        "SELECT number, owner, name FROM chat_records WHERE kind = 'chat' AND body <> '' AND changed < ? "
+        "LIMIT ?", (before_s, PURGED_ROWS)).fetchall()
+    for number, owner, name in found:
         [last] = connection.execute("SELECT MAX(changed) FROM chat_records WHERE owner = ? AND chat = ?",
                                     (owner, name)).fetchone()
         if last is not None and last >= before_s:
@@ -312,8 +313,8 @@ def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> set[str
         else:
             changing = Changing(connection, owner, now_s)
             changing.delete(Change(CHAT, name, 0, None), changing.found(CHAT, name))
-        owners.add(owner)
-    return owners
+            owners.add(owner)
+    return owners, bool(found)
 
 
 def purge(connection: sqlite3.Connection, now_s: int) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
 from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import CHAT, Change
+from chatlm.front.chats.records import CHAT, PROJECT, PROMPT, Change
 
 if TYPE_CHECKING:
     import sqlite3
@@ -86,16 +86,23 @@ def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: in
     return Part(b", ".join(texts), last, False)
 
 
+def others(connection: sqlite3.Connection, owner: str, kind: str) -> list[tuple[str, dict]]:
+    """The prompts or projects of an owner: (id, record)."""
+    return [(name, json.loads(body)) for name, body in connection.execute(
+        "SELECT name, body FROM chat_records WHERE owner = ? AND kind = ? AND body <> ''", (owner, kind))]
+
+
 def export_begin(connection: sqlite3.Connection, owner: str, now_s: int) -> bytes:
     """A file of chats (format 2, see static/tree.js) up to the first chat."""
-    prompts = [json.loads(body) for body, in connection.execute(
-        "SELECT body FROM chat_records WHERE owner = ? AND kind = 'prompt' AND body <> ''",
-        (owner,))]
-    kept = [{name: prompt[name] for name in ("name", "text", "starter") if name in prompt}
-            for prompt in prompts]
     made = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(now_s))
-    head = {"format": "chat_server chats", "version": 2, "exported": made,
-            **({"prompts": kept} if kept else {})}
+    head = {"format": "chat_server chats", "version": 2, "exported": made}
+    prompts = others(connection, owner, PROMPT)
+    if prompts:
+        head["prompts"] = [{name: prompt[name] for name in ("name", "text", "starter") if name in prompt}
+                           for _, prompt in prompts]
+    projects = others(connection, owner, PROJECT)
+    if projects:
+        head["projects"] = [{"id": name, **project} for name, project in projects]
     return dump(head)[:-1] + b', "conversations": ['
 
 

@@ -219,17 +219,19 @@ class ChatRoutes:
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.deleted.wait(), LOOK_S if self.settings.chats_keep_days else None)
             self.deleted.clear()
-            while owners := await store.run(partial(self.expire, now_s=now_s())):
+            more = True
+            while more:
+                owners, more = await store.run(partial(self.expire, now_s=now_s()))
                 for owner in owners:
                     self.tell(owner)
             while await store.run(partial(changes.purge, now_s=now_s())):
                 pass
             await store.clear_log()
 
-    def expire(self, connection: sqlite3.Connection, now_s: int) -> set[str]:
-        """Delete some chats that are too old; whose they were."""
+    def expire(self, connection: sqlite3.Connection, now_s: int) -> tuple[set[str], bool]:
+        """Delete some chats that are too old: (whose they were, whether there may be more)."""
         days = self.settings.chats_keep_days
-        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else set()
+        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else (set(), False)
 
     # chats
 

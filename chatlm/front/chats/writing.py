@@ -113,7 +113,9 @@ class WrittenAnswer:
 
     def facts(self, done: Finished) -> dict:
         usage = usage_body(self.twin.usage())
-        return {"timings": {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
+        given = self.twin.parsed.beside.get("knowledge")  # the passages that it was given to read
+        more = {"knowledge": given} if given else {}
+        return {**more, "timings": {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
                             "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}}
 
     def look(self):
