@@ -366,7 +366,7 @@ async function goOn(node) {
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
   Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
-  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), state.chat.system);
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), Projects.systemOf(state.chat));
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
@@ -648,6 +648,8 @@ function hearNews(news) {
   let leaf = null;                                      // a new one below the leaf that is shown
   for (const [kind, id, record] of news) {
     if (kind === "conversations") hearChat(id, record);
+    else if (kind === "projects") Projects.hear(id, record);
+    else if (kind === "prompts") Prompts.hear(id, record);
     else if (kind === "nodes" && hearNode(id, record)) leaf = id;
   }
   if (leaf && !state.editing) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), leaf);

@@ -6,24 +6,32 @@ const Chats = (() => {
 const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
 
 const rows = new Map();           // id of a chat -> its row
+let shown = [];                   // ids of the chats that are listed
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
   const chats = [...Chat.chats.values()].filter(({id}) => !matches || matches.has(id))
     .sort((a, b) => Boolean(b.temporary) - Boolean(a.temporary) || b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, Chat.current.id, matches !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), matches?.get(chat.id)])]);
+  const projects = matches ? [] : Projects.sorted();
+  const key = JSON.stringify([today, Chat.current.id, matches !== null, projects.map(({id, name}) => [id, name]), Projects.choosing,
+    chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, groupOf(chat, today), Projects.isChosen(chat.id), matches?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
+  shown = chats.map(({id}) => id);
   for (const id of rows.keys()) if (!Chat.chats.has(id)) rows.delete(id);
-  const groups = new Map();
+  const groups = new Map(projects.map(project => [project, []]));
   for (const chat of chats) {
-    const day = dayOf(chat, today);
-    if (!groups.has(day)) groups.set(day, []);
-    groups.get(day).push(rowOf(chat));
+    const group = groupOf(chat, today);
+    if (!groups.has(group)) groups.set(group, []);
+    groups.get(group).push(rowOf(chat));
   }
   keepFocus(() => $("chats").replaceChildren(
-    ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
+    ...[...groups].map(([group, rows]) => {
+      const section = element("div", {}, group.id ? Projects.headingOf(group) : element("h2", {textContent: group}), element("ul", {}, ...rows));
+      section.dataset.project = group.id ?? "";
+      return section;
+    }),
     ...(chats.length ? [] : [element("p", {className: "hint", textContent: matches ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
@@ -36,9 +44,12 @@ function keepFocus(change) {
 
 const DAY_MS = 86400000;
 
-function dayOf({pinned, updated, temporary}, today) {
+// A project, or the name of a group.
+const groupOf = (chat, today) => chat.temporary ? TEXT.temporary : Projects.of(chat) ?? dayOf(chat, today);
+
+function dayOf({pinned, updated}, today) {
   const days = Math.ceil((today - updated) / DAY_MS);
-  return temporary ? TEXT.temporary : pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
+  return pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
     : new Intl.DateTimeFormat(undefined, {month: "long", year: "numeric"}).format(updated);
 }
 
@@ -51,6 +62,9 @@ function rowOf(chat) {
   if (chat.id === Chat.current.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
+  row.box.hidden = !Projects.choosing;
+  row.box.checked = Projects.isChosen(chat.id);
+  row.box.setAttribute("aria-label", row.link.textContent);
   const snippet = matches?.get(chat.id) ?? "";
   setText(row.snippet, snippet);
   row.snippet.hidden = !snippet;
@@ -63,13 +77,16 @@ function newRow(id) {
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
+    if (Projects.choosing) return Projects.choose(id);
     Chat.open(id).then(Composer.focusAfterClick).then(showFound);
     showSidebar(!narrow.matches);
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
+  row.move = iconButton(TEXT.moveChat, "more", anchor => Projects.openRowMenu(anchor, chat()));
+  row.box = element("input", {type: "checkbox", hidden: true, onclick: () => Projects.choose(id)});
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
-  row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
+  row.item = element("li", {draggable: true, ondragstart: event => Projects.drag(event, id)}, row.box, row.link, element("div", {className: "row-actions"}, row.pin, row.rename, row.move,
     iconButton(TEXT.delete, "delete", () => { Chat.deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
   return row;
 }
@@ -228,6 +245,7 @@ Parts.register({
     deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
   },
   bind() {
+    Projects.takesChats($("chats"));
     $("new").onclick = $("new-here").onclick = startNewChat;
     $("chats-toggle").onclick = toggleSidebar;
     $("shade").onclick = () => showSidebar(false);
@@ -256,7 +274,7 @@ const keptChats = () => [...Chat.chats.values()].filter(({temporary}) => !tempor
 const exportMenu = () => {
   const ofChat = Chat.path.length > 0, hasAny = keptChats().length > 0 || Prompts.own().length > 0;
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats(keptChats(), Prompts.own())]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats(keptChats(), Prompts.own(), Projects.sorted())]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
@@ -278,11 +296,11 @@ function showImport(chats, name) {
     ...(leftOut ? [element("p", {textContent: TEXT.leavesOut(leftOut)})] : []), element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
-async function exportChats(chats, prompts = []) {
+async function exportChats(chats, prompts = [], projects = [], title = "") {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), prompts);
-  const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), prompts, projects);
+  const name = title || chats.length === 1 ? fileName(title ? {title} : chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
 
@@ -351,6 +369,7 @@ async function importFile(file) {
     for (const {name, text} of texts) chats.push(...await Tree.importIn(text, name));
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
+    for (const {text} of texts) Projects.take(text, chats);
     importAll(chats, file.name);
     texts.forEach(({text}) => Prompts.take(text));
   } catch (error) {
@@ -436,5 +455,5 @@ Parts.register({
   menuEnd: () => Chat.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, download, importAll, takeOverOldChat});
+return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, shown: () => shown, exportChats, download, importAll, takeOverOldChat});
 })();

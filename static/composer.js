@@ -56,7 +56,7 @@ async function countDraft() {
   if (text) await wait(300);
   if (!isMine()) return;
   const [tokens, around] = !text || Server.model.api !== "v1" ? [0, 0] :
-    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Chat.current.system)]);
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Projects.systemOf(Chat.current))]);
   if (!isMine()) return;
   state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
@@ -377,7 +377,7 @@ function renderState() {
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
   if (used && !guessed && (question === 0 || Server.model.api === "text" || !Server.model.ours)) return used;       // these leave nothing out
-  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Chat.current.system));
+  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Projects.systemOf(Chat.current)));
   return text === null ? 0 : await Server.countTokens(text) ?? 0;
 }
 
@@ -467,6 +467,6 @@ Parts.register({
 
 return Object.freeze({
   get draft() { return state.draft; }, get typed() { return $("message").value; },
-  setDraft, offer: offerCommands, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+  setDraft, offer: offerCommands, readFile, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
 });
 })();

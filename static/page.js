@@ -248,7 +248,7 @@ async function start() {
   const asking = Settings.wantedServer();
   await Store.open();
   Store.recover();
-  await Chat.readStored();
+  await Promise.all([Chat.readStored(), Projects.readStored(), Prompts.readStored()]);
   await Chats.takeOverOldChat();
   if (!asking) Server.watch();
   const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "";

@@ -1,4 +1,4 @@
-// Storage: conversations, nodes and drafts in IndexedDB, shared by the tabs of this browser.
+// Storage: conversations, nodes, drafts, projects and prompts in IndexedDB, shared by the tabs of this browser.
 //
 // A change is a patch: one transaction merges it into the stored record and raises the record's revision,
 // so tabs never overwrite each other's fields. Other tabs are notified of changed records and read them again.
@@ -8,7 +8,7 @@
 
 const Store = (() => {
 
-const KINDS = ["conversations", "nodes", "drafts"];
+const KINDS = ["conversations", "nodes", "drafts", "projects", "prompts"];
 
 const promised = request => new Promise((resolve, reject) => {
   request.onsuccess = () => resolve(request.result);
@@ -55,10 +55,10 @@ function mark(on, told = () => {}) {
 
 async function open() {
   try {
-    const request = indexedDB.open(name, 1);
-    request.onupgradeneeded = () => {
-      for (const kind of KINDS) request.result.createObjectStore(kind, {keyPath: "id"});
-      request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
+    const request = indexedDB.open(name, 2);
+    request.onupgradeneeded = ({oldVersion}) => {
+      for (const kind of KINDS.slice(oldVersion ? 3 : 0)) request.result.createObjectStore(kind, {keyPath: "id"});
+      if (!oldVersion) request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
     };
     db = await promised(request);
     db.onversionchange = () => db.close();

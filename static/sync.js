@@ -10,7 +10,7 @@ const Sync = (() => {
 
 const {TEXT, element, wait, newest} = Parts;
 
-const KIND = {conversations: "chat", nodes: "node"}, STORED_AS = {chat: "conversations", node: "nodes"};
+const KIND = {projects: "project", prompts: "prompt", conversations: "chat", nodes: "node"}, STORED_AS = Object.fromEntries(Object.entries(KIND).map(([kind, name]) => [name, kind]));
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
 const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
 const WAIT_S = 20, LEASE_MS = 30000;
@@ -269,8 +269,7 @@ async function take(kind, id, rev, record, isMore = false) {
   const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
-  const patch = {...begin, parent: null, ...gone, ...record, ...mine, id, rev, unsent: own};
-  if (kind === "conversations") delete patch.parent;
+  const patch = {...begin, ...(kind === "nodes" ? {parent: null} : {}), ...gone, ...record, ...mine, id, rev, unsent: own};
   Store.change(kind, id, patch, true);
   return [[kind, id, await Store.get(kind, id)]];
 }

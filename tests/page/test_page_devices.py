@@ -6,6 +6,7 @@ import pytest
 
 from browsing import (ask, button, chats, expect, expect_answered, menu, needs_browser, open_page, questions, said)
 from real_server import server
+from shared_chats import join, keep, link_of
 
 pytestmark = needs_browser
 
@@ -26,32 +27,6 @@ def devices(browser, kept):
     yield pages
     for context in contexts:
         context.close()
-
-
-def choose(page, name):
-    menu(page, "Chats on all your devices")
-    return page.get_by_role("dialog", name="Chats on all your devices")
-
-
-def keep(page):
-    dialog = choose(page, "Chats on all your devices")
-    button(dialog, "Keep them").click()
-    expect(dialog).to_be_hidden()
-
-
-def link_of(page):
-    dialog = choose(page, "Chats on all your devices")
-    link = dialog.locator("#sync-link").inner_text()
-    button(dialog, "Go on").click()
-    return link
-
-
-def join(page, link):
-    page.goto("about:blank")
-    page.goto(link)
-    dialog = page.get_by_role("dialog", name="Chats on all your devices")
-    button(dialog, "Keep them").click()
-    expect(dialog).to_be_hidden()
 
 
 def asked(page, text):
