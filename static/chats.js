@@ -83,7 +83,7 @@ function newRow(id) {
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
-  row.move = iconButton(TEXT.moveChat, "more", anchor => Projects.openRowMenu(anchor, chat()));
+  row.move = iconButton(TEXT.moveChat, "more", anchor => Projects.openRowMenu(anchor, chat(), () => renameChat(row, chat())));
   row.box = element("input", {type: "checkbox", hidden: true, onclick: () => Projects.choose(id)});
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
   row.item = element("li", {draggable: true, ondragstart: event => Projects.drag(event, id)}, row.box, row.link, element("div", {className: "row-actions"}, row.pin, row.rename, row.move,

@@ -124,8 +124,8 @@ const targets = (chats, act) => [...sorted().filter(({id}) => chats.some(({proje
   ...(chats.some(of) ? [[TEXT.noProject, "close", () => act(null)]] : []), [TEXT.newProject, "new", async () => { const made = await edit(); if (made) act(made.id); }]];
 
 // The menu of a chat in the list: where it may be moved, and the begin of a selection.
-function openRowMenu(anchor, chat) {
-  Page.openMenu(anchor, [...(chat.temporary ? [] : targets([chat], id => move([chat], id))), [TEXT.selectChats, "list", () => choose(chat.id), "", true]]);
+function openRowMenu(anchor, chat, rename) {
+  Page.openMenu(anchor, [[TEXT.rename, "edit", rename], ...(chat.temporary ? [] : targets([chat], id => move([chat], id))), [TEXT.selectChats, "list", () => choose(chat.id), "", true]]);
 }
 
 function choose(id) {

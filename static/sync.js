@@ -157,7 +157,8 @@ async function sendSome() {
 
 // A deletion waits as long as it can be undone. Chats come before their messages, and a message after the one it follows.
 async function nextChanges() {
-  const changes = Chat.toasts.some(({undo}) => undo) ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
+  const waits = Chat.toasts.some(({undo}) => undo), changes = waits ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
+  if (waits && state.gone.length) soon(GROWING_MS);
   let characters = 0;
   for (const kind of Object.keys(KIND)) {
     const keys = [...unsent].filter(key => key.startsWith(`${kind} `)).slice(0, MOST_READ);
