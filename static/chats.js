@@ -78,7 +78,7 @@ function newRow(id) {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
     if (Projects.choosing) return Projects.choose(id);
-    Chat.open(id).then(Composer.focusAfterClick).then(showFound);
+    Chat.open(id).then(Composer.focusAfterClick).then(() => showFound(foundAt.get(id)));
     showSidebar(!narrow.matches);
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
@@ -116,27 +116,42 @@ function renameChat(row, chat) {
 
 const searching = newest();
 
-// Shows the chats that contain all words of the query, in the title or in any message.
+// Shows the chats that contain all words of the query, in the title or in any message. Where the server has them all, it looks; here only those that it
+// has not, such as temporary ones.
 async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
+  foundAt.clear();
   if (!words.length) { matches = null; return Page.render(); }
-  const texts = new Map([...Chat.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
+  const hits = new Map(), show = () => { matches = hits; Page.render(); Page.announce(TEXT.found(hits.size)); };
+  const elsewhere = typeof Sync !== "undefined" && await Sync.search(query, found => {
+    if (!isMine()) return false;
+    for (const {id, node, snippet} of found) if (Chat.chats.has(id)) { hits.set(id, snippet); foundAt.set(id, node); }
+    show();
+    return true;
+  });
+  if (!isMine()) return;
+  const own = elsewhere ? await Sync.unsentChats() : null, here = [...Chat.chats.values()].filter(({id}) => !own || own.has(id) || !Store.isKept(id));
+  await searchHere(here, hits, own !== null);
+  if (isMine()) show();
+}
+
+// Finds those of these chats that have all words. `few`: their messages are read chat by chat.
+async function searchHere(chats, hits, few) {
+  const texts = new Map(chats.map(({id, title}) => [id, title.toLowerCase()]));
+  const nodes = few ? (await Promise.all(chats.map(({id}) => Store.read("nodes", id)))).flat() : await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
-  if (!isMine()) return;
-  matches = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
-  findSnippets(nodes);
-  Page.render();
-  Page.announce(TEXT.found(matches.size));
+  for (const [id, text] of texts) if (words.every(word => text.includes(word))) hits.set(id, "");
+  findSnippets(nodes.filter(({conversation}) => texts.has(conversation)), hits);
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
 
 // Where the title of a chat that was found lacks a word: the text around it, from the first message that has the most of the words.
-function findSnippets(nodes) {
+function findSnippets(nodes, matches) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
     const title = matches.has(conversation) ? Chat.chats.get(conversation).title.toLowerCase() : "";
@@ -184,6 +199,7 @@ function toggleSidebar() {
 
 let words = [];                   // of the search, in lower case
 let matches = null;               // id of each chat that matches the search -> the text around a word found; null without a search
+const foundAt = new Map();        // id of a chat that the server has found -> the message with the words, if one has any
 let marking = 0;
 
 function markWords() {
@@ -206,9 +222,9 @@ function rangesOf(root) {
   return found;
 }
 
-// Shows the first message of a found chat that contains a word of the search, on whichever branch it is.
-function showFound() {
-  const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
+// Shows the message of a found chat that has the words, `at` if the server has named it, on whichever branch it is.
+function showFound(at = null) {
+  const has = ({id, content}) => Chat.nodes.has(at) ? id === at : words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
   if (!Chat.path.some(has)) {
     const elsewhere = [...Chat.nodes.values()].find(has);

@@ -14,6 +14,7 @@ const KIND = {projects: "project", prompts: "prompt", conversations: "chat", nod
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
 const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
 const WAIT_S = 20, LEASE_MS = 30000;
+const SEARCH_MS = 8000;
 const MOST_SENT = 200, SENT_CHARACTERS = 4e6, MOST_READ = 1000;         // in a request; records read for it
 const me = Tree.newId();                  // this tab
 const PLACE = `${Store.name} sync`, LEASE = `${PLACE} lease`, GONE = `${PLACE} gone `;      // in localStorage; of deletions one for each tab
@@ -219,6 +220,28 @@ async function settle({kind, id, patch, changed}, {state: done, rev, record, err
   return record ? take(kind, id, rev, record, true) : [];
 }
 
+// What the server finds in its chats: calls `onPage` with each page of [{id, node, snippet}], the newest chats first, as long as that returns true. False if it
+// cannot be asked.
+async function search(query, onPage) {
+  if (!state.on) return false;
+  try {
+    for (let after = null; ;) {
+      const response = await ask(`search?q=${encodeURIComponent(query)}${after ? `&after=${after}` : ""}`, null, {signal: AbortSignal.timeout(SEARCH_MS)});
+      if (!response.ok) return false;
+      const {data, after: next} = await response.json();
+      if (!onPage(data)) return true;
+      if (!next) return true;
+      after = next;
+    }
+  } catch (error) { return false; }
+}
+
+// Ids of the chats that have something which the server has not got, or that it never gets.
+async function unsentChats() {
+  const nodes = await Promise.all([...unsent].filter(key => key.startsWith("nodes ")).map(key => Store.get("nodes", key.slice(6))));
+  return new Set([...nodes.filter(Boolean).map(({conversation}) => conversation), ...[...unsent].filter(key => key.startsWith("conversations ")).map(key => key.split(" ")[1])]);
+}
+
 // receiving ------------------------------------------------------------------------------------------------------------
 
 const following = newest();        // only the newest loop goes on
@@ -359,5 +382,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({join, placeOf});
+return Object.freeze({join, placeOf, search, unsentChats});
 })();

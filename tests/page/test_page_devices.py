@@ -168,3 +168,38 @@ def test_a_server_without_a_database_is_not_asked(page, stand_in):
     button(page, "Menu").click()
     expect(button(page, "Server status")).to_be_visible()
     expect(button(page, "Chats on all your devices")).to_have_count(0)
+
+
+def test_the_server_searches_and_the_page_jumps_to_the_message(devices):
+    """Also a message on a branch that is not shown, and what only this browser has."""
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "Pumpernickel is dark")
+    ask(phone, "and Zwieback is dry")
+    expect_answered(phone, 2)
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_count(1)
+    button(laptop, "New chat").click()
+    asked_at = []
+    laptop.on("request", lambda request: asked_at.append(request.url) if "/v1/chats/search" in request.url else None)
+    search = laptop.get_by_role("textbox", name="Search chats")
+    search.fill("ZWIEB pumper")
+    expect(chats(laptop)).to_have_text(["Pumpernickel is dark"])
+    expect(laptop.locator("#chats .snippet")).to_contain_text("and Zwieback is dry")
+    assert asked_at
+    chats(laptop).click()
+    expect(said(questions(laptop))).to_have_text(["Pumpernickel is dark", "and Zwieback is dry"])
+    expect(questions(laptop).last).to_be_in_viewport()
+    search.fill("nowhere to be found")
+    expect(laptop.get_by_text("No chat contains all of these words.")).to_be_visible()
+    search.fill("")
+    laptop.context.set_offline(True)
+    search.fill("zwieb")
+    expect(chats(laptop)).to_have_text(["Pumpernickel is dark"])         # the browser has it too
+    laptop.context.set_offline(False)
+    search.fill("")
+    menu(laptop, "Temporary chat")
+    ask(laptop, "Only here: Knäckebrot")
+    expect_answered(laptop)
+    search.fill("KNÄCKE")
+    expect(chats(laptop)).to_have_text(["Temporary chat"])
