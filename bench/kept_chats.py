@@ -265,8 +265,9 @@ def killed_at_random(model, path, kills, minutes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
-    for name, usual in (("owners", 1000), ("chats", 200), ("devices", 50), ("seconds", 60), ("megabytes", 60), ("kills", 200), ("minutes", 10)):
+    for name, usual in (("owners", 1000), ("chats", 200), ("devices", 50), ("seconds", 60), ("megabytes", 60), ("kills", 200)):
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of kills")
     parser.add_argument("--small", action="store_true")
     chosen = parser.parse_args()
     if chosen.small:

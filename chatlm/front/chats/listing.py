@@ -9,6 +9,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
+from chatlm.front.chats import pictures
 from chatlm.front.chats.changes import Changing
 from chatlm.front.chats.records import CHAT, PROJECT, PROMPT, Change
 
@@ -69,14 +70,17 @@ def chat_and_tag(connection: sqlite3.Connection, owner: str, name: str) -> tuple
     return f"{rev}", b'{"id": %s, %s' % (dump(name), row[0].encode()[1:])
 
 
-def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: int) -> Part:
-    """The next nodes of a chat, after a number."""
+def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: int,
+                whole: bool = False) -> Part:
+    """The next nodes of a chat, after a number. whole: with their pictures."""
     texts = list[bytes]()
     size = 0
     last = after
     for number, name, body in connection.execute(
             "SELECT number, name, body FROM chat_records WHERE owner = ? AND chat = ? AND body <> '' "
             "AND number > ? ORDER BY number", (owner, chat, after)):
+        if whole:
+            body = pictures.with_pictures(connection, owner, body)
         text = b'{"id": %s, %s' % (dump(name), body.encode()[1:])
         if texts and size + len(text) > PART_BYTES:
             return Part(b", ".join(texts) + b", ", last, True)

@@ -20,6 +20,7 @@ from chatlm.common.errors import bad_value
 from chatlm.common.jsontext import is_number, is_text
 
 AN_ID = re.compile(r"[0-9a-f]{32}")
+A_FILE = re.compile(r"[0-9a-f]{64}")
 CHAT, NODE, PROJECT, PROMPT = "chat", "node", "project", "prompt"
 KINDS = CHAT, NODE, PROJECT, PROMPT
 ROLES = "user", "assistant"
@@ -44,8 +45,14 @@ def are_calls(value) -> bool:
 
 def are_pictures(value) -> bool:
     return isinstance(value, list) and all(
-        isinstance(each, dict) and is_text(each.get("name")) and is_text(each.get("picture"))
-        for each in value)
+        isinstance(each, dict) and is_text(each.get("name")) and is_shown(each) for each in value)
+
+
+def is_shown(picture: Mapping) -> bool:
+    """Has it its data, or the name of a file with it?"""
+    if "file" in picture:
+        return is_text(picture["file"]) and bool(A_FILE.fullmatch(picture["file"])) and "picture" not in picture
+    return is_text(picture.get("picture"))
 
 
 def are_files(value) -> bool:
@@ -70,7 +77,7 @@ SOME_IDS = Rule("a list of token ids", lambda value: isinstance(value, list)
 AN_ID_RULE = Rule("32 hexadecimal digits", is_id)
 A_ROLE = Rule('"user" or "assistant"', lambda value: value in ROLES)
 SOME_CALLS = Rule("a list of {id, name, arguments, result}", are_calls)
-SOME_PICTURES = Rule("a list of {name, picture}", are_pictures)
+SOME_PICTURES = Rule("a list of {name, picture} or {name, file}", are_pictures)
 SOME_FILES = Rule("a list of {name, text}", are_files)
 SOME_STORES = Rule("a list of {id, name}", are_stores)
 # Those of static/tree.js. A field that is not listed is not kept: `leaf`, where a device looks at, is its own

@@ -18,7 +18,7 @@ from chatlm.common.jsontext import dump
 from chatlm.common.request_ids import is_unguessable
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
-from chatlm.front.chats import changes, growing, listing, search
+from chatlm.front.chats import changes, growing, listing, pictures, search
 from chatlm.front.chats.changes import Changing, Outcome
 from chatlm.front.chats.growing import WrittenPlace
 from chatlm.front.chats.reading import ReadChange, read_changes
@@ -217,7 +217,7 @@ class ChatRoutes:
         store = self.kept()
         while True:
             with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.deleted.wait(), LOOK_S if self.settings.chats_keep_days else None)
+                await asyncio.wait_for(self.deleted.wait(), LOOK_S)
             self.deleted.clear()
             more = True
             while more:
@@ -225,6 +225,8 @@ class ChatRoutes:
                 for owner in owners:
                     self.tell(owner)
             while await store.run(partial(changes.purge, now_s=now_s())):
+                pass
+            while await store.run(partial(pictures.purge_unshown, now_s=now_s())):
                 pass
             await store.clear_log()
 
@@ -305,6 +307,32 @@ class ChatRoutes:
         headers = {"Content-Disposition": 'attachment; filename="chats.json"'}
         return await self.send(http, headers, enclosed(begin, self.exported(store, owner), b"]}"))
 
+    # pictures
+
+    async def handle_picture(self, http: web.Request) -> web.Response:
+        """POST /v1/chats/files: keep a picture, the body, which messages then name."""
+        store = self.kept()
+        owner = self.owner
+        client = REQUEST_LOG.get().client
+        with self.bodies.holding() as holding:
+            body = await read_bytes(http, holding, pictures.CHAT_PICTURE_BYTES)
+            kind = pictures.type_of(body)
+            data = bytes(body)
+            name = await store.run(partial(pictures.add, owner=owner, client=client, data=data, now_s=now_s()),
+                                   adds_bytes=len(data))
+        return json_response({"id": name, "object": "chat.file", "bytes": len(data), "type": kind})
+
+    async def handle_show(self, http: web.Request) -> web.Response:
+        """GET /v1/chats/files/{sha256}"""
+        store = self.kept()
+        owner = self.owner
+        with self.bodies.holding() as holding:
+            await take_room(holding, pictures.CHAT_PICTURE_BYTES)
+            data = await store.run(partial(pictures.read, owner=owner, name=http.match_info["sha256"]))
+            return web.Response(body=data, headers={
+                "Content-Type": pictures.type_of(data), "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"})
+
     async def exported(self, store: Store, owner: str) -> AsyncIterator[bytes]:
         names = await store.run(partial(listing.chat_names, owner=owner))
         first = True
@@ -313,7 +341,7 @@ class ChatRoutes:
                 _, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
             except RequestError:  # deleted meanwhile
                 continue
-            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name))
+            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name, whole=True))
             yield b"" if first else b", "
             first = False
             async for part in enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"):
