@@ -467,6 +467,6 @@ Parts.register({
 
 return Object.freeze({
   get draft() { return state.draft; }, get typed() { return $("message").value; },
-  setDraft, offer: offerCommands, readFile, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+  setDraft, offer: offerCommands, readFile, asData, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
 });
 })();

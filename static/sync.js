@@ -144,10 +144,41 @@ async function placeOf({id, conversation, parent}) {
   return await isThere() ? {chat: {id: conversation, node: id, parent}, space: state.space} : null;
 }
 
+// pictures: here they are data URIs, on the server files that messages name by their SHA-256 -----------------------------------
+
+const LEAST_FILE = 4000;          // characters of a picture from which it is a file
+const fileOf = new Map();         // a picture's data URI -> the name of its file
+
+async function uploaded({name, picture}) {
+  const [, type, data] = /^data:([\w/+.-]+);base64,(.*)$/.exec(picture) ?? [];
+  if (!data || picture.length < LEAST_FILE) return {name, picture};
+  if (!fileOf.has(picture)) {
+    const body = new Blob([Uint8Array.from(atob(data), character => character.charCodeAt(0))]);
+    const response = await Server.request("v1/chats/files", {method: "POST", body, headers: {"X-Chat-Space": state.space, "Content-Type": type}});
+    if (response.status === 415) return {name, picture};                  // the server keeps no files of this type
+    if (!response.ok) throw await Server.errorOf(response);
+    fileOf.set(picture, (await response.json()).id);
+  }
+  return {name, file: fileOf.get(picture)};
+}
+
+// A picture that the server has, as the page has it; null if it is gone. `known`: those that are here.
+async function fetched({name, file, picture}, known) {
+  const here = picture ?? known.find(each => fileOf.get(each.picture) === file)?.picture;
+  if (here) return {name, picture: here};
+  const response = await ask(`files/${file}`);
+  if (response.status === 404) return null;
+  if (!response.ok) throw await Server.errorOf(response);
+  const blob = await response.blob(), made = await Composer.asData(blob);
+  fileOf.set(made, file);
+  return {name, picture: made};
+}
+
 // Sends what one request holds; true if there may be more.
 async function sendSome() {
   const changes = await nextChanges();
   if (!changes.length) return false;
+  for (const change of changes) if (change.patch?.pictures) change.patch = {...change.patch, pictures: await Promise.all(change.patch.pictures.map(uploaded))};
   const response = await ask("changes", {changes: changes.map(({kind, id, base, patch}) => ({kind: KIND[kind], id, base, patch}))});
   if (!response.ok) throw await Server.errorOf(response);
   const {data} = await response.json(), news = [];
@@ -290,6 +321,7 @@ async function hear(rows) {
 async function take(kind, id, rev, record, isMore = false) {
   const known = await Store.get(kind, id);
   if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev) || isGone(`${kind} ${id}`)) return [];
+  if (record.pictures) record = {...record, pictures: (await Promise.all(record.pictures.map(each => fetched(each, known?.pictures ?? [])))).filter(Boolean)};
   const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};

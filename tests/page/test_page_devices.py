@@ -203,3 +203,37 @@ def test_the_server_searches_and_the_page_jumps_to_the_message(devices):
     expect_answered(laptop)
     search.fill("KNÄCKE")
     expect(chats(laptop)).to_have_text(["Temporary chat"])
+
+
+def test_pictures_are_on_the_other_device_and_gone_with_their_message(devices):
+    """On the server each is a file, whatever shows it; here it is in its message."""
+    phone, laptop = devices
+    keep(phone)
+    sent = []
+    phone.on("request", lambda request: sent.append(request.method) if request.url.endswith("/v1/chats/files") else None)
+    large = phone.evaluate("""() => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 90, height: 90}), paper = canvas.getContext("2d");
+        const pixels = paper.createImageData(90, 90);
+        for (let i = 0, x = 1; i < pixels.data.length; i++) { x = x * 16807 % 2147483647; pixels.data[i] = i % 4 === 3 ? 255 : x % 256; }
+        paper.putImageData(pixels, 0, 0);
+        return canvas.toDataURL();
+    }""")
+    assert len(large) > 4000
+    phone.evaluate("""picture => {
+        const chat = Tree.newConversation({title: "Cats"}), small = "data:image/gif;base64,R0lGODlhAQABAAAAACw=";
+        const one = Tree.newNode(chat.id, null, "user", "See", {pictures: [{name: "cat.png", picture}, {name: "dot.gif", picture: small}]});
+        Chat.addChat(chat, [one, Tree.newNode(chat.id, one.id, "user", "Again", {pictures: [{name: "same.png", picture}]})]);
+        Page.render();
+    }""", large)
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text(["Cats"])
+    chats(laptop).click()
+    expect(questions(laptop).first.get_by_role("img")).to_have_count(2)
+    shown = laptop.evaluate("[...Chat.nodes.values()].map(({pictures}) => pictures)")
+    assert sorted([picture["name"], picture["picture"] == large] for each in shown for picture in each) == [
+        ["cat.png", True], ["dot.gif", False], ["same.png", True]]
+    assert sent == ["POST"]
+    laptop.evaluate("""() => { const node = [...Chat.nodes.values()].find(({content}) => content === "See"); Store.change("nodes", node.id, {content: "Look"}); }""")
+    chats(phone).click()
+    expect(said(questions(phone)).first).to_contain_text("Look")
+    assert phone.evaluate("[...Chat.nodes.values()].find(({content}) => content === 'Look').pictures[0].picture") == large
