@@ -318,7 +318,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
   const post = place => onceReady(run, () =>
     Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat), ...(run.chat.temporary ? {resumable: false, ...Server.forgotten()} : {})}, id: node.stream.id, signal, model, goOn, place}));
-  const place = goOn || run.chat.temporary || typeof Sync === "undefined" ? null : await Sync.placeOf(node);
+  const place = run.chat.temporary || typeof Sync === "undefined" ? null : await Sync.placeOf(node, goOn);
   run.kept = Boolean(place);                             // the server writes the answer into the chat itself
   let response;
   try {

@@ -23,7 +23,7 @@ const state = {on: false, space: "", rev: 0, gone: [], problem: ""};   // `gone`
 const unsent = new Set();                  // "kind id" of the records that the server is to get from this tab
 const patches = new Map();                 // "kind id" -> fields that changed here and are not sent
 const retries = new Map();                 // "kind id" -> how often the server has refused a record whose chat or parent it lacks
-const grownAt = new Map();                 // id of a growing answer -> when it was sent
+const grownAt = new Map();                 // id of the stream of a growing answer -> when it was sent
 let pass = null, again = false, timer = 0;   // pass: a promise while something is sent
 
 // state ----------------------------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ async function sendAll() {
 const PLACE_MS = 3000;                    // a question does not wait longer for the server to have its chat
 
 // Where the server may write an answer itself, also when this page has gone: in its chat, once it has that with the question and the answer's
-// node. null: this page alone writes it.
-async function placeOf({id, conversation, parent}) {
+// node; of one that goes on, its new stream. null: this page alone writes it.
+async function placeOf({id, conversation, parent}, goesOn) {
   if (!state.on || !parent) return null;
   const records = [["conversations", conversation], ["nodes", parent], ["nodes", id]];
-  const isThere = async () => (await Promise.all(records.map(([kind, name]) => Store.get(kind, name)))).every(record => record?.rev);
+  const isThere = async () => (await Promise.all(records.map(([kind, name]) => Store.get(kind, name)))).every(record => record?.rev && !(goesOn && record.id === id && record.unsent));
   const sentAll = async () => { for (let tries = 0; tries < 2 && !await isThere(); tries++) await send(); };
   await Promise.race([sentAll(), wait(PLACE_MS)]);
   return await isThere() ? {chat: {id: conversation, node: id, parent}, space: state.space} : null;
@@ -201,8 +201,8 @@ async function nextChanges() {
       if (!Object.keys(patch).length) { sent(kind, record.id, {}); continue; }
       if (Tree.isGrowing(record)) {
         if (record.rev && Chat.runs.get(record.id)?.kept) continue;           // the server writes it
-        if (Date.now() - grownAt.get(record.id) < GROWING_MS) { soon(GROWING_MS); continue; }
-        grownAt.set(record.id, Date.now());
+        if (Date.now() - grownAt.get(record.stream.id) < GROWING_MS) { soon(GROWING_MS); continue; }
+        grownAt.set(record.stream.id, Date.now());
       }
       const size = JSON.stringify(patch).length;
       if (changes.length && (changes.length === MOST_SENT || characters + size > SENT_CHARACTERS)) return changes;

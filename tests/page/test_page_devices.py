@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from browsing import (ask, button, chats, expect, expect_answered, menu, needs_browser, open_page, questions, said)
+from browsing import (ask, button, chats, expect, expect_answered, menu, message_box, needs_browser, open_page, questions, said)
 from real_server import server
 from shared_chats import join, keep, link_of
 
@@ -237,3 +237,29 @@ def test_pictures_are_on_the_other_device_and_gone_with_their_message(devices):
     chats(phone).click()
     expect(said(questions(phone)).first).to_contain_text("Look")
     assert phone.evaluate("[...Chat.nodes.values()].find(({content}) => content === 'Look').pictures[0].picture") == large
+
+
+def test_an_answer_that_goes_on_is_written_though_its_page_has_gone(devices):
+    """In the same node, behind the text that it had."""
+    phone, laptop = devices
+    keep(phone)
+    message_box(phone).fill("/maxtokens 3")
+    message_box(phone).press("Enter")
+    asked_here = "tell me something"
+    ask(phone, asked_here)
+    expect_answered(phone)
+    join(laptop, link_of(phone))
+    chats(laptop).first.click()
+    expect_answered(laptop)
+    before = laptop.evaluate("Chat.path.at(-1).content")
+    message_box(phone).fill("/maxtokens 40")
+    message_box(phone).press("Enter")
+    with phone.expect_request(lambda request: request.url.endswith("v1/chat/completions")) as sent:
+        button(phone, "Continue").click()
+    body = sent.value.post_data_json
+    assert body["continue_final_message"] and set(body["chat"]) == {"id", "node", "parent"}
+    assert sent.value.response().status == 200
+    phone.close()
+    laptop.wait_for_function("before => Chat.path.at(-1).timings?.completion_tokens > 3 && !Chat.path.at(-1).stream", arg=before)
+    assert laptop.evaluate("Chat.path.at(-1).content").startswith(before)
+    assert laptop.evaluate("[Chat.path.length, Chat.nodes.size]") == [2, 2]

@@ -60,8 +60,9 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     return node
 
 
-def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int):
-    """Begin an answer, with a new node unless a device has made it. made: what a new one has besides."""
+def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int) -> dict:
+    """Begin an answer, with a new node unless a device has made it. made: what a new one has besides. Returns
+    the node: one that goes on has the text of its earlier part."""
     quota.check(connection, place.owner, len(as_json({**made})), client=place.client)
     changing = Changing(connection, place.owner, now_s)
     if check_place(connection, place, now_s) is None:
@@ -73,6 +74,28 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
                        "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
                        (node.number, place.stream))
+    return node.body
+
+
+def whole_of(earlier: Mapping, later: Mapping) -> dict:
+    """The facts about an answer that went on: what is said of its two parts, together, as static/chat.js has
+    it. The later prompt has the earlier part in it."""
+    whole = {**earlier, **later}
+    for name in ("ttft_ms", "queue_ms", "cached_tokens"):
+        whole[name] = earlier.get(name)
+    before = earlier.get("completion_tokens", 0)
+    count = later.get("completion_tokens", 0)
+    whole["completion_tokens"] = before + count
+    if "prompt_tokens" in later:
+        whole["prompt_tokens"] = max(1, later["prompt_tokens"] - before)
+    for name in ("drafted_tokens", "accepted_tokens", "reasoning_tokens"):
+        if name in whole:
+            whole[name] = earlier.get(name, 0) + later.get(name, 0)
+    whole["waited_ms"] = earlier.get("waited_ms", 0) + (later.get("ttft_ms") or 0)
+    speeds = [part.get("tokens_per_second") or 0 for part in (earlier, later)]
+    if all(speeds):
+        whole["tokens_per_second"] = round((before + count) / (before / speeds[0] + count / speeds[1]), 1)
+    return {name: value for name, value in whole.items() if value is not None}
 
 
 def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int) -> bool:

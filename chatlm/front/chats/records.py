@@ -176,8 +176,9 @@ def goes_as_far(body: Mapping, other: Mapping) -> bool:
 
 
 def is_same_end(body: Mapping, patch: Mapping) -> bool:
-    """Do both say how one answer has ended? Two devices may have read it, and the server itself."""
-    return bool(patch.get("ended")) and patch["ended"] == body.get("ended")
+    """Do both say how one answer has ended? Two devices may have read it, and the server itself. One that goes
+    on has a new stream."""
+    return bool(patch.get("ended")) and patch["ended"] == body.get("ended") and not patch.get("stream")
 
 
 def call_counts(body: Mapping) -> tuple[int, int]:

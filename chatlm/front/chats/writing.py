@@ -13,6 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.text.calculations import shift_calls
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import timings_body, usage_body
 from chatlm.front.api.errors import public_error
@@ -66,12 +67,14 @@ class WrittenAnswer:
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None  # which writes
         self.problem = ""  # why no more of it can be kept
+        self.before: dict = {}  # the node as it was: an answer that goes on has text there
 
     async def begin(self):
         """Raises RequestError if it cannot be written there."""
         made = {"created": time.time() * 1000 // 1, "model": self.twin.model,
                 "seed": self.twin.request.params.sampling.seed}
-        await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()), adds_bytes=1)
+        self.before = await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()),
+                                           adds_bytes=1)
         self.tell(self.place.owner)
         self.due_s = time.monotonic() + GROWN_S
 
@@ -107,16 +110,25 @@ class WrittenAnswer:
         choice = self.twin.choices[0]
         calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
                  for call in choice.calls]
-        placed = [{"expression": None, "result": None, **call} for call in choice.calculator]
-        return {"content": choice.text("text"), "reasoning": choice.text("reasoning") or None,
-                "ids": [*choice.token_ids] or None, "calls": calls or None, "calculator": placed or None}
+        before = self.before
+        content = before.get("content", "")
+        placed = [*before.get("calculator", ()), *shift_calls(
+            [{"expression": None, "result": None, **call} for call in choice.calculator], len(content))]
+        return {"content": content + choice.text("text"),
+                "reasoning": before.get("reasoning", "") + choice.text("reasoning") or None,
+                "ids": [*before.get("ids", ()), *choice.token_ids] or None, "calls": calls or None,
+                "calculator": placed or None}
 
     def facts(self, done: Finished) -> dict:
         usage = usage_body(self.twin.usage())
         given = self.twin.parsed.beside.get("knowledge")  # the passages that it was given to read
         more = {"knowledge": given} if given else {}
-        return {**more, "timings": {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
-                            "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}}
+        timings = {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
+                   "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}
+        if "earlier" in self.before:
+            timings = growing.whole_of(self.before["earlier"], timings)
+            more["earlier"] = None
+        return {**more, "timings": timings}
 
     def look(self):
         """Write what has come, in a task, once that is due."""

@@ -156,6 +156,30 @@ async def test_another_device_sees_it_grow_and_reads_on_where_the_node_ends(tmp_
         assert node["content"] + said == "".join(WORDS)
 
 
+async def test_an_answer_that_goes_on_grows_in_its_node(tmp_path):
+    """With what it had, and the figures of both parts together; nobody need read it."""
+    earlier = {"prompt_tokens": 9, "completion_tokens": 3, "tokens_per_second": 10.0, "ttft_ms": 50.0, "cached_tokens": 0}
+    async with devices(tmp_path) as ask:
+        stream = secrets.token_hex(16)
+        await ask.make_chat(content="zero ", reasoning="Hm.", ids=[7, 8, 9], timings=earlier, ended="first",
+                            calculator=[{"start": 1, "expression": "1", "result": "1"}])
+        _, told = await ask(SPACE, "/v1/chats/changes", {"changes": [{"kind": "node", "id": NODE, "base": 99, "patch": {
+            "content": "zero ", "ended": "first", "timings": None, "earlier": earlier, "continued": True,
+            "stream": {"id": stream, "next": 0, "begin": 5}}}]})
+        assert told["data"][0]["state"] == "stored"
+        async with ask.answer(request_id=stream, continue_final_message=True, add_generation_prompt=False, messages=[
+                {"role": "user", "content": "Count"}, {"role": "assistant", "content": "zero "}]) as response:
+            assert response.status == 200, await response.text()
+            await first_event(response)
+        ask.pool.gate.admit(len(WORDS))
+        node = await ask.until(has_ended)
+        assert node["content"] == "zero " + "".join(WORDS) and node["reasoning"] == "Hm."
+        assert node["ids"] == [7, 8, 9] + [1] * len(WORDS) and node["calculator"][0]["start"] == 1
+        timings = node["timings"]
+        assert timings["completion_tokens"] == 3 + len(WORDS) and timings["ttft_ms"] == 50.0 and "earlier" not in node
+        assert timings["prompt_tokens"] >= 1 and timings["finish_reason"] == "stop"
+
+
 async def test_another_device_may_stop_it(tmp_path):
     async with devices(tmp_path) as ask:
         await ask.make_chat()
