@@ -5,13 +5,14 @@ finds them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
 from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import CHAT, NODE, PLACE, Change
+from chatlm.front.chats.records import CHAT, NODE, PLACE, Change, patched
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.front.chats.changes import Record
 
 
+NO_OTHERS: Mapping[int, Mapping] = {}
 CUT = {"stream": None, "note": "interrupted"}  # of an answer that a killed server was writing
 
 
@@ -98,9 +100,16 @@ def whole_of(earlier: Mapping, later: Mapping) -> dict:
     return {name: value for name, value in whole.items() if value is not None}
 
 
-def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int) -> bool:
+def choice_name(node: str, index: int) -> str:
+    """The id of the node with a further answer (n > 1) beside that of the first one."""
+    return hashlib.blake2b(f"{node} {index}".encode(), digest_size=16).hexdigest()
+
+
+def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int,
+          others: Mapping[int, Mapping] = NO_OTHERS) -> bool:
     """Write what an answer has so far, or at its end. False if it is deleted. Raises RequestError if it is
-    too large, or if its owner may not keep more."""
+    too large, or if its owner may not keep more. others: the further answers of the request, by their numbers,
+    which become its siblings."""
     changing = Changing(connection, place.owner, now_s)
     node = changing.found(NODE, place.node)
     chat = changing.found(CHAT, place.chat)
@@ -109,10 +118,17 @@ def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, n
             forget(connection, node.number)
         return False
     if "content" in patch:  # else it only says why there is no more
-        quota.check(connection, place.owner, max(0, len(as_json({**patch})) - len(node.text)))
+        size = sum(len(as_json({**each})) for each in (patch, *others.values()))
+        quota.check(connection, place.owner, max(0, size - len(node.text)))
     changing.update(Change(NODE, place.node, node.rev, {**patch}), node)
     if "ended" in patch:
         forget(connection, node.number)
+        beside = {name: node.body[name] for name in (*PLACE, "model") if name in node.body}
+        for index, said in others.items():
+            name = choice_name(place.node, index)
+            body = patched(beside, said)
+            if changing.found(NODE, name) is None:
+                changing.create(Change(NODE, name, 0, body), body)
         now = {"updated": max(now_s * 1000, chat.body.get("updated", 0))}
         changing.update(Change(CHAT, place.chat, chat.rev, now), chat)
     return True

@@ -99,8 +99,8 @@ class ChatRoutes:
         """A body whose answer is written into a chat: the answer is recorded, and goes on without a
         reader."""
         request = parsed.request
-        if not parsed.stream or request.n > 1:
-            raise RequestError("an answer that goes into a chat is streamed, and is one (stream: true, n: 1)",
+        if not parsed.stream:
+            raise RequestError("an answer that goes into a chat is streamed (stream: true)",
                                code="invalid_value", param="chat")
         if request.params.temporary:
             raise RequestError("an answer that goes into a chat is kept there: leave out chat, or "

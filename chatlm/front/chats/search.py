@@ -20,7 +20,7 @@ MOST_WORDS = 16
 MOST_FOUND = 50
 LOOKED_BYTES = 64 << 20  # after so many a page of results ends
 LEAST_CHATS = 8          # looked through at once, then twice as many,
-MOST_CHATS = 256         # up to these
+BATCH_CHATS = 256        # up to these
 AROUND = 40              # characters before the word in a snippet
 SNIPPET = 160
 GLOB_SIGNS = re.compile(r"[*?[]")
@@ -71,7 +71,7 @@ def search(connection: sqlite3.Connection, owner: str, question: str, after: str
         if looked > LOOKED_BYTES:
             return FoundPage(found, batch[-1])
         begin += size
-        size = min(2 * size, MOST_CHATS)
+        size = min(2 * size, BATCH_CHATS)
     return FoundPage(found, None)
 
 

@@ -67,6 +67,7 @@ class WrittenAnswer:
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None  # which writes
         self.problem = ""  # why no more of it can be kept
+        self.ends: dict[int, dict] = {}  # what is said of the answers that have ended, by their numbers
         self.before: dict = {}  # the node as it was: an answer that goes on has text there
 
     async def begin(self):
@@ -89,8 +90,10 @@ class WrittenAnswer:
                 if isinstance(event, Piece | Finished):
                     self.twin.collect(event)
                 if isinstance(event, Finished):
-                    ended = True
-                    await self.end(self.facts(event))
+                    self.ends[event.choice] = self.facts(event)
+                    ended = len(self.ends) == len(self.twin.choices)
+                    if ended:
+                        await self.end(self.ends[0])
                 yield event
                 self.settled = self.grown = not ended
                 self.look()
@@ -105,9 +108,9 @@ class WrittenAnswer:
 
     # what is written
 
-    def said(self) -> dict:
-        """The answer so far, as the page keeps it (static/tree.js)."""
-        choice = self.twin.choices[0]
+    def said(self, index: int = 0) -> dict:
+        """An answer so far, as the page keeps it (static/tree.js)."""
+        choice = self.twin.choices[index]
         calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
                  for call in choice.calls]
         before = self.before
@@ -120,7 +123,7 @@ class WrittenAnswer:
                 "calculator": placed or None}
 
     def facts(self, done: Finished) -> dict:
-        usage = usage_body(self.twin.usage())
+        usage = usage_body(self.twin.usage() if len(self.twin.choices) == 1 else done.usage)
         given = self.twin.parsed.beside.get("knowledge")  # the passages that it was given to read
         more = {"knowledge": given} if given else {}
         timings = {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
@@ -129,6 +132,11 @@ class WrittenAnswer:
             timings = growing.whole_of(self.before["earlier"], timings)
             more["earlier"] = None
         return {**more, "timings": timings}
+
+    def others(self, facts: dict) -> dict[int, dict]:
+        """The further answers of its request at its end. facts: of those that have not ended."""
+        return {index: {**self.said(index), **(self.ends.get(index) or facts)}
+                for index in range(1, len(self.twin.choices))}
 
     def look(self):
         """Write what has come, in a task, once that is due."""
@@ -195,8 +203,9 @@ class WrittenAnswer:
         for patch in patches:
             try:
                 size = len(patch.get("content", ""))
-                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s()),
-                                     adds_bytes=size)
+                others = {} if self.problem else self.others(facts)
+                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s(),
+                                             others=others), adds_bytes=size)
                 return self.tell(self.place.owner)
             except ChatServerError as error:
                 self.problem = self.problem or str(error)

@@ -180,6 +180,20 @@ async def test_an_answer_that_goes_on_grows_in_its_node(tmp_path):
         assert timings["prompt_tokens"] >= 1 and timings["finish_reason"] == "stop"
 
 
+async def test_further_answers_are_siblings(tmp_path):
+    async with devices(tmp_path, gate=False) as ask:
+        await ask.make_chat()
+        async with ask.answer(n=3) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        await ask.until(has_ended)
+        _, chat = await ask(SPACE, f"/v1/chats/{CHAT_ID}")
+        made = [node for node in chat["nodes"] if node["role"] == "assistant"]
+        assert [node["content"] for node in made] == ["".join(WORDS)] * 3
+        assert {node["parent"] for node in made} == {QUESTION} and made[0]["id"] == NODE and len({node["id"] for node in made}) == 3
+        assert all(node["timings"]["completion_tokens"] == len(WORDS) and "stream" not in node for node in made)
+
+
 async def test_another_device_may_stop_it(tmp_path):
     async with devices(tmp_path) as ask:
         await ask.make_chat()
@@ -229,7 +243,7 @@ async def test_where_it_cannot_be_written_it_is_refused(tmp_path):
         status, error = await ask.refused(place=PLACE | {"node": QUESTION})
         assert (status, error["code"]) == (409, "other_node")
         for more, param in (({"place": {"id": CHAT_ID}}, "chat"), ({"place": PLACE | {"node": "x"}}, "chat.node"),
-                            ({"place": "x"}, "chat"), ({"stream": False}, "chat"), ({"n": 2}, "chat"),
+                            ({"place": "x"}, "chat"), ({"stream": False}, "chat"),
                             ({"request_id": "guessed"}, "X-Request-Id")):
             status, error = await ask.refused(**more)
             assert (status, error["param"]) == (400, param), error
