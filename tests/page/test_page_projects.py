@@ -215,3 +215,26 @@ def test_projects_and_prompts_are_on_all_devices(devices):
     laptop.evaluate("Prompts.keep([])")
     button(phone, "New chat").click()
     expect(button(phone, "Poem")).to_have_count(0)
+
+
+def test_seven_tabs_hear_of_it_and_a_temporary_chat_is_in_one(devices):
+    phone, _ = devices
+    context = phone.context
+    tabs = [phone, *(context.new_page() for _ in range(6))]
+    for tab in tabs[1:]:
+        open_page(tab, phone.url)
+    keep_and_join(phone)
+    make_project(tabs[3], "Boats")
+    project_menu(tabs[3], "Boats", "New chat in this project")
+    ask(tabs[3], "inside")
+    expect_answered(tabs[3])
+    menu(tabs[5], "Temporary chat")
+    ask(tabs[5], "whispered")
+    expect_answered(tabs[5])
+    for tab in tabs:
+        expect(group_of(tab, "Boats").get_by_role("link")).to_have_text(["inside"])
+        expect(chats(tab)).to_have_count(2 if tab is tabs[5] else 1)
+    project_menu(tabs[6], "Boats", "Delete the project")
+    button(tabs[6].get_by_role("dialog", name="Delete the project “Boats”?"), "Delete").click()
+    for tab in tabs:
+        expect(tab.get_by_role("heading", name="Boats")).to_have_count(0)

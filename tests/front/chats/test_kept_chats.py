@@ -358,6 +358,26 @@ async def test_a_project_is_checked_and_its_chats_outlive_it(tmp_path):
         assert late["state"] == "deleted"
 
 
+async def test_two_keys_may_use_one_id_and_never_see_the_other_s_project(tmp_path):
+    """Neither by its id, nor by putting a chat into it, nor by deleting it."""
+    keys = [ApiKey.hashed(name * 20, name) for name in "ab"]
+    async with started(tmp_path / "store.db", *keys) as ask:
+        ann, bob = (Device(ask, name * 20) for name in "ab")
+        await ann.send({"kind": "project", "id": an_id(1), "patch": PROJECT})
+        [taken] = await bob.send({"kind": "project", "id": an_id(1), "base": 1, "patch": {"prompt": "Mine"}})
+        assert taken["state"] == "refused" and "record" not in taken       # he has none of this id
+        [own] = await bob.send({"kind": "project", "id": an_id(1), "patch": PROJECT | {"prompt": "Bob's"}})
+        await bob.send(chat(2, project=an_id(1)), {"kind": "project", "id": an_id(1), "patch": None})
+        assert own["state"] == "stored"
+        await ann.news()
+        await bob.news()
+        assert ann.seen == {("project", an_id(1)): PROJECT} and [kind for kind, _ in bob.seen] == ["chat"]
+        assert "projects" not in (await ask("b" * 20, "/v1/chats/export"))[1]
+        status, error = await ask("b" * 20, "/v1/chats/changes", {"changes": [
+            {"kind": "project", "id": an_id(3), "patch": PROJECT | {"prompt": "x" * 16_000_000}}]})
+        assert (status, error["data"][0]["state"], error["data"][0]["error"]["param"]) == (200, "refused", "patch")
+
+
 async def test_what_an_answer_was_given_to_read_stays_with_it(tmp_path):
     """The passages below an answer, and the collections that a chat asks."""
     async with devices(tmp_path) as [phone, laptop]:
