@@ -108,8 +108,8 @@ def choice_name(node: str, index: int) -> str:
 def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int,
           others: Mapping[int, Mapping] = NO_OTHERS) -> bool:
     """Write what an answer has so far, or at its end. False if it is deleted. Raises RequestError if it is
-    too large, or if its owner may not keep more. others: the further answers of the request, by their numbers,
-    which become its siblings."""
+    too large, or if its owner may not keep more. others: the further answers of the request, by their
+    numbers, which become its siblings."""
     changing = Changing(connection, place.owner, now_s)
     node = changing.found(NODE, place.node)
     chat = changing.found(CHAT, place.chat)

@@ -1,7 +1,7 @@
 """Pictures of chats as files: each is kept once for an owner, as long as one of his messages shows it.
 
-A message that shows one has {name, file}, the file's SHA-256, among its `pictures`; small ones may stand there
-as {name, picture}, a data URI."""
+A message that shows one has {name, file}, the file's SHA-256, among its `pictures`; small ones may stand
+there as {name, picture}, a data URI."""
 
 from __future__ import annotations
 

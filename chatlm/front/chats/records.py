@@ -51,7 +51,8 @@ def are_pictures(value) -> bool:
 def is_shown(picture: Mapping) -> bool:
     """Has it its data, or the name of a file with it?"""
     if "file" in picture:
-        return is_text(picture["file"]) and bool(A_FILE.fullmatch(picture["file"])) and "picture" not in picture
+        name = picture["file"]
+        return is_text(name) and bool(A_FILE.fullmatch(name)) and "picture" not in picture
     return is_text(picture.get("picture"))
 
 
@@ -83,7 +84,8 @@ SOME_STORES = Rule("a list of {id, name}", are_stores)
 # Those of static/tree.js. A field that is not listed is not kept: `leaf`, where a device looks at, is its own
 FIELDS: dict[str, dict[str, Rule]] = {
     CHAT: {"created": A_TIME, "updated": A_TIME, "title": A_TEXT, "pinned": A_SWITCH, "system": A_TEXT,
-           "parameters": AN_OBJECT, "model": A_TEXT, "inTurns": A_SWITCH, "project": AN_ID_RULE, "stores": SOME_STORES},
+           "parameters": AN_OBJECT, "model": A_TEXT, "inTurns": A_SWITCH, "project": AN_ID_RULE,
+           "stores": SOME_STORES},
     NODE: {"created": A_TIME, "conversation": AN_ID_RULE, "parent": AN_ID_RULE, "role": A_ROLE,
            "content": A_TEXT, "reasoning": A_TEXT, "model": A_TEXT, "weights": A_TEXT, "system": A_TEXT,
            "parameters": AN_OBJECT, "seed": AN_INTEGER, "prefix": SOME_IDS, "ids": SOME_IDS,
@@ -91,7 +93,8 @@ FIELDS: dict[str, dict[str, Rule]] = {
            "calls": SOME_CALLS, "calculator": A_LIST, "timings": AN_OBJECT, "note": A_TEXT,
            "error": A_TEXT, "edited": A_SWITCH, "attachments": A_LIST, "pictures": SOME_PICTURES,
            "knowledge": AN_OBJECT, "stream": AN_OBJECT, "begin": AN_INTEGER, "ended": A_TEXT},
-    PROJECT: {"created": A_TIME, "name": A_TEXT, "prompt": A_TEXT, "files": SOME_FILES, "stores": SOME_STORES},
+    PROJECT: {"created": A_TIME, "name": A_TEXT, "prompt": A_TEXT, "files": SOME_FILES,
+              "stores": SOME_STORES},
     PROMPT: {"created": A_TIME, "name": A_TEXT, "text": A_TEXT, "starter": A_SWITCH},
 }
 NEEDED = {CHAT: ("created",), NODE: ("created", "conversation", "role", "content"),
@@ -176,8 +179,8 @@ def goes_as_far(body: Mapping, other: Mapping) -> bool:
 
 
 def is_same_end(body: Mapping, patch: Mapping) -> bool:
-    """Do both say how one answer has ended? Two devices may have read it, and the server itself. One that goes
-    on has a new stream."""
+    """Do both say how one answer has ended? Two devices may have read it, and the server itself. One that
+    goes on has a new stream."""
     return bool(patch.get("ended")) and patch["ended"] == body.get("ended") and not patch.get("stream")
 
 

@@ -318,8 +318,8 @@ class ChatRoutes:
             body = await read_bytes(http, holding, pictures.CHAT_PICTURE_BYTES)
             kind = pictures.type_of(body)
             data = bytes(body)
-            name = await store.run(partial(pictures.add, owner=owner, client=client, data=data, now_s=now_s()),
-                                   adds_bytes=len(data))
+            keep = partial(pictures.add, owner=owner, client=client, data=data, now_s=now_s())
+            name = await store.run(keep, adds_bytes=len(data))
         return json_response({"id": name, "object": "chat.file", "bytes": len(data), "type": kind})
 
     async def handle_show(self, http: web.Request) -> web.Response:
@@ -331,7 +331,8 @@ class ChatRoutes:
             data = await store.run(partial(pictures.read, owner=owner, name=http.match_info["sha256"]))
             return web.Response(body=data, headers={
                 "Content-Type": pictures.type_of(data), "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"})
+                "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": "default-src 'none'; sandbox"})
 
     async def exported(self, store: Store, owner: str) -> AsyncIterator[bytes]:
         names = await store.run(partial(listing.chat_names, owner=owner))

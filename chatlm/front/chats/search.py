@@ -106,13 +106,15 @@ def shown_chat(connection: sqlite3.Connection, owner: str, name: str, words: Seq
     missing = [word for word in words if word not in title]
     best, most = 0, 0
     for record, folded in connection.execute(
-            "SELECT record, folded FROM chat_words WHERE owner = ? AND chat = ? ORDER BY record", (owner, name)):
+            "SELECT record, folded FROM chat_words WHERE owner = ? AND chat = ? ORDER BY record",
+            (owner, name)):
         count = sum(word in folded for word in words)
         if record != number and count > most and any(word in folded for word in missing or words):
             best, most = record, count
     if not best:
         return FoundChat(name, chat, None, "")
-    node, body = connection.execute("SELECT name, body FROM chat_records WHERE number = ?", (best,)).fetchone()
+    node, body = connection.execute("SELECT name, body FROM chat_records WHERE number = ?",
+                                    (best,)).fetchone()
     content = json.loads(body)["content"]
     return FoundChat(name, chat, node, snippet_of(content, missing or words))
 
