@@ -160,8 +160,8 @@ class ChatRoutes:
                                             adds_bytes=size)
         if any(outcome.state in ("stored", "sibling", "deleted") for outcome in outcomes):
             self.tell(owner)
-        if any(change.patch is None for change in read):
-            self.notice_deletion(owner)
+        if any(change.patch is None or '"pictures"' in change.patch for change in read):
+            self.notice_deletion(owner)  # perhaps no message shows a picture any more
         rows = separated(map(shown_outcome, outcomes))
         return await send_parts(http, [b'{"rev": %d, "data": [' % rev, *rows, b"]}"])
 
