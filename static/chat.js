@@ -87,19 +87,30 @@ function showChat(chat, leaf) {
   refresh();
 }
 
-function newChat() {
+// `temporary`: nothing of it is kept, neither here nor on the server (store.js).
+function newChat(temporary = false) {
   opening();
   state.nodes = new Map();
-  showChat(Tree.newConversation({parameters: {...Settings.preferences.defaults.parameters}, system: Settings.preferences.defaults.system ?? "",
+  showChat(Tree.newConversation({...(temporary ? {temporary} : {}), parameters: {...Settings.preferences.defaults.parameters}, system: Settings.preferences.defaults.system ?? "",
     ...(state.chat.model ? {model: state.chat.model} : {})}), null);
-  Composer.loadDraft("new");
+  if (temporary) Store.keepOut(state.chat.id);
+  Composer.loadDraft(Composer.draftKey());
+}
+
+// Begins a temporary chat with what has been typed for a new one; from a temporary chat, an ordinary one.
+function switchTemporary() {
+  const {draft: {text, files}} = Composer, isNew = !isStored(state.chat);
+  newChat(!state.chat.temporary);
+  if (!isNew) return;
+  if (state.chat.temporary) Composer.dropNewDraft();
+  Composer.setDraft(text, files);
 }
 
 // The address names the chat shown, so that a reload, a bookmark and the back button find it.
 function rememberPlace() {
-  const hash = isStored(state.chat) ? `#${state.chat.id}` : "";
+  const place = isStored(state.chat) && !state.chat.temporary ? state.chat.id : "", hash = place && `#${place}`;
   if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
-  try { localStorage.setItem(`${Store.name} last`, isStored(state.chat) ? state.chat.id : ""); } catch (error) { /* no matter */ }
+  try { localStorage.setItem(`${Store.name} last`, place); } catch (error) { /* no matter */ }
 }
 
 const lastPlace = () => { try { return localStorage.getItem(`${Store.name} last`); } catch (error) { return null; } };
@@ -176,7 +187,7 @@ function noticeEnd({node, chat}, failed) {
   if (document.hidden) state.ended++;
   if (!Settings.preferences.notify) return;
   try {
-    const notice = new Notification(text, {body: node.content.slice(0, 200), tag: node.id});
+    const notice = new Notification(text, {body: chat.temporary ? "" : node.content.slice(0, 200), tag: node.id});
     notice.onclick = () => { window.focus(); openChat(chat.id); notice.close(); };
   } catch (error) { /* some browsers allow none from pages */ }
 }
@@ -215,10 +226,10 @@ function addNode(parent, role, content, more = {}) {
 }
 
 function storeNewChat(chat, content) {
-  chat.title = Tree.titleOf(content);
+  chat.title = chat.temporary ? TEXT.temporary : Tree.titleOf(content);           // browsers keep the titles of pages
   state.chats.set(chat.id, chat);
   Store.change("conversations", chat.id, {...chat});
-  Composer.dropNewDraft();
+  if (!chat.temporary) Composer.dropNewDraft();
   rememberPlace();
 }
 
@@ -306,8 +317,8 @@ async function connect(run, messages, onAccepted, goOn = false) {
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
   const post = place => onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat)}, id: node.stream.id, signal, model, goOn, place}));
-  const place = goOn || typeof Sync === "undefined" ? null : await Sync.placeOf(node);
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat), ...(run.chat.temporary ? {resumable: false, ...Server.forgotten()} : {})}, id: node.stream.id, signal, model, goOn, place}));
+  const place = run.chat.temporary || typeof Sync === "undefined" ? null : await Sync.placeOf(node, goOn);
   run.kept = Boolean(place);                             // the server writes the answer into the chat itself
   let response;
   try {
@@ -318,7 +329,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
     run.kept = false;
     response = await post(null);
   }
-  run.resumable = response.headers.has("X-Request-Id");
+  run.resumable = !run.chat.temporary && response.headers.has("X-Request-Id");
   node.stream = {...node.stream, id: response.headers.get("X-Request-Id") ?? node.stream.id};
   onAccepted();
   return response;
@@ -355,7 +366,7 @@ async function goOn(node) {
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
   Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
-  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), state.chat.system);
+  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), Projects.systemOf(state.chat));
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
@@ -449,7 +460,7 @@ const TITLE_TOKENS = 24, TITLE_CHARACTERS = 1500;      // limits: the title, and
 
 // Lets the model title a chat after its first answer, when the server is otherwise idle.
 async function nameChat(chat, node) {
-  if (!Settings.preferences.titles || Server.model.api !== "v1" || !node.content) return;
+  if (!Settings.preferences.titles || chat.temporary || Server.model.api !== "v1" || !node.content) return;
   const nodes = await Store.read("nodes", chat.id), question = nodes.find(({id}) => id === node.parent), before = chat.title;
   if (nodes.length !== 2 || before !== Tree.titleOf(question?.content ?? "")) return;
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
@@ -637,6 +648,8 @@ function hearNews(news) {
   let leaf = null;                                      // a new one below the leaf that is shown
   for (const [kind, id, record] of news) {
     if (kind === "conversations") hearChat(id, record);
+    else if (kind === "projects") Projects.hear(id, record);
+    else if (kind === "prompts") Prompts.hear(id, record);
     else if (kind === "nodes" && hearNode(id, record)) leaf = id;
   }
   if (leaf && !state.editing) state.leaf = Tree.leafBelow(Tree.childrenOf(state.nodes), leaf);
@@ -675,6 +688,10 @@ function say(text) {
 }
 
 Parts.register({
+  strings: {
+    temporary: "Temporary chat", notTemporary: "Ordinary chat", temporaryHint: "Nothing of this chat is kept: not in this browser, and not on the server. It is gone when you close this tab.",
+    temporaryElsewhere: "Nothing of this chat is kept in this browser. The server at this address is another program, which may keep it.",
+  },
   bind() {
     Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: Page.render});
     addEventListener("pagehide", () => {
@@ -701,7 +718,7 @@ return Object.freeze({
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
   lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
-  readStored, hear: hearNews, lastPlace, opening, open: openChat, openNew: newChat, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
+  readStored, hear: hearNews, lastPlace, opening, open: openChat, openNew: () => newChat(), switchTemporary, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,
 });

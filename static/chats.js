@@ -6,24 +6,32 @@ const Chats = (() => {
 const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
 
 const rows = new Map();           // id of a chat -> its row
+let shown = [];                   // ids of the chats that are listed
 let listed = "";                  // a key of what the list shows, which is rebuilt only when it changes
 
 function renderChats() {
   const chats = [...Chat.chats.values()].filter(({id}) => !matches || matches.has(id))
-    .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
+    .sort((a, b) => Boolean(b.temporary) - Boolean(a.temporary) || b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, Chat.current.id, matches !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), matches?.get(chat.id)])]);
+  const projects = matches ? [] : Projects.sorted();
+  const key = JSON.stringify([today, Chat.current.id, matches !== null, projects.map(({id, name}) => [id, name]), Projects.choosing,
+    chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, groupOf(chat, today), Projects.isChosen(chat.id), matches?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
+  shown = chats.map(({id}) => id);
   for (const id of rows.keys()) if (!Chat.chats.has(id)) rows.delete(id);
-  const groups = new Map();
+  const groups = new Map(projects.map(project => [project, []]));
   for (const chat of chats) {
-    const day = dayOf(chat, today);
-    if (!groups.has(day)) groups.set(day, []);
-    groups.get(day).push(rowOf(chat));
+    const group = groupOf(chat, today);
+    if (!groups.has(group)) groups.set(group, []);
+    groups.get(group).push(rowOf(chat));
   }
   keepFocus(() => $("chats").replaceChildren(
-    ...[...groups].flatMap(([day, rows]) => [element("h2", {textContent: day}), element("ul", {}, ...rows)]),
+    ...[...groups].map(([group, rows]) => {
+      const section = element("div", {}, group.id ? Projects.headingOf(group) : element("h2", {textContent: group}), element("ul", {}, ...rows));
+      section.dataset.project = group.id ?? "";
+      return section;
+    }),
     ...(chats.length ? [] : [element("p", {className: "hint", textContent: matches ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
@@ -35,6 +43,9 @@ function keepFocus(change) {
 }
 
 const DAY_MS = 86400000;
+
+// A project, or the name of a group.
+const groupOf = (chat, today) => chat.temporary ? TEXT.temporary : Projects.of(chat) ?? dayOf(chat, today);
 
 function dayOf({pinned, updated}, today) {
   const days = Math.ceil((today - updated) / DAY_MS);
@@ -51,6 +62,9 @@ function rowOf(chat) {
   if (chat.id === Chat.current.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
+  row.box.hidden = !Projects.choosing;
+  row.box.checked = Projects.isChosen(chat.id);
+  row.box.setAttribute("aria-label", row.link.textContent);
   const snippet = matches?.get(chat.id) ?? "";
   setText(row.snippet, snippet);
   row.snippet.hidden = !snippet;
@@ -63,13 +77,16 @@ function newRow(id) {
   row.link.onclick = event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
-    Chat.open(id).then(Composer.focusAfterClick).then(showFound);
+    if (Projects.choosing) return Projects.choose(id);
+    Chat.open(id).then(Composer.focusAfterClick).then(() => showFound(foundAt.get(id)));
     showSidebar(!narrow.matches);
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { Chat.change(chat(), {pinned: !chat().pinned}); Page.render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
+  row.move = iconButton(TEXT.moveChat, "more", anchor => Projects.openRowMenu(anchor, chat(), () => renameChat(row, chat())));
+  row.box = element("input", {type: "checkbox", hidden: true, onclick: () => Projects.choose(id)});
   row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
-  row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
+  row.item = element("li", {draggable: true, ondragstart: event => Projects.drag(event, id)}, row.box, row.link, element("div", {className: "row-actions"}, row.pin, row.rename, row.move,
     iconButton(TEXT.delete, "delete", () => { Chat.deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
   return row;
 }
@@ -99,27 +116,42 @@ function renameChat(row, chat) {
 
 const searching = newest();
 
-// Shows the chats that contain all words of the query, in the title or in any message.
+// Shows the chats that contain all words of the query, in the title or in any message. Where the server has them all, it looks; here only those that it
+// has not, such as temporary ones.
 async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
+  foundAt.clear();
   if (!words.length) { matches = null; return Page.render(); }
-  const texts = new Map([...Chat.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await Store.read("nodes");
+  const hits = new Map(), show = () => { matches = hits; Page.render(); Page.announce(TEXT.found(hits.size)); };
+  const elsewhere = typeof Sync !== "undefined" && await Sync.search(query, found => {
+    if (!isMine()) return false;
+    for (const {id, node, snippet} of found) if (Chat.chats.has(id)) { hits.set(id, snippet); foundAt.set(id, node); }
+    show();
+    return true;
+  });
+  if (!isMine()) return;
+  const own = elsewhere ? await Sync.unsentChats() : null, here = [...Chat.chats.values()].filter(({id}) => !own || own.has(id) || !Store.isKept(id));
+  await searchHere(here, hits, own !== null);
+  if (isMine()) show();
+}
+
+// Finds those of these chats that have all words. `few`: their messages are read chat by chat.
+async function searchHere(chats, hits, few) {
+  const texts = new Map(chats.map(({id, title}) => [id, title.toLowerCase()]));
+  const nodes = few ? (await Promise.all(chats.map(({id}) => Store.read("nodes", id)))).flat() : await Store.read("nodes");
   for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
-  if (!isMine()) return;
-  matches = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
-  findSnippets(nodes);
-  Page.render();
-  Page.announce(TEXT.found(matches.size));
+  for (const [id, text] of texts) if (words.every(word => text.includes(word))) hits.set(id, "");
+  findSnippets(nodes.filter(({conversation}) => texts.has(conversation)), hits);
 }
 
 const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
 
 // Where the title of a chat that was found lacks a word: the text around it, from the first message that has the most of the words.
-function findSnippets(nodes) {
+function findSnippets(nodes, matches) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
     const title = matches.has(conversation) ? Chat.chats.get(conversation).title.toLowerCase() : "";
@@ -167,6 +199,7 @@ function toggleSidebar() {
 
 let words = [];                   // of the search, in lower case
 let matches = null;               // id of each chat that matches the search -> the text around a word found; null without a search
+const foundAt = new Map();        // id of a chat that the server has found -> the message with the words, if one has any
 let marking = 0;
 
 function markWords() {
@@ -189,9 +222,9 @@ function rangesOf(root) {
   return found;
 }
 
-// Shows the first message of a found chat that contains a word of the search, on whichever branch it is.
-function showFound() {
-  const has = ({content}) => words.some(word => content.toLowerCase().includes(word));
+// Shows the message of a found chat that has the words, `at` if the server has named it, on whichever branch it is.
+function showFound(at = null) {
+  const has = ({id, content}) => Chat.nodes.has(at) ? id === at : words.some(word => content.toLowerCase().includes(word));
   if (!words.length) return;
   if (!Chat.path.some(has)) {
     const elsewhere = [...Chat.nodes.values()].find(has);
@@ -228,6 +261,7 @@ Parts.register({
     deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
   },
   bind() {
+    Projects.takesChats($("chats"));
     $("new").onclick = $("new-here").onclick = startNewChat;
     $("chats-toggle").onclick = toggleSidebar;
     $("shade").onclick = () => showSidebar(false);
@@ -250,11 +284,13 @@ Parts.register({
 
 // import and export ----------------------------------------------------------------------------------------------------
 
+const keptChats = () => [...Chat.chats.values()].filter(({temporary}) => !temporary);
+
 // A chat without messages is not exported.
 const exportMenu = () => {
-  const ofChat = Chat.path.length > 0, hasAny = Chat.chats.size > 0 || Prompts.own().length > 0;
+  const ofChat = Chat.path.length > 0, hasAny = keptChats().length > 0 || Prompts.own().length > 0;
   return [...(ofChat ? [[TEXT.thisChat, "export", () => exportChats([Chat.current])]] : []),
-    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats([...Chat.chats.values()])]] : []),
+    ...(hasAny ? [[TEXT.allChats, "export", () => exportChats(keptChats(), Prompts.own(), Projects.sorted())]] : []),
     ...(ofChat ? [[TEXT.asMarkdown, "export", () => download(markdownOf(Chat.current, Chat.path), `${fileName(Chat.current)}.md`, "text/markdown")],
       [TEXT.asPage, "export", exportPage]] : [])];
 };
@@ -276,11 +312,11 @@ function showImport(chats, name) {
     ...(leftOut ? [element("p", {textContent: TEXT.leavesOut(leftOut)})] : []), element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
 }
 
-async function exportChats(chats) {
+async function exportChats(chats, prompts = [], projects = [], title = "") {
   const nodes = new Map();
   for (const chat of chats) nodes.set(chat.id, chat.id === Chat.current.id ? [...Chat.nodes.values()] : await Store.read("nodes", chat.id));
-  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), chats.length === Chat.chats.size ? Prompts.own() : []);
-  const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
+  const file = Tree.exportOf(chats.filter(({id}) => nodes.get(id).length), chat => nodes.get(chat.id), prompts, projects);
+  const name = title || chats.length === 1 ? fileName(title ? {title} : chats[0]) : `chats-${file.exported.slice(0, 10)}`;
   download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
 }
 
@@ -349,6 +385,7 @@ async function importFile(file) {
     for (const {name, text} of texts) chats.push(...await Tree.importIn(text, name));
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
+    for (const {text} of texts) Projects.take(text, chats);
     importAll(chats, file.name);
     texts.forEach(({text}) => Prompts.take(text));
   } catch (error) {
@@ -434,5 +471,5 @@ Parts.register({
   menuEnd: () => Chat.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
-return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, download, importAll, takeOverOldChat});
+return Object.freeze({withChats, closeDrawer, startSearch, startNew: startNewChat, shown: () => shown, exportChats, download, importAll, takeOverOldChat});
 })();

@@ -56,7 +56,7 @@ async function countDraft() {
   if (text) await wait(300);
   if (!isMine()) return;
   const [tokens, around] = !text || Server.model.api !== "v1" ? [0, 0] :
-    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Chat.current.system)]);
+    await Promise.all([long ? Math.round(text.length / TOKEN_CHARACTERS) : Server.countTokens(text), Server.tokensAround(Projects.systemOf(Chat.current))]);
   if (!isMine()) return;
   state.counted = {text, tokens: tokens ?? 0, around};
   renderGauge();
@@ -235,14 +235,14 @@ function focusAfterClick() { $(touch.matches ? "log" : "message").focus({prevent
 
 // stored drafts -------------------------------------------------------------------------------------------------------
 
-const draftKey = (chat = Chat.current) => Chat.isStored(chat) ? chat.id : "new";
+const draftKey = (chat = Chat.current) => Chat.isStored(chat) || chat.temporary ? chat.id : "new";
 
 let unread = null;                // {key} of the draft whose stored files are still being read: they must not be overwritten
 
 // The text also goes into this tab's own storage, which is synchronous and which no other tab touches.
 function saveDraft() {
   const {text, files} = state.draft, key = draftKey();
-  try { sessionStorage.setItem(`${Store.name} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
+  try { if (Store.isKept(key)) sessionStorage.setItem(`${Store.name} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
   if (key !== unread?.key) Store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
 }
 
@@ -277,6 +277,7 @@ async function addToDraft(key, files) {
 const COMMANDS = {
   system: value => { Chat.change(Chat.current, {system: value}); Chat.say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => Chat.openNew(),
+  temporary: () => Chat.switchTemporary(),
   help: () => Chat.say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
   set: value => setNamed(value),
 };
@@ -376,7 +377,7 @@ function renderState() {
 async function tokensAlone(path) {
   const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
   if (used && !guessed && (question === 0 || Server.model.api === "text" || !Server.model.ours)) return used;       // these leave nothing out
-  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Chat.current.system));
+  const text = await Server.templateText(Tree.messagesOf(path.slice(Math.max(0, question)), Projects.systemOf(Chat.current)));
   return text === null ? 0 : await Server.countTokens(text) ?? 0;
 }
 
@@ -427,13 +428,14 @@ Parts.register({
       full: "This browser's storage is full: new chats last until the page is closed. Export them, or delete chats to free space."},
     help: commands => `${commands.join(" · ")}. Without a value: the server's default. //… sends text that begins with a slash.`,
     aNumber: "N", aText: "TEXT", aParameter: "NAME N", stopString: "The stop string", badName: (name, known) => `/set takes one of ${known.join(", ")}${name ? `, not “${name}”` : ""}.`, commandList: "Commands",
-    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands", set: "set a parameter by its name in the API"},
+    commands: {system: "instructions for the model", clear: "begin a new chat", temporary: "begin a chat of which nothing is kept, or end it", help: "list the commands", set: "set a parameter by its name in the API"},
     badChoice: (name, text, choices) => `/${name} takes ${choices.slice(0, -1).join(", ")} or ${choices.at(-1)}, not “${text}”.`,
     noCommand: name => `There is no command /${name}. /help lists them; // sends text that begins with a slash.`,
     badParameter: (name, text, min, max) => `/${name} takes a number from ${min} to ${max}, not “${text}”.`,
     parameterIs: (name, text) => text !== undefined ? `${name} is now ${text}.` : `${name} is the server's default again.`,
     systemIs: text => `The system prompt is now “${text}”.`, systemIsEmpty: "The system prompt is now empty.",
   },
+  menu: () => [[Chat.current.temporary ? TEXT.notTemporary : TEXT.temporary, Chat.current.temporary ? "new" : "clock", () => { Chat.switchTemporary(); focusAfterClick(); }]],
   bind() {
     const message = $("message");
     $("composer").onsubmit = event => { event.preventDefault(); submitDraft(); };
@@ -465,6 +467,6 @@ Parts.register({
 
 return Object.freeze({
   get draft() { return state.draft; }, get typed() { return $("message").value; },
-  setDraft, offer: offerCommands, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
+  setDraft, offer: offerCommands, readFile, asData, loadDraft, draftKey, dropNewDraft, giveBack, refuse, usedTokens, tokensAlone, renderState, focusAfterClick,
 });
 })();

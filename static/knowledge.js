@@ -42,7 +42,16 @@ async function load() {
 const chosen = chat => chat.stores ?? [];
 
 // What a question sends beside the chat's parameters.
-const wanted = chat => chosen(chat).length ? {knowledge: {stores: chosen(chat).map(({id}) => id)}} : {};
+function wanted(chat) {
+  const asked = Projects.storesOf(chat);
+  return asked.length ? {knowledge: {stores: asked.map(({id}) => id)}} : {};
+}
+
+// The collections of the server that have a name, for projects.
+async function listed() {
+  if (Server.model.ours && Server.phase === "ready") await load();
+  return stores.filter(({name, status}) => name && status !== "expired");
+}
 
 // Names of collections that begin so, for # in the message box; they are read at the first #.
 function names(begun) {
@@ -60,10 +69,12 @@ function choose(name, on = true) {
 }
 
 function render() {
-  const list = $("asked-stores"), names = chosen(Chat.current).map(({name}) => name);
-  if (list.dataset.names === names.join("\n")) return;
-  list.dataset.names = names.join("\n");
-  list.replaceChildren(...names.map(name => element("li", {}, element("span", {textContent: `# ${name}`}), iconButton(TEXT.leaveOut(name), "close", () => choose(name, false)))));
+  const list = $("asked-stores"), names = chosen(Chat.current).map(({name}) => name), project = Projects.of(Chat.current), key = [project?.name, ...names].join("\n");
+  if (list.dataset.names === key) return;
+  list.dataset.names = key;
+  const chip = (name, text, act, icon = "") => element("li", {className: icon}, element("span", {textContent: name}), iconButton(text, "close", act));
+  list.replaceChildren(...(project ? [chip(project.name, TEXT.leaveProject(project.name), () => Projects.move([Chat.current], null), "icon i-folder")] : []),
+    ...names.map(name => chip(`# ${name}`, TEXT.leaveOut(name), () => choose(name, false))));
 }
 
 // the dialog ------------------------------------------------------------------------------------------------------------
@@ -239,5 +250,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({wanted, names, choose});
+return Object.freeze({wanted, listed, names, choose});
 })();

@@ -19,13 +19,13 @@ const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree
 
 // The inputs of an answer besides its parameters.
 const madeBy = (chat, more = {}) => ({model: Server.model.name, ...(Server.model.weights ? {weights: Server.model.weights} : {}),
-  ...(chat.system.trim() ? {system: chat.system} : {}), ...more});
+  ...(Projects.systemOf(chat) ? {system: Projects.systemOf(chat)} : {}), ...more});
 
 // The digest of a listed model's weights.
 const weightsOf = name => Server.models.find(({id}) => id === name)?.weights_digest ?? Server.model.weights;
 
 // An answer's system prompt; answers from older versions of the page lack it.
-const systemOf = ({system, ids}) => system ?? (ids ? "" : Chat.current.system);
+const systemOf = ({system, ids}) => system ?? (ids ? "" : Projects.systemOf(Chat.current));
 
 const canCompare = node => canLook(node) && Boolean(Server.model.can.compare) && ["v1", "text"].includes(Server.model.api) && Boolean(node.content);
 

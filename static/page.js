@@ -12,8 +12,9 @@ let started = false;              // the page has opened its storage and shows a
 // Makes the page show what the scripts know; changes only what differs.
 function render() {
   const {model, phase} = Server, chat = Chat.current;
-  setText($("title"), chat.title || TEXT.newChat);
+  setText($("title"), chat.title || (chat.temporary ? TEXT.temporary : TEXT.newChat));
   document.body.classList.toggle("completing", model.api === "text");
+  document.body.classList.toggle("temporary", Boolean(chat.temporary));
   document.title = (Chat.ended ? TEXT.endedMark : "") + titleOfTab(chat, model);
   $("lamp").className = phase;
   $("log").hidden = document.querySelector("body > footer").hidden = Boolean(openView());
@@ -40,10 +41,11 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = Server;
-  const key = JSON.stringify([model.name, model.api, offersBetter() && [model.better, model.betterSpeed], model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Prompts.own()]);
+  const key = JSON.stringify([model.name, model.api, offersBetter() && [model.better, model.betterSpeed], model.base, model.devices, model.context, phase, Server.trouble(), Chat.canAsk(), Chat.current.temporary, Prompts.own()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: Server.trouble() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
+  if (Chat.current.temporary) page.append(noticeOf(model.ours ? TEXT.temporaryHint : TEXT.temporaryElsewhere));
   if (model.base) page.append(baseNotice(model.api !== "text"));
   else if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) Parts.need("vectors").then(() => { if (typeof Vectors !== "undefined") Vectors.show(page, model); });
@@ -246,7 +248,7 @@ async function start() {
   const asking = Settings.wantedServer();
   await Store.open();
   Store.recover();
-  await Chat.readStored();
+  await Promise.all([Chat.readStored(), Projects.readStored(), Prompts.readStored()]);
   await Chats.takeOverOldChat();
   if (!asking) Server.watch();
   const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "";

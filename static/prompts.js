@@ -1,4 +1,4 @@
-// Saved prompts, which the preferences keep: their dialog, their use, and those that a file brings.
+// Saved prompts: their dialog, their use, and those that a file brings.
 "use strict";
 
 const Prompts = (() => {
@@ -7,7 +7,35 @@ const {TEXT, $, element, iconButton, setText} = Parts;
 
 // A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
 const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
-const ownPrompts = () => Settings.preferences.prompts.filter(isPrompt);
+const all = new Map();            // id -> {id, name, text, starter, created}
+const ownPrompts = () => [...all.values()].filter(isPrompt).sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
+
+async function readStored() {
+  for (const prompt of await Store.read("prompts")) all.set(prompt.id, prompt);
+  Settings.load();                        // earlier versions of the page kept them there; perhaps another tab has taken them over
+  const earlier = Settings.preferences.prompts.filter(isPrompt);
+  if (!earlier.length) return;
+  Settings.change({prompts: []});
+  keepAll([...ownPrompts(), ...earlier]);
+}
+
+// Another tab or device has changed one; null: it is deleted.
+function hear(id, record) {
+  if (record) all.set(id, record);
+  else all.delete(id);
+}
+
+// Makes these all prompts that there are; new ones have no id.
+function keepAll(prompts) {
+  const ids = new Set(prompts.map(({id}) => id));
+  for (const id of all.keys()) if (!ids.has(id)) { all.delete(id); Store.change("prompts", id, null); }
+  prompts.forEach((prompt, i) => {
+    const record = {id: Tree.newId(), created: Date.now() + i, ...prompt}, known = all.get(record.id);
+    if (known && ["name", "text", "starter"].every(name => known[name] === record[name])) return;
+    all.set(record.id, record);
+    Store.change("prompts", record.id, record);
+  });
+}
 
 let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
 
@@ -43,7 +71,7 @@ function showPrompts() {
 }
 
 function keepPrompts(prompts) {
-  Settings.change({prompts});
+  keepAll(prompts);
   showPrompts();
   Page.render();
 }
@@ -65,7 +93,7 @@ function savePrompt() {
     return $("prompt-name").focus();
   }
   if (at < 0) prompts.push(prompt);
-  else prompts[at] = prompt;
+  else prompts[at] = {...prompts[at], ...prompt};
   keepPrompts(prompts);
   editPrompt(null);
   return Page.announce(TEXT.presetSaved(prompt.name));
@@ -93,5 +121,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({open: openPrompts, own: ownPrompts, keep: keepPrompts, use: usePrompt, take: takePrompts});
+return Object.freeze({open: openPrompts, own: ownPrompts, keep: keepPrompts, use: usePrompt, take: takePrompts, readStored, hear});
 })();

@@ -81,7 +81,7 @@ function lock(key) {
   if (isNews) Settings.openServer();
 }
 
-const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(body),
+const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(ASKING.includes(path) && Chat.current.temporary ? {...body, ...forgotten()} : body),
   headers: {"Content-Type": "application/json", ...options.headers}});
 
 // The body of a response as JSON; null for anything else, also for an error status or no answer.
@@ -281,7 +281,10 @@ async function templateText(messages) {
 
 // answers -------------------------------------------------------------------------------------------------------------
 
+// What a question of a temporary chat has besides.
+const forgotten = () => state.model.ours ? {prompt_cache_retention: "in_memory"} : {};
 const ROUTES = {v1: "v1/chat/completions", native: "chat/completions", text: "v1/completions"};
+const ASKING = [...Object.values(ROUTES), "v1/compare"];
 
 const modelOfSeveral = (name = state.model.name) => state.models.length > 1 ? {model: name || state.model.name} : {};
 
@@ -291,7 +294,7 @@ const modelNamed = name => state.model.ours || !state.model.name ? modelOfSevera
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws. `place`: where the server writes the answer itself, {chat, space}.
 async function postAnswer({messages, parameters, id, signal, model, goOn = false, place = null}) {
-  const body = {messages, resumable: true, ...(state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
+  const body = {messages, resumable: !Chat.current.temporary, ...(state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
     ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
   const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed(model)};
@@ -416,6 +419,6 @@ return Object.freeze({
   PAGE_HOME, HEALTH_MS, SILENCE_MS, FOREVER_MS, ROUTES, Lost, Refused,
   get keepsChats() { return keepsChats(); }, home: serverHome, key: serverKey, addressOf: serverAddress, originOf, request, post, jsonOf, accepted, errorOf, errorText, sentence,
   watch: watchServer, startAnew, isAway, untilReady, trouble: serverText, chatModel, useModel, loadModel, lookAtModels, modelOfSeveral, modelNamed,
-  countTokens, tokensAround, templateText, textToContinue, postAnswer, reconnected, events: serverEvents, readEvent,
+  countTokens, tokensAround, templateText, textToContinue, forgotten, postAnswer, reconnected, events: serverEvents, readEvent,
 });
 })();

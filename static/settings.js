@@ -51,7 +51,7 @@ function openSettings() {
 async function showTemplate(pause = 300) {
   const isMine = templateAsked();
   await wait(pause);
-  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Chat.current.system)) : null;
+  const text = isMine() ? await Server.templateText(Tree.messagesOf([{role: "user", content: "…"}], Projects.systemOf(Chat.current))) : null;
   if (!isMine()) return;
   $("template").parentElement.hidden = text === null;
   $("template").textContent = text ?? "";

@@ -1,14 +1,14 @@
-// Storage: conversations, nodes and drafts in IndexedDB, shared by the tabs of this browser.
+// Storage: conversations, nodes, drafts, projects and prompts in IndexedDB, shared by the tabs of this browser.
 //
 // A change is a patch: one transaction merges it into the stored record and raises the record's revision,
 // so tabs never overwrite each other's fields. Other tabs are notified of changed records and read them again.
 // Without IndexedDB everything stays in memory. If it is full, unwritten changes stay in `waiting`,
-// are read from there, and are tried again with the next change.
+// are read from there, and are tried again with the next change. A temporary chat is only in the memory of its tab.
 "use strict";
 
 const Store = (() => {
 
-const KINDS = ["conversations", "nodes", "drafts"];
+const KINDS = ["conversations", "nodes", "drafts", "projects", "prompts"];
 
 const promised = request => new Promise((resolve, reject) => {
   request.onsuccess = () => resolve(request.result);
@@ -27,7 +27,8 @@ function patched(record, patch) {
 
 const name = "chat_server " + Server.PAGE_HOME;
 const channel = typeof BroadcastChannel === "function" ? new BroadcastChannel(name) : null;
-const memory = new Map(KINDS.map(kind => [kind, new Map()]));     // where there is no database
+const memory = new Map(KINDS.map(kind => [kind, new Map()]));     // where there is no database, and of temporary chats
+const temporary = new Set();      // ids of temporary chats, of their nodes and drafts
 
 const MOST_WRITTEN = 2000;        // changes in a transaction; the page waits while they are handed over
 
@@ -54,10 +55,10 @@ function mark(on, told = () => {}) {
 
 async function open() {
   try {
-    const request = indexedDB.open(name, 1);
-    request.onupgradeneeded = () => {
-      for (const kind of KINDS) request.result.createObjectStore(kind, {keyPath: "id"});
-      request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
+    const request = indexedDB.open(name, 2);
+    request.onupgradeneeded = ({oldVersion}) => {
+      for (const kind of KINDS.slice(oldVersion ? 3 : 0)) request.result.createObjectStore(kind, {keyPath: "id"});
+      if (!oldVersion) request.transaction.objectStore("nodes").createIndex("conversation", "conversation");
     };
     db = await promised(request);
     db.onversionchange = () => db.close();
@@ -66,10 +67,15 @@ async function open() {
   }
 }
 
+// Nothing of a chat with this id is ever written, and no other tab hears of it.
+const keepOut = id => { temporary.add(id); };
+const isKept = id => !temporary.has(id);
+
 // All records of a kind, or the nodes of one conversation, including those not yet written.
 async function read(kind, conversation = null) {
   const mine = record => conversation === null || record.conversation === conversation;
-  if (!db) return [...memory.get(kind).values()].filter(mine);
+  const unwritten = [...memory.get(kind).values()].filter(mine);
+  if (!db) return unwritten;
   const objects = db.transaction(kind).objectStore(kind);
   const stored = await promised(conversation === null ? objects.getAll() : objects.index("conversation").getAll(conversation));
   const records = new Map(stored.map(record => [record.id, record]));
@@ -78,18 +84,20 @@ async function read(kind, conversation = null) {
     if (record && mine(record)) records.set(id, record);
     else if (other === kind) records.delete(id);
   }
-  return [...records.values()];
+  return [...records.values(), ...unwritten];
 }
 
 // One record; null if there is none.
 async function get(kind, id) {
-  if (!db) return memory.get(kind).get(id) ?? null;
+  if (!db || temporary.has(id)) return memory.get(kind).get(id) ?? null;
   const stored = await promised(db.transaction(kind).objectStore(kind).get(id)), key = `${kind} ${id}`;
   return [writing, waiting].map(changes => changes.get(key)).filter(Boolean).reduce((record, {patch}) => patched(record, patch), stored ?? null);
 }
 
 // Merges `patch` into a record, or deletes it (null). `told`: the server that keeps chats knows it already.
 function change(kind, id, given, told = false) {
+  if (given?.temporary || temporary.has(given?.conversation)) keepOut(id);
+  if (temporary.has(id)) return remember(kind, id, given);
   const marked = marking && !told && kind !== "drafts", patch = marked && given ? {...given, unsent: true} : given;
   if (marked) follower(kind, id, given);
   if (!db) return remember(kind, id, patch);
@@ -180,5 +188,5 @@ function setTrouble(found) {
   listener.onTrouble();
 }
 
-return Object.freeze({name, channel, listen, mark, open, read, get, change, leave, recover, tell, get flushing() { return flushing; }, get trouble() { return trouble; }});
+return Object.freeze({name, channel, listen, mark, keepOut, isKept, open, read, get, change, leave, recover, tell, get flushing() { return flushing; }, get trouble() { return trouble; }});
 })();

@@ -10,10 +10,11 @@ const Sync = (() => {
 
 const {TEXT, element, wait, newest} = Parts;
 
-const KIND = {conversations: "chat", nodes: "node"}, STORED_AS = {chat: "conversations", node: "nodes"};
+const KIND = {projects: "project", prompts: "prompt", conversations: "chat", nodes: "node"}, STORED_AS = Object.fromEntries(Object.entries(KIND).map(([kind, name]) => [name, kind]));
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
 const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
 const WAIT_S = 20, LEASE_MS = 30000;
+const SEARCH_MS = 8000;
 const MOST_SENT = 200, SENT_CHARACTERS = 4e6, MOST_READ = 1000;         // in a request; records read for it
 const me = Tree.newId();                  // this tab
 const PLACE = `${Store.name} sync`, LEASE = `${PLACE} lease`, GONE = `${PLACE} gone `;      // in localStorage; of deletions one for each tab
@@ -22,7 +23,7 @@ const state = {on: false, space: "", rev: 0, gone: [], problem: ""};   // `gone`
 const unsent = new Set();                  // "kind id" of the records that the server is to get from this tab
 const patches = new Map();                 // "kind id" -> fields that changed here and are not sent
 const retries = new Map();                 // "kind id" -> how often the server has refused a record whose chat or parent it lacks
-const grownAt = new Map();                 // id of a growing answer -> when it was sent
+const grownAt = new Map();                 // id of the stream of a growing answer -> when it was sent
 let pass = null, again = false, timer = 0;   // pass: a promise while something is sent
 
 // state ----------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ async function begin() {
 // Records that the server has never had, or that have changed since; older ones first, for messages follow each other.
 async function findUnsent() {
   for (const kind of Object.keys(KIND)) {
-    const found = (await Store.read(kind)).filter(record => !record.rev || record.unsent).sort((a, b) => a.created - b.created);
+    const found = (await Store.read(kind)).filter(record => Store.isKept(record.id) && (!record.rev || record.unsent)).sort((a, b) => a.created - b.created);
     for (const record of found) {
       const key = `${kind} ${record.id}`;
       unsent.add(key);
@@ -133,20 +134,51 @@ async function sendAll() {
 const PLACE_MS = 3000;                    // a question does not wait longer for the server to have its chat
 
 // Where the server may write an answer itself, also when this page has gone: in its chat, once it has that with the question and the answer's
-// node. null: this page alone writes it.
-async function placeOf({id, conversation, parent}) {
+// node; of one that goes on, its new stream. null: this page alone writes it.
+async function placeOf({id, conversation, parent}, goesOn) {
   if (!state.on || !parent) return null;
   const records = [["conversations", conversation], ["nodes", parent], ["nodes", id]];
-  const isThere = async () => (await Promise.all(records.map(([kind, name]) => Store.get(kind, name)))).every(record => record?.rev);
+  const isThere = async () => (await Promise.all(records.map(([kind, name]) => Store.get(kind, name)))).every(record => record?.rev && !(goesOn && record.id === id && record.unsent));
   const sentAll = async () => { for (let tries = 0; tries < 2 && !await isThere(); tries++) await send(); };
   await Promise.race([sentAll(), wait(PLACE_MS)]);
   return await isThere() ? {chat: {id: conversation, node: id, parent}, space: state.space} : null;
+}
+
+// pictures: here they are data URIs, on the server files that messages name by their SHA-256 -----------------------------------
+
+const LEAST_FILE = 4000;          // characters of a picture from which it is a file
+const fileOf = new Map();         // a picture's data URI -> the name of its file
+
+async function uploaded({name, picture}) {
+  const [, type, data] = /^data:([\w/+.-]+);base64,(.*)$/.exec(picture) ?? [];
+  if (!data || picture.length < LEAST_FILE) return {name, picture};
+  if (!fileOf.has(picture)) {
+    const body = new Blob([Uint8Array.from(atob(data), character => character.charCodeAt(0))]);
+    const response = await Server.request("v1/chats/files", {method: "POST", body, headers: {"X-Chat-Space": state.space, "Content-Type": type}});
+    if (response.status === 415) return {name, picture};                  // the server keeps no files of this type
+    if (!response.ok) throw await Server.errorOf(response);
+    fileOf.set(picture, (await response.json()).id);
+  }
+  return {name, file: fileOf.get(picture)};
+}
+
+// A picture that the server has, as the page has it; null if it is gone. `known`: those that are here.
+async function fetched({name, file, picture}, known) {
+  const here = picture ?? known.find(each => fileOf.get(each.picture) === file)?.picture;
+  if (here) return {name, picture: here};
+  const response = await ask(`files/${file}`);
+  if (response.status === 404) return null;
+  if (!response.ok) throw await Server.errorOf(response);
+  const blob = await response.blob(), made = await Composer.asData(blob);
+  fileOf.set(made, file);
+  return {name, picture: made};
 }
 
 // Sends what one request holds; true if there may be more.
 async function sendSome() {
   const changes = await nextChanges();
   if (!changes.length) return false;
+  for (const change of changes) if (change.patch?.pictures) change.patch = {...change.patch, pictures: await Promise.all(change.patch.pictures.map(uploaded))};
   const response = await ask("changes", {changes: changes.map(({kind, id, base, patch}) => ({kind: KIND[kind], id, base, patch}))});
   if (!response.ok) throw await Server.errorOf(response);
   const {data} = await response.json(), news = [];
@@ -157,7 +189,8 @@ async function sendSome() {
 
 // A deletion waits as long as it can be undone. Chats come before their messages, and a message after the one it follows.
 async function nextChanges() {
-  const changes = Chat.toasts.some(({undo}) => undo) ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
+  const waits = Chat.toasts.some(({undo}) => undo), changes = waits ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
+  if (waits && state.gone.length) soon(GROWING_MS);
   let characters = 0;
   for (const kind of Object.keys(KIND)) {
     const keys = [...unsent].filter(key => key.startsWith(`${kind} `)).slice(0, MOST_READ);
@@ -168,8 +201,8 @@ async function nextChanges() {
       if (!Object.keys(patch).length) { sent(kind, record.id, {}); continue; }
       if (Tree.isGrowing(record)) {
         if (record.rev && Chat.runs.get(record.id)?.kept) continue;           // the server writes it
-        if (Date.now() - grownAt.get(record.id) < GROWING_MS) { soon(GROWING_MS); continue; }
-        grownAt.set(record.id, Date.now());
+        if (Date.now() - grownAt.get(record.stream.id) < GROWING_MS) { soon(GROWING_MS); continue; }
+        grownAt.set(record.stream.id, Date.now());
       }
       const size = JSON.stringify(patch).length;
       if (changes.length && (changes.length === MOST_SENT || characters + size > SENT_CHARACTERS)) return changes;
@@ -216,6 +249,28 @@ async function settle({kind, id, patch, changed}, {state: done, rev, record, err
   if (patches.get(key) === changed) sent(kind, id, {rev});
   else Store.change(kind, id, {rev}, true);              // changed again while it was sent
   return record ? take(kind, id, rev, record, true) : [];
+}
+
+// What the server finds in its chats: calls `onPage` with each page of [{id, node, snippet}], the newest chats first, as long as that returns true. False if it
+// cannot be asked.
+async function search(query, onPage) {
+  if (!state.on) return false;
+  try {
+    for (let after = null; ;) {
+      const response = await ask(`search?q=${encodeURIComponent(query)}${after ? `&after=${after}` : ""}`, null, {signal: AbortSignal.timeout(SEARCH_MS)});
+      if (!response.ok) return false;
+      const {data, after: next} = await response.json();
+      if (!onPage(data)) return true;
+      if (!next) return true;
+      after = next;
+    }
+  } catch (error) { return false; }
+}
+
+// Ids of the chats that have something which the server has not got, or that it never gets.
+async function unsentChats() {
+  const nodes = await Promise.all([...unsent].filter(key => key.startsWith("nodes ")).map(key => Store.get("nodes", key.slice(6))));
+  return new Set([...nodes.filter(Boolean).map(({conversation}) => conversation), ...[...unsent].filter(key => key.startsWith("conversations ")).map(key => key.split(" ")[1])]);
 }
 
 // receiving ------------------------------------------------------------------------------------------------------------
@@ -266,11 +321,11 @@ async function hear(rows) {
 async function take(kind, id, rev, record, isMore = false) {
   const known = await Store.get(kind, id);
   if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev) || isGone(`${kind} ${id}`)) return [];
+  if (record.pictures) record = {...record, pictures: (await Promise.all(record.pictures.map(each => fetched(each, known?.pictures ?? [])))).filter(Boolean)};
   const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
-  const patch = {...begin, parent: null, ...gone, ...record, ...mine, id, rev, unsent: own};
-  if (kind === "conversations") delete patch.parent;
+  const patch = {...begin, ...(kind === "nodes" ? {parent: null} : {}), ...gone, ...record, ...mine, id, rev, unsent: own};
   Store.change(kind, id, patch, true);
   return [[kind, id, await Store.get(kind, id)]];
 }
@@ -359,5 +414,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({join, placeOf});
+return Object.freeze({join, placeOf, search, unsentChats});
 })();

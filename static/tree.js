@@ -1,6 +1,6 @@
 // The tree of a conversation: pure functions on plain objects, without page, server or storage.
 //
-// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns}. A node is one message of
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns, project, stores}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
 // attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, calculator, timings, note, error, edited, stream. `ids` are
 // an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `calculator`: see calculator.js. `parent` is a node's
@@ -11,7 +11,7 @@
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
-// and, with all chats, "prompts": [{name, text, starter}]. Times are milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} or just
+// and, with all chats, "prompts": [{name, text, starter}] and "projects": [{id, name, prompt, files: [{name, text}], stores: [{id, name}]}]. Times are milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} or just
 // the list, and what other programs export (foreign.js).
 "use strict";
 
@@ -245,7 +245,8 @@ const isPicture = value => isText(value) && /^data:image\/[a-z+.-]+;base64,[A-Za
 const arePictures = value => Array.isArray(value) && value.every(each => isObject(each) && isText(each.name) && isPicture(each.picture));
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
-  system: isText, parameters: isObject, leaf: isText, model: isText, inTurns: value => typeof value === "boolean"};
+  system: isText, parameters: isObject, leaf: isText, model: isText, inTurns: value => typeof value === "boolean",
+  project: isText};
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
   error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,
@@ -254,8 +255,9 @@ const NODE_FIELDS = {role: value => value === "user" || value === "assistant", c
 const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
   .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));
 
-function exportOf(conversations, nodesOf, prompts = []) {
-  return {format: "chat_server chats", version: 2, exported: new Date().toISOString(), ...(prompts.length ? {prompts} : {}),
+function exportOf(conversations, nodesOf, prompts = [], projects = []) {
+  return {format: "chat_server chats", version: 2, exported: new Date().toISOString(), ...(prompts.length ? {prompts: prompts.map(({name, text, starter}) => ({name, text, starter}))} : {}),
+    ...(projects.length ? {projects: projects.map(({id, name, prompt, files, stores}) => ({id, name, prompt, files, stores}))} : {}),
     conversations: conversations.map(chat => ({...pick(chat, CONVERSATION_FIELDS),
       nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
 }

@@ -396,7 +396,7 @@ function startEdit(id) {
 
 function startEditing(view) {
   const {node, body} = view, question = node.role === "user";
-  const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto"});
+  const field = element("textarea", {value: question ? Tree.partsOf(node).text : node.content, rows: 1, dir: "auto", autocomplete: "off"});
   field.setAttribute("aria-label", TEXT.editedText);
   const cancel = () => { Chat.edit(null); Page.render(); Composer.focusAfterClick(); };
   const save = () => {

@@ -137,6 +137,8 @@ def ask_what_is_kept(ask):
     ask("GET", "/v1/chats/{id}", id=own["id"], space="A" * 22)
     ask("GET", "/v1/chats/search", query="?q=yes", space="A" * 22)
     ask("GET", "/v1/chats/export", space="A" * 22)
+    picture = ask("POST", "/v1/chats/files", b"\x89PNG\r\n\x1a\n", content_type="image/png", space="A" * 22)["id"]
+    ask("GET", "/v1/chats/files/{sha256}", sha256=picture, space="A" * 22)
     ask("DELETE", "/v1/chats/{id}", id=own["id"], space="A" * 22)
     ask("DELETE", "/v1/chats", query="?count=0", space="A" * 22)
     chat = ask("POST", "/v1/conversations", {})["id"]

@@ -398,6 +398,10 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
           "your chats that have all of these words, the newest first", query=(WORDS, AFTER)),
     Route("GET", "/v1/chats/export", OPENAI, lambda chats, http: chats.handle_export(http),
           "all your chats as a file"),
+    Route("POST", "/v1/chats/files", OPENAI, lambda chats, http: chats.handle_picture(http),
+          "keep a picture, the body, which messages then show by its SHA-256"),
+    Route("GET", "/v1/chats/files/{sha256}", OPENAI, lambda chats, http: chats.handle_show(http),
+          "a picture of your chats"),
     Route("GET", "/v1/chats", OPENAI, lambda chats, http: chats.handle_list(http),
           "your chats, the newest first", query=(LIMIT, AFTER)),
     Route("DELETE", "/v1/chats", OPENAI, lambda chats, http: chats.handle_delete_all(http),
@@ -485,7 +489,8 @@ def load_usage() -> Make[UsageRoutes]:
 
 def load_conversation_log() -> Make[Callable[[Request], Watcher]]:
     from chatlm.front.server.conversation_log import ConversationLog
-    return lambda front: ConversationLog
+    from chatlm.front.server.watching import Watcher
+    return lambda front: lambda request: Watcher() if request.params.temporary else ConversationLog(request)
 
 
 FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")

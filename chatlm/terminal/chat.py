@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -170,6 +170,7 @@ class Chat:
         self.knowing = Knowing(pool, self.note)
         self.conversation = conversation or Conversation(settings.system or "")
         self.kept = settings.history and (self.terminal.interactive or settings.continue_)
+        self.temporary = False         # is nothing of this chat kept, here and on the server?
         self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
         self.draft = ""                # the initial text of the next prompt
         self.failed = False
@@ -317,6 +318,7 @@ class Chat:
                               progress=self.terminal.interactive, **source)
         if with_tools and self.in_turns and self.tools and self.tools.chosen:
             request = with_tools_of(request, self.tools.chosen, self.pool)
+        request = replace(request, params=replace(request.params, temporary=self.temporary))
         chat.leaf = before
         note = "interrupted"
         try:
@@ -366,7 +368,7 @@ class Chat:
         else:
             last.pop("note", None)
             last |= node | {"content": last["content"] + reply.text, "parent": last["parent"]}
-        if self.kept:
+        if self.kept and not self.temporary:
             try:
                 self.conversation.write(state_file(LAST_CHAT), 0o600)
             except OSError as error:
@@ -382,9 +384,24 @@ class Chat:
 
     def slash_clear(self, value: str):
         """/clear: start a new conversation"""
+        self._begin_anew()
+        self.note("The conversation has been cleared.")
+
+    def _begin_anew(self, temporary: bool = False):
         self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
         self.files = set()
-        self.note("The conversation has been cleared.")
+        self.be_temporary(temporary)
+
+    def be_temporary(self, temporary: bool):
+        self.temporary = temporary
+        self.terminal.keeps_history = not temporary
+
+    def slash_temporary(self, value: str):
+        """/temporary: start a chat of which nothing is kept; /clear ends it"""
+        if isinstance(self.pool, RemotePool) and not self.pool.forgets:
+            raise ValueError("this server is another program, which may keep what it is asked")
+        self._begin_anew(temporary=True)
+        self.note("Nothing of this chat is kept, here or on the server, unless you /save it.")
 
     def slash_system(self, value: str):
         """/system TEXT: set the system message; no TEXT: none"""
@@ -453,6 +470,7 @@ class Chat:
         if not 1 <= int(number or 1) <= len(chats):
             raise ValueError(f"{name} has {len(chats)} chats")
         self.conversation = chats[int(number or 1) - 1]
+        self.be_temporary(False)
         self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
         self.note("\n".join([*self.conversation.lines(), f"Loaded “{self.conversation.title}”."]))
 

@@ -133,6 +133,11 @@ class RemotePool:
                                     able.get("continue_final_message") is True)
 
     @property
+    def forgets(self) -> bool:
+        """Is it a chat_server, of which a chat may ask that nothing of it is kept?"""
+        return self.model.get("owned_by") == "chat_server"
+
+    @property
     def chats(self) -> bool:
         return object_in(self.model, "capabilities").get("chat") is not False
 
@@ -231,7 +236,8 @@ def native_body(request: Request) -> dict:
     tools = {"tools": [*request.tools]} if request.tools else {}
     return {**tools, "messages": [{"role": message.role, "content": content_of(message), **calls_of(message),
                                    **calculator_member(calculations_of(message))} for message in messages],
-            "truncate": "oldest", "resumable": True, "stop": list(params.stop),
+            "truncate": "oldest", "resumable": not params.temporary, "stop": list(params.stop),
+            **({"prompt_cache_retention": "in_memory"} if params.temporary else {}),
             "ignore_eos": params.ignore_eos, "stop_on_repetition": params.stop_on_repetition,
             "progress": params.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),

@@ -198,6 +198,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.session = None
         self.console = None
+        self.keeps_history = True  # does what is typed go to the file of the history?
         self.as_json = settings.json
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
         self.work: asyncio.Future | None = None  # started by a key pressed during an answer
@@ -211,6 +212,7 @@ class Terminal:
     def _open_session(self, settings: Settings, words: list[str]):
         from prompt_toolkit import PromptSession, completion, document, history
         from prompt_toolkit.shortcuts import CompleteStyle
+        terminal = self
         paths = completion.PathCompleter(expanduser=True)
         commands = completion.WordCompleter(words, sentence=True)
 
@@ -221,10 +223,15 @@ class Terminal:
                     return paths.get_completions(document.Document(path), event)
                 return commands.get_completions(typed, event)
 
+        class KeptHistory(history.FileHistory):
+            def store_string(self, string: str):
+                if terminal.keeps_history:
+                    super().store_string(string)
+
         past = history.InMemoryHistory()
         if settings.history:
             try:
-                past = history.FileHistory(str(state_file("history")))
+                past = KeptHistory(str(state_file("history")))
             except OSError as error:
                 self.note(f"history will not be kept: {error}")
         return PromptSession(

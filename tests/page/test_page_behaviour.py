@@ -250,9 +250,9 @@ def test_commands_are_completed_from_a_list(page, stand_in):
     open_page(page, stand_in.url)
     box, options = message_box(page), page.get_by_role("listbox", name="Commands").get_by_role("option")
     box.press_sequentially("/t")
-    expect(options).to_have_text([re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN"), re.compile("^/typicalpN"),
+    expect(options).to_have_text([re.compile("^/temporary"), re.compile("^/temperatureN"), re.compile("^/topkN"), re.compile("^/toppN"), re.compile("^/typicalpN"),
                                    re.compile("^/topnsigmaN")])
-    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"):
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp"):
         box.press(key)
     expect(options.and_(page.get_by_role("option", selected=True))).to_contain_text("/topk")
     assert box.get_attribute("aria-activedescendant") == "command-topk"

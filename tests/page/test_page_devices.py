@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from browsing import (ask, button, chats, expect, expect_answered, menu, needs_browser, open_page, questions, said)
+from browsing import (ask, button, chats, expect, expect_answered, menu, message_box, needs_browser, open_page, questions, said)
 from real_server import server
+from shared_chats import join, keep, link_of
 
 pytestmark = needs_browser
 
@@ -26,32 +27,6 @@ def devices(browser, kept):
     yield pages
     for context in contexts:
         context.close()
-
-
-def choose(page, name):
-    menu(page, "Chats on all your devices")
-    return page.get_by_role("dialog", name="Chats on all your devices")
-
-
-def keep(page):
-    dialog = choose(page, "Chats on all your devices")
-    button(dialog, "Keep them").click()
-    expect(dialog).to_be_hidden()
-
-
-def link_of(page):
-    dialog = choose(page, "Chats on all your devices")
-    link = dialog.locator("#sync-link").inner_text()
-    button(dialog, "Go on").click()
-    return link
-
-
-def join(page, link):
-    page.goto("about:blank")
-    page.goto(link)
-    dialog = page.get_by_role("dialog", name="Chats on all your devices")
-    button(dialog, "Keep them").click()
-    expect(dialog).to_be_hidden()
 
 
 def asked(page, text):
@@ -193,3 +168,98 @@ def test_a_server_without_a_database_is_not_asked(page, stand_in):
     button(page, "Menu").click()
     expect(button(page, "Server status")).to_be_visible()
     expect(button(page, "Chats on all your devices")).to_have_count(0)
+
+
+def test_the_server_searches_and_the_page_jumps_to_the_message(devices):
+    """Also a message on a branch that is not shown, and what only this browser has."""
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "Pumpernickel is dark")
+    ask(phone, "and Zwieback is dry")
+    expect_answered(phone, 2)
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_count(1)
+    button(laptop, "New chat").click()
+    asked_at = []
+    laptop.on("request", lambda request: asked_at.append(request.url) if "/v1/chats/search" in request.url else None)
+    search = laptop.get_by_role("textbox", name="Search chats")
+    search.fill("ZWIEB pumper")
+    expect(chats(laptop)).to_have_text(["Pumpernickel is dark"])
+    expect(laptop.locator("#chats .snippet")).to_contain_text("and Zwieback is dry")
+    assert asked_at
+    chats(laptop).click()
+    expect(said(questions(laptop))).to_have_text(["Pumpernickel is dark", "and Zwieback is dry"])
+    expect(questions(laptop).last).to_be_in_viewport()
+    search.fill("nowhere to be found")
+    expect(laptop.get_by_text("No chat contains all of these words.")).to_be_visible()
+    search.fill("")
+    laptop.context.set_offline(True)
+    search.fill("zwieb")
+    expect(chats(laptop)).to_have_text(["Pumpernickel is dark"])         # the browser has it too
+    laptop.context.set_offline(False)
+    search.fill("")
+    menu(laptop, "Temporary chat")
+    ask(laptop, "Only here: Knäckebrot")
+    expect_answered(laptop)
+    search.fill("KNÄCKE")
+    expect(chats(laptop)).to_have_text(["Temporary chat"])
+
+
+def test_pictures_are_on_the_other_device_and_gone_with_their_message(devices):
+    """On the server each is a file, whatever shows it; here it is in its message."""
+    phone, laptop = devices
+    keep(phone)
+    sent = []
+    phone.on("request", lambda request: sent.append(request.method) if request.url.endswith("/v1/chats/files") else None)
+    large = phone.evaluate("""() => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 90, height: 90}), paper = canvas.getContext("2d");
+        const pixels = paper.createImageData(90, 90);
+        for (let i = 0, x = 1; i < pixels.data.length; i++) { x = x * 16807 % 2147483647; pixels.data[i] = i % 4 === 3 ? 255 : x % 256; }
+        paper.putImageData(pixels, 0, 0);
+        return canvas.toDataURL();
+    }""")
+    assert len(large) > 4000
+    phone.evaluate("""picture => {
+        const chat = Tree.newConversation({title: "Cats"}), small = "data:image/gif;base64,R0lGODlhAQABAAAAACw=";
+        const one = Tree.newNode(chat.id, null, "user", "See", {pictures: [{name: "cat.png", picture}, {name: "dot.gif", picture: small}]});
+        Chat.addChat(chat, [one, Tree.newNode(chat.id, one.id, "user", "Again", {pictures: [{name: "same.png", picture}]})]);
+        Page.render();
+    }""", large)
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text(["Cats"])
+    chats(laptop).click()
+    expect(questions(laptop).first.get_by_role("img")).to_have_count(2)
+    shown = laptop.evaluate("[...Chat.nodes.values()].map(({pictures}) => pictures)")
+    assert sorted([picture["name"], picture["picture"] == large] for each in shown for picture in each) == [
+        ["cat.png", True], ["dot.gif", False], ["same.png", True]]
+    assert sent == ["POST"]
+    laptop.evaluate("""() => { const node = [...Chat.nodes.values()].find(({content}) => content === "See"); Store.change("nodes", node.id, {content: "Look"}); }""")
+    chats(phone).click()
+    expect(said(questions(phone)).first).to_contain_text("Look")
+    assert phone.evaluate("[...Chat.nodes.values()].find(({content}) => content === 'Look').pictures[0].picture") == large
+
+
+def test_an_answer_that_goes_on_is_written_though_its_page_has_gone(devices):
+    """In the same node, behind the text that it had."""
+    phone, laptop = devices
+    keep(phone)
+    message_box(phone).fill("/maxtokens 3")
+    message_box(phone).press("Enter")
+    asked_here = "tell me something"
+    ask(phone, asked_here)
+    expect_answered(phone)
+    join(laptop, link_of(phone))
+    chats(laptop).first.click()
+    expect_answered(laptop)
+    before = laptop.evaluate("Chat.path.at(-1).content")
+    message_box(phone).fill("/maxtokens 40")
+    message_box(phone).press("Enter")
+    with phone.expect_request(lambda request: request.url.endswith("v1/chat/completions")) as sent:
+        button(phone, "Continue").click()
+    body = sent.value.post_data_json
+    assert body["continue_final_message"] and set(body["chat"]) == {"id", "node", "parent"}
+    assert sent.value.response().status == 200
+    phone.close()
+    laptop.wait_for_function("before => Chat.path.at(-1).timings?.completion_tokens > 3 && !Chat.path.at(-1).stream", arg=before)
+    assert laptop.evaluate("Chat.path.at(-1).content").startswith(before)
+    assert laptop.evaluate("[Chat.path.length, Chat.nodes.size]") == [2, 2]

@@ -138,7 +138,7 @@ def test_edited_prompts_stand_in_the_slash_menu(page, stand_in, theme):
     box, options = message_box(page), page.get_by_role("listbox", name="Commands").get_by_role("option")
     box.fill("/")
     names = [text.split("/")[1] for text in page.locator("#commands span").all_inner_texts()]
-    assert names[:9] == ["system", "clear", "help", "set", "polite-mail", "captain", "temperature-2", "höflich", "temperature"]
+    assert names[:10] == ["system", "clear", "temporary", "help", "set", "polite-mail", "captain", "temperature-2", "höflich", "temperature"]
     box.fill("/pol")
     expect(options).to_have_text([re.compile("^/polite-mail.*Starter · Rewrite politely:")])
     box.press("Enter")

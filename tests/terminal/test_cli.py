@@ -29,9 +29,9 @@ from chatlm.front.lazy import web
 from chatlm.front.pool import pool as pool_module
 from chatlm.front.server import connections
 from chatlm.front.server.access import listen_on
-from chatlm.terminal.chat import chat, generate, new_request
+from chatlm.terminal.chat import LAST_CHAT, Chat, chat, generate, new_request
 from chatlm.terminal.remote import RemotePool
-from chatlm.terminal.terminal import PlainWriter
+from chatlm.terminal.terminal import PlainWriter, state_file
 from command_line import parse_command_line
 from answers import said
 from fake_pool import FakePool, finished, serving
@@ -737,3 +737,19 @@ def test_a_command_s_help_is_about_it_alone(command, capsys):
     assert {"embed": "Texts and vectors:", "batch": "Requests and answers:"}[command] in text
     assert "Answers, unless a request says otherwise" not in text and "batch: " not in text
     assert ("file for the vectors" in text) == (command == "embed")
+
+
+async def test_nothing_of_a_temporary_chat_is_kept(local_pool, typist, capsys, tmp_path, monkeypatch):
+    """Neither for --continue nor by the server, until /clear or /load ends it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    last = state_file(LAST_CHAT)
+    last.write_text("")
+    typist.type(f"/temporary\nMarzipan\n/save {tmp_path / 'own.json'}\n/clear\nTwo\n/temporary\nLanterns\n/load {tmp_path / 'own.json'}\nThree\n")
+    typist.leave()
+    talk = Chat(local_pool, Settings(command="chat"))
+    talk.kept = True
+    assert await talk.run() == 0
+    assert [request.params.temporary for request in local_pool.requests] == [True, False, True, False]
+    assert [len(request.messages) for request in local_pool.requests] == [1, 1, 1, 3]
+    assert "Lanterns" not in last.read_text() and "Three" in last.read_text()
+    assert "unless you /save it" in capsys.readouterr().err

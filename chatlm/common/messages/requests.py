@@ -258,6 +258,7 @@ class AnswerParams:
     unpooled: int = 0                   # tokens at its beginning that are read, but not pooled
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
+    temporary: bool = False             # nothing of it stays here: no KV pages, no drafts, no log
     adapter: str = ""                   # the id of the adapter that computes it; "": the model alone
     parts: Mapping[str, Any] = field(default_factory=dict)  # what parts of the worker's engine are asked, by
                                         # their names: of JSON

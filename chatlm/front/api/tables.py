@@ -35,6 +35,12 @@ TRUNCATE = Field(
     "truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
     "`oldest`: drop the oldest turns if not all fit; the timings say how many messages were dropped",
     fills="request")
+RETENTION = FieldType('"in_memory" or "24h"', {"enum": ["in_memory", "in-memory", "24h"]},
+                      lambda value: value != "24h")
+TEMPORARY = Field(
+    "prompt_cache_retention", RETENTION, "`in_memory`: nothing of this prompt and its answer stays here when "
+    "it has ended, neither in --prefix-store nor among what drafts come from nor in the log; `24h`: as usual",
+    means="temporary", fills="params")
 COMMON_FIELDS = (  # for every route that generates
     STOPS,
     Field("skip_special_tokens", SWITCH,
@@ -44,6 +50,7 @@ COMMON_FIELDS = (  # for every route that generates
     REPETITION,
     LOW,
     TRUNCATE,
+    TEMPORARY,
     Field("resumable", SWITCH, "number the events of a stream; GET /v1/streams/{id} continues one that broke "
                                "off", fills="request", idle={"": idle.without_stream}),
     Field("progress", SWITCH, "begin a stream with events that tell the place in the queue, the tokens of "

@@ -11,6 +11,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
+from chatlm.front.chats import pictures
 from chatlm.front.chats.reading import RECORD_BYTES, ReadChange
 from chatlm.front.chats.records import (
     CHAT, NODE, PROJECT, PROMPT, Change, goes_as_far, is_late, is_same_end, joined_end, missing_in, moved_in,
@@ -110,6 +111,7 @@ class Changing:
         if chat is None:
             return Outcome(change.id, "deleted")
         self.check_count(change.kind, chat)
+        pictures.check_shown(self.connection, self.owner, body)
         rev = self.next_revision()
         text = sized(body)
         self.connection.execute(
@@ -120,6 +122,8 @@ class Changing:
         record = self.found(change.kind, change.id)
         assert record
         self.note_words(change.kind, change.id, record, body)
+        if change.kind == NODE:
+            pictures.note_shown(self.connection, self.owner, record.number, body)
         return Outcome(change.id, "stored", rev)
 
     def chat_of(self, body: dict) -> str | None:
@@ -175,12 +179,15 @@ class Changing:
         if changed == body:
             return Outcome(change.id, "stored", record.rev, "" if known else record.text)
         text = sized(changed)
+        pictures.check_shown(self.connection, self.owner, changed)
         rev = self.next_revision()
         said_at = rev if changed.get("content") != body.get("content") else record.said
         self.connection.execute(
             "UPDATE chat_records SET rev = ?, said = ?, body = ?, updated = ?, changed = ? WHERE number = ?",
             (rev, said_at, text, updated_ms(changed), self.now_s, record.number))
         self.note_words(change.kind, change.id, record, changed)
+        if change.kind == NODE:
+            pictures.note_shown(self.connection, self.owner, record.number, changed)
         return Outcome(change.id, "stored", rev, "" if known else text)
 
     def keep_beside(self, change: Change, body: dict, said: str) -> Outcome:
@@ -232,6 +239,7 @@ class Changing:
         """Leave nothing of a record but that it is deleted."""
         rev = self.next_revision()
         self.connection.execute("DELETE FROM chat_words WHERE record = ?", (number,))
+        self.connection.execute("DELETE FROM chat_shown WHERE record = ?", (number,))
         self.connection.execute(
             "UPDATE chat_records SET rev = ?, body = '', words = 0, changed = ? WHERE number = ?",
             (rev, self.now_s, number))
@@ -298,13 +306,14 @@ def changed_after(connection: sqlite3.Connection, owner: str, after: int) -> Cha
     return ChangedPage(rows[-1].rev if rows else after or 0, rows, False)
 
 
-def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> set[str]:
-    """Delete some of the chats in which nothing has changed since then. Returns their owners: none if nothing
-    was left to do."""
+def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> tuple[set[str], bool]:
+    """Delete some of the chats in which nothing has changed since then; those with newer messages are dated
+    anew. (the owners of deleted chats, whether there may be more to do)"""
     owners = set[str]()
-    for number, owner, name in connection.execute(
-            "SELECT number, owner, name FROM chat_records WHERE kind = 'chat' AND body <> '' AND changed < ? "
-            "LIMIT ?", (before_s, PURGED_ROWS)).fetchall():
+    found = connection.execute(
+        "SELECT number, owner, name FROM chat_records WHERE kind = 'chat' AND body <> '' AND changed < ? "
+        "LIMIT ?", (before_s, PURGED_ROWS)).fetchall()
+    for number, owner, name in found:
         [last] = connection.execute("SELECT MAX(changed) FROM chat_records WHERE owner = ? AND chat = ?",
                                     (owner, name)).fetchone()
         if last is not None and last >= before_s:
@@ -312,8 +321,8 @@ def expire(connection: sqlite3.Connection, before_s: int, now_s: int) -> set[str
         else:
             changing = Changing(connection, owner, now_s)
             changing.delete(Change(CHAT, name, 0, None), changing.found(CHAT, name))
-        owners.add(owner)
-    return owners
+            owners.add(owner)
+    return owners, bool(found)
 
 
 def purge(connection: sqlite3.Connection, now_s: int) -> bool:

@@ -5,13 +5,14 @@ finds them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
 from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import CHAT, NODE, PLACE, Change
+from chatlm.front.chats.records import CHAT, NODE, PLACE, Change, patched
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.front.chats.changes import Record
 
 
+NO_OTHERS: Mapping[int, Mapping] = {}
 CUT = {"stream": None, "note": "interrupted"}  # of an answer that a killed server was writing
 
 
@@ -60,8 +62,9 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     return node
 
 
-def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int):
-    """Begin an answer, with a new node unless a device has made it. made: what a new one has besides."""
+def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int) -> dict:
+    """Begin an answer, with a new node unless a device has made it. made: what a new one has besides. Returns
+    the node: one that goes on has the text of its earlier part."""
     quota.check(connection, place.owner, len(as_json({**made})), client=place.client)
     changing = Changing(connection, place.owner, now_s)
     if check_place(connection, place, now_s) is None:
@@ -73,11 +76,40 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
                        "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
                        (node.number, place.stream))
+    return node.body
 
 
-def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int) -> bool:
+def whole_of(earlier: Mapping, later: Mapping) -> dict:
+    """The facts about an answer that went on: what is said of its two parts, together, as static/chat.js has
+    it. The later prompt has the earlier part in it."""
+    whole = {**earlier, **later}
+    for name in ("ttft_ms", "queue_ms", "cached_tokens"):
+        whole[name] = earlier.get(name)
+    before = earlier.get("completion_tokens", 0)
+    count = later.get("completion_tokens", 0)
+    whole["completion_tokens"] = before + count
+    if "prompt_tokens" in later:
+        whole["prompt_tokens"] = max(1, later["prompt_tokens"] - before)
+    for name in ("drafted_tokens", "accepted_tokens", "reasoning_tokens"):
+        if name in whole:
+            whole[name] = earlier.get(name, 0) + later.get(name, 0)
+    whole["waited_ms"] = earlier.get("waited_ms", 0) + (later.get("ttft_ms") or 0)
+    speeds = [part.get("tokens_per_second") or 0 for part in (earlier, later)]
+    if all(speeds):
+        whole["tokens_per_second"] = round((before + count) / (before / speeds[0] + count / speeds[1]), 1)
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+def choice_name(node: str, index: int) -> str:
+    """The id of the node with a further answer (n > 1) beside that of the first one."""
+    return hashlib.blake2b(f"{node} {index}".encode(), digest_size=16).hexdigest()
+
+
+def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, now_s: int,
+          others: Mapping[int, Mapping] = NO_OTHERS) -> bool:
     """Write what an answer has so far, or at its end. False if it is deleted. Raises RequestError if it is
-    too large, or if its owner may not keep more."""
+    too large, or if its owner may not keep more. others: the further answers of the request, by their
+    numbers, which become its siblings."""
     changing = Changing(connection, place.owner, now_s)
     node = changing.found(NODE, place.node)
     chat = changing.found(CHAT, place.chat)
@@ -86,10 +118,17 @@ def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, n
             forget(connection, node.number)
         return False
     if "content" in patch:  # else it only says why there is no more
-        quota.check(connection, place.owner, max(0, len(as_json({**patch})) - len(node.text)))
+        size = sum(len(as_json({**each})) for each in (patch, *others.values()))
+        quota.check(connection, place.owner, max(0, size - len(node.text)))
     changing.update(Change(NODE, place.node, node.rev, {**patch}), node)
     if "ended" in patch:
         forget(connection, node.number)
+        beside = {name: node.body[name] for name in (*PLACE, "model") if name in node.body}
+        for index, said in others.items():
+            name = choice_name(place.node, index)
+            body = patched(beside, said)
+            if changing.found(NODE, name) is None:
+                changing.create(Change(NODE, name, 0, body), body)
         now = {"updated": max(now_s * 1000, chat.body.get("updated", 0))}
         changing.update(Change(CHAT, place.chat, chat.rev, now), chat)
     return True

@@ -9,8 +9,9 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import dump
+from chatlm.front.chats import pictures
 from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import CHAT, Change
+from chatlm.front.chats.records import CHAT, PROJECT, PROMPT, Change
 
 if TYPE_CHECKING:
     import sqlite3
@@ -69,14 +70,17 @@ def chat_and_tag(connection: sqlite3.Connection, owner: str, name: str) -> tuple
     return f"{rev}", b'{"id": %s, %s' % (dump(name), row[0].encode()[1:])
 
 
-def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: int) -> Part:
-    """The next nodes of a chat, after a number."""
+def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: int,
+                whole: bool = False) -> Part:
+    """The next nodes of a chat, after a number. whole: with their pictures."""
     texts = list[bytes]()
     size = 0
     last = after
     for number, name, body in connection.execute(
             "SELECT number, name, body FROM chat_records WHERE owner = ? AND chat = ? AND body <> '' "
             "AND number > ? ORDER BY number", (owner, chat, after)):
+        if whole:
+            body = pictures.with_pictures(connection, owner, body)
         text = b'{"id": %s, %s' % (dump(name), body.encode()[1:])
         if texts and size + len(text) > PART_BYTES:
             return Part(b", ".join(texts) + b", ", last, True)
@@ -86,16 +90,23 @@ def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: in
     return Part(b", ".join(texts), last, False)
 
 
+def others(connection: sqlite3.Connection, owner: str, kind: str) -> list[tuple[str, dict]]:
+    """The prompts or projects of an owner: (id, record)."""
+    return [(name, json.loads(body)) for name, body in connection.execute(
+        "SELECT name, body FROM chat_records WHERE owner = ? AND kind = ? AND body <> ''", (owner, kind))]
+
+
 def export_begin(connection: sqlite3.Connection, owner: str, now_s: int) -> bytes:
     """A file of chats (format 2, see static/tree.js) up to the first chat."""
-    prompts = [json.loads(body) for body, in connection.execute(
-        "SELECT body FROM chat_records WHERE owner = ? AND kind = 'prompt' AND body <> ''",
-        (owner,))]
-    kept = [{name: prompt[name] for name in ("name", "text", "starter") if name in prompt}
-            for prompt in prompts]
     made = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(now_s))
-    head = {"format": "chat_server chats", "version": 2, "exported": made,
-            **({"prompts": kept} if kept else {})}
+    head = {"format": "chat_server chats", "version": 2, "exported": made}
+    prompts = others(connection, owner, PROMPT)
+    if prompts:
+        head["prompts"] = [{name: prompt[name] for name in ("name", "text", "starter") if name in prompt}
+                           for _, prompt in prompts]
+    projects = others(connection, owner, PROJECT)
+    if projects:
+        head["projects"] = [{"id": name, **project} for name, project in projects]
     return dump(head)[:-1] + b', "conversations": ['
 
 

@@ -14,7 +14,7 @@ from chatlm.front.chats.records import read_change
 MOST_CHANGES = 500
 RECORD_BYTES = 4 << 20      # of a patch, and of a record
 DETAILS_BYTES = 512 << 10   # of all but its texts: the store's thread parses it, and others wait for that
-LONG = "content", "reasoning", "pictures", "system", "prompt", "text"
+LONG = "content", "reasoning", "pictures", "system", "prompt", "text", "files", "knowledge"
 
 
 class ReadChange(NamedTuple):

@@ -20,6 +20,7 @@ from chatlm.common.errors import bad_value
 from chatlm.common.jsontext import is_number, is_text
 
 AN_ID = re.compile(r"[0-9a-f]{32}")
+A_FILE = re.compile(r"[0-9a-f]{64}")
 CHAT, NODE, PROJECT, PROMPT = "chat", "node", "project", "prompt"
 KINDS = CHAT, NODE, PROJECT, PROMPT
 ROLES = "user", "assistant"
@@ -44,8 +45,25 @@ def are_calls(value) -> bool:
 
 def are_pictures(value) -> bool:
     return isinstance(value, list) and all(
-        isinstance(each, dict) and is_text(each.get("name")) and is_text(each.get("picture"))
-        for each in value)
+        isinstance(each, dict) and is_text(each.get("name")) and is_shown(each) for each in value)
+
+
+def is_shown(picture: Mapping) -> bool:
+    """Has it its data, or the name of a file with it?"""
+    if "file" in picture:
+        name = picture["file"]
+        return is_text(name) and bool(A_FILE.fullmatch(name)) and "picture" not in picture
+    return is_text(picture.get("picture"))
+
+
+def are_files(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and is_text(each.get("name")) and is_text(each.get("text")) for each in value)
+
+
+def are_stores(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and is_text(each.get("id")) and is_text(each.get("name")) for each in value)
 
 
 A_TEXT = Rule("a string", is_text)
@@ -55,25 +73,28 @@ AN_OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 ANYTHING = Rule("any value", lambda value: True)
 A_LIST = Rule("a list", lambda value: isinstance(value, list))
 AN_INTEGER = Rule("an integer", lambda value: type(value) is int)
-SOME_TEXTS = Rule("a list of strings", lambda value: isinstance(value, list) and all(map(is_text, value)))
 SOME_IDS = Rule("a list of token ids", lambda value: isinstance(value, list)
                 and all(type(each) is int and each >= 0 for each in value))
 AN_ID_RULE = Rule("32 hexadecimal digits", is_id)
 A_ROLE = Rule('"user" or "assistant"', lambda value: value in ROLES)
 SOME_CALLS = Rule("a list of {id, name, arguments, result}", are_calls)
-SOME_PICTURES = Rule("a list of {name, picture}", are_pictures)
+SOME_PICTURES = Rule("a list of {name, picture} or {name, file}", are_pictures)
+SOME_FILES = Rule("a list of {name, text}", are_files)
+SOME_STORES = Rule("a list of {id, name}", are_stores)
 # Those of static/tree.js. A field that is not listed is not kept: `leaf`, where a device looks at, is its own
 FIELDS: dict[str, dict[str, Rule]] = {
     CHAT: {"created": A_TIME, "updated": A_TIME, "title": A_TEXT, "pinned": A_SWITCH, "system": A_TEXT,
-           "parameters": AN_OBJECT, "model": A_TEXT, "inTurns": A_SWITCH, "project": AN_ID_RULE},
+           "parameters": AN_OBJECT, "model": A_TEXT, "inTurns": A_SWITCH, "project": AN_ID_RULE,
+           "stores": SOME_STORES},
     NODE: {"created": A_TIME, "conversation": AN_ID_RULE, "parent": AN_ID_RULE, "role": A_ROLE,
            "content": A_TEXT, "reasoning": A_TEXT, "model": A_TEXT, "weights": A_TEXT, "system": A_TEXT,
            "parameters": AN_OBJECT, "seed": AN_INTEGER, "prefix": SOME_IDS, "ids": SOME_IDS,
            "thought": ANYTHING, "remedy": ANYTHING, "earlier": AN_OBJECT, "continued": A_SWITCH,
            "calls": SOME_CALLS, "calculator": A_LIST, "timings": AN_OBJECT, "note": A_TEXT,
            "error": A_TEXT, "edited": A_SWITCH, "attachments": A_LIST, "pictures": SOME_PICTURES,
-           "stream": AN_OBJECT, "begin": AN_INTEGER, "ended": A_TEXT},
-    PROJECT: {"created": A_TIME, "name": A_TEXT, "prompt": A_TEXT, "stores": SOME_TEXTS},
+           "knowledge": AN_OBJECT, "stream": AN_OBJECT, "begin": AN_INTEGER, "ended": A_TEXT},
+    PROJECT: {"created": A_TIME, "name": A_TEXT, "prompt": A_TEXT, "files": SOME_FILES,
+              "stores": SOME_STORES},
     PROMPT: {"created": A_TIME, "name": A_TEXT, "text": A_TEXT, "starter": A_SWITCH},
 }
 NEEDED = {CHAT: ("created",), NODE: ("created", "conversation", "role", "content"),
@@ -158,8 +179,9 @@ def goes_as_far(body: Mapping, other: Mapping) -> bool:
 
 
 def is_same_end(body: Mapping, patch: Mapping) -> bool:
-    """Do both say how one answer has ended? Two devices may have read it, and the server itself."""
-    return bool(patch.get("ended")) and patch["ended"] == body.get("ended")
+    """Do both say how one answer has ended? Two devices may have read it, and the server itself. One that
+    goes on has a new stream."""
+    return bool(patch.get("ended")) and patch["ended"] == body.get("ended") and not patch.get("stream")
 
 
 def call_counts(body: Mapping) -> tuple[int, int]:

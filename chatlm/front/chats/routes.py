@@ -18,7 +18,7 @@ from chatlm.common.jsontext import dump
 from chatlm.common.request_ids import is_unguessable
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
-from chatlm.front.chats import changes, growing, listing, search
+from chatlm.front.chats import changes, growing, listing, pictures, search
 from chatlm.front.chats.changes import Changing, Outcome
 from chatlm.front.chats.growing import WrittenPlace
 from chatlm.front.chats.reading import ReadChange, read_changes
@@ -99,9 +99,12 @@ class ChatRoutes:
         """A body whose answer is written into a chat: the answer is recorded, and goes on without a
         reader."""
         request = parsed.request
-        if not parsed.stream or request.n > 1:
-            raise RequestError("an answer that goes into a chat is streamed, and is one (stream: true, n: 1)",
+        if not parsed.stream:
+            raise RequestError("an answer that goes into a chat is streamed (stream: true)",
                                code="invalid_value", param="chat")
+        if request.params.temporary:
+            raise RequestError("an answer that goes into a chat is kept there: leave out chat, or "
+                               "prompt_cache_retention", code="invalid_value", param="chat")
         if not self.has_keys and not is_unguessable(request.id):
             raise RequestError("with chat, X-Request-Id must be 32 hexadecimal digits that nobody can guess, "
                                "or be left out: all devices of the owner read the answer by it",
@@ -157,8 +160,8 @@ class ChatRoutes:
                                             adds_bytes=size)
         if any(outcome.state in ("stored", "sibling", "deleted") for outcome in outcomes):
             self.tell(owner)
-        if any(change.patch is None for change in read):
-            self.notice_deletion(owner)
+        if any(change.patch is None or '"pictures"' in change.patch for change in read):
+            self.notice_deletion(owner)  # perhaps no message shows a picture any more
         rows = separated(map(shown_outcome, outcomes))
         return await send_parts(http, [b'{"rev": %d, "data": [' % rev, *rows, b"]}"])
 
@@ -214,19 +217,23 @@ class ChatRoutes:
         store = self.kept()
         while True:
             with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.deleted.wait(), LOOK_S if self.settings.chats_keep_days else None)
+                await asyncio.wait_for(self.deleted.wait(), LOOK_S)
             self.deleted.clear()
-            while owners := await store.run(partial(self.expire, now_s=now_s())):
+            more = True
+            while more:
+                owners, more = await store.run(partial(self.expire, now_s=now_s()))
                 for owner in owners:
                     self.tell(owner)
             while await store.run(partial(changes.purge, now_s=now_s())):
                 pass
+            while await store.run(partial(pictures.purge_unshown, now_s=now_s())):
+                pass
             await store.clear_log()
 
-    def expire(self, connection: sqlite3.Connection, now_s: int) -> set[str]:
-        """Delete some chats that are too old; whose they were."""
+    def expire(self, connection: sqlite3.Connection, now_s: int) -> tuple[set[str], bool]:
+        """Delete some chats that are too old: (whose they were, whether there may be more)."""
         days = self.settings.chats_keep_days
-        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else set()
+        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else (set(), False)
 
     # chats
 
@@ -300,6 +307,33 @@ class ChatRoutes:
         headers = {"Content-Disposition": 'attachment; filename="chats.json"'}
         return await self.send(http, headers, enclosed(begin, self.exported(store, owner), b"]}"))
 
+    # pictures
+
+    async def handle_picture(self, http: web.Request) -> web.Response:
+        """POST /v1/chats/files: keep a picture, the body, which messages then name."""
+        store = self.kept()
+        owner = self.owner
+        client = REQUEST_LOG.get().client
+        with self.bodies.holding() as holding:
+            body = await read_bytes(http, holding, pictures.CHAT_PICTURE_BYTES)
+            kind = pictures.type_of(body)
+            data = bytes(body)
+            keep = partial(pictures.add, owner=owner, client=client, data=data, now_s=now_s())
+            name = await store.run(keep, adds_bytes=len(data))
+        return json_response({"id": name, "object": "chat.file", "bytes": len(data), "type": kind})
+
+    async def handle_show(self, http: web.Request) -> web.Response:
+        """GET /v1/chats/files/{sha256}"""
+        store = self.kept()
+        owner = self.owner
+        with self.bodies.holding() as holding:
+            await take_room(holding, pictures.CHAT_PICTURE_BYTES)
+            data = await store.run(partial(pictures.read, owner=owner, name=http.match_info["sha256"]))
+            return web.Response(body=data, headers={
+                "Content-Type": pictures.type_of(data), "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": "default-src 'none'; sandbox"})
+
     async def exported(self, store: Store, owner: str) -> AsyncIterator[bytes]:
         names = await store.run(partial(listing.chat_names, owner=owner))
         first = True
@@ -308,7 +342,7 @@ class ChatRoutes:
                 _, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
             except RequestError:  # deleted meanwhile
                 continue
-            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name))
+            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name, whole=True))
             yield b"" if first else b", "
             first = False
             async for part in enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"):

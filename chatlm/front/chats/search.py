@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.front.chats.listing import NEWEST_FIRST
+from chatlm.front.chats.listing import chat_names
 
 if TYPE_CHECKING:
     import sqlite3
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MOST_WORDS = 16
 MOST_FOUND = 50
 LOOKED_BYTES = 64 << 20  # after so many a page of results ends
+LEAST_CHATS = 8          # looked through at once, then twice as many,
+BATCH_CHATS = 256        # up to these
 AROUND = 40              # characters before the word in a snippet
 SNIPPET = 160
 GLOB_SIGNS = re.compile(r"[*?[]")
@@ -54,48 +56,73 @@ def search(connection: sqlite3.Connection, owner: str, question: str, after: str
     words = words_of(question)
     found = list[FoundChat]()
     looked = 0
-    chats = connection.execute(
-        "SELECT name, body, number FROM chat_records WHERE owner = ? AND kind = 'chat' AND body <> '' "
-        f"{NEWEST_FIRST}", (owner,)).fetchall()
-    begin = next((index + 1 for index, row in enumerate(chats) if row[0] == after), 0)
-    for name, body, number in chats[begin:]:
-        size, missing, places = look_through(connection, owner, name, words)
-        looked += size
-        if not missing:
-            found.append(shown_chat(connection, name, json.loads(body), number, places, words))
-        if len(found) == MOST_FOUND or looked > LOOKED_BYTES:
-            return FoundPage(found, name)
+    names = chat_names(connection, owner)
+    begin = names.index(after) + 1 if after in names else 0
+    size = LEAST_CHATS
+    while begin < len(names):
+        batch = names[begin:begin + size]
+        looked_now, having = chats_having(connection, owner, batch, words)
+        looked += looked_now
+        for name in batch:
+            if name in having:
+                found.append(shown_chat(connection, owner, name, words))
+            if len(found) == MOST_FOUND:
+                return FoundPage(found, name)
+        if looked > LOOKED_BYTES:
+            return FoundPage(found, batch[-1])
+        begin += size
+        size = min(2 * size, BATCH_CHATS)
     return FoundPage(found, None)
 
 
-def look_through(connection: sqlite3.Connection, owner: str, chat: str,
-                 words: Seq[str]) -> tuple[int, set[str], list[int]]:
-    """(bytes of a chat's texts, words that none of them has, records that have some)."""
-    has = ", ".join("folded GLOB ?" for _ in words)  # a quarter of the time of instr
-    missing = set(words)
-    places = []
-    size = 0
-    for number, length, *hits in connection.execute(
-            f"SELECT record, length(CAST(folded AS BLOB)), {has} FROM chat_words "
-            "WHERE owner = ? AND chat = ? ORDER BY record", (*map(pattern_of, words), owner, chat)):
-        size += length
-        if any(hits):
-            places.append(number)
-            missing -= {word for word, hit in zip(words, hits) if hit}
-    return size, missing, places
+def chats_having(connection: sqlite3.Connection, owner: str, names: Seq[str],
+                 words: Seq[str]) -> tuple[int, set[str]]:
+    """(bytes of the texts of these chats, those that have all words). Each word is looked for only where the
+    ones before are, the longest first: it is probably the rarest."""
+    looked = 0
+    left = set(names)
+    for word in sorted(words, key=len, reverse=True):
+        if not left:
+            break
+        places = ", ".join("?" * len(left))
+        # GLOB takes a quarter of the time of instr
+        rows = connection.execute(
+            "SELECT chat, SUM(length(CAST(folded AS BLOB))), MAX(folded GLOB ?) FROM chat_words "
+            f"WHERE owner = ? AND chat IN ({places}) GROUP BY chat",
+            (pattern_of(word), owner, *left)).fetchall()
+        looked = looked or sum(size for _, size, _ in rows)
+        left = {chat for chat, _, has in rows if has}
+    return looked, left
 
 
-def shown_chat(connection: sqlite3.Connection, name: str, chat: dict, number: int, places: Seq[int],
-               words: Seq[str]) -> FoundChat:
-    """A found chat with the text around the first word that is not only in its title."""
-    in_nodes = [place for place in places if place != number]
-    if not in_nodes:
+def shown_chat(connection: sqlite3.Connection, owner: str, name: str, words: Seq[str]) -> FoundChat:
+    """A found chat, with the text around the first word that its title lacks: of the first message that has
+    the most of the words."""
+    number, text = connection.execute(
+        "SELECT number, body FROM chat_records WHERE owner = ? AND kind = 'chat' AND name = ?",
+        (owner, name)).fetchone()
+    chat = json.loads(text)
+    title = chat.get("title", "").lower()
+    missing = [word for word in words if word not in title]
+    best, most = 0, 0
+    for record, folded in connection.execute(
+            "SELECT record, folded FROM chat_words WHERE owner = ? AND chat = ? ORDER BY record",
+            (owner, name)):
+        count = sum(word in folded for word in words)
+        if record != number and count > most and any(word in folded for word in missing or words):
+            best, most = record, count
+    if not best:
         return FoundChat(name, chat, None, "")
     node, body = connection.execute("SELECT name, body FROM chat_records WHERE number = ?",
-                                    in_nodes[:1]).fetchone()
+                                    (best,)).fetchone()
     content = json.loads(body)["content"]
+    return FoundChat(name, chat, node, snippet_of(content, missing or words))
+
+
+def snippet_of(content: str, words: Seq[str]) -> str:
+    """The text around the first of these words that it has."""
     folded = content.lower()
-    at = min(place for word in words if (place := folded.find(word)) >= 0)
+    at = next((place for word in words if (place := folded.find(word)) >= 0), 0)
     begin = max(0, at - AROUND)
     text = " ".join(content[begin:begin + SNIPPET].split())
-    return FoundChat(name, chat, node, ("…" if begin else "") + text)
+    return ("…" if begin else "") + text + ("…" if begin + SNIPPET < len(content) else "")

@@ -52,8 +52,30 @@ CREATE TABLE chat_answers (         -- answers that this server is writing
 );
 """
 IDLE = "CREATE INDEX chat_records_idle ON chat_records (changed) WHERE kind = 'chat' AND body <> '';"
+PICTURES = """
+CREATE TABLE chat_pictures (
+    number INTEGER PRIMARY KEY,
+    owner TEXT NOT NULL,
+    name TEXT NOT NULL,             -- the SHA-256 of its data
+    made INTEGER NOT NULL,          -- in seconds: when a device last sent it
+    data BLOB NOT NULL
+);
+CREATE INDEX chat_pictures_by_name ON chat_pictures (owner, name);
+CREATE INDEX chat_pictures_made ON chat_pictures (made);
+CREATE TABLE chat_shown (           -- which nodes show a picture
+    record INTEGER NOT NULL REFERENCES chat_records (number) ON DELETE CASCADE,
+    picture INTEGER NOT NULL REFERENCES chat_pictures (number) ON DELETE CASCADE,
+    PRIMARY KEY (record, picture)
+) WITHOUT ROWID;
+CREATE INDEX chat_shown_of_picture ON chat_shown (picture);
+CREATE TRIGGER chat_shown_ended AFTER DELETE ON chat_shown
+WHEN NOT EXISTS (SELECT 1 FROM chat_shown WHERE picture = OLD.picture) BEGIN
+    DELETE FROM chat_pictures WHERE number = OLD.picture;
+END;
+"""
 STEPS: tuple[Step, ...] = (
     RECORDS + counted("chat_records", "256 + LENGTH(CAST({row}.body AS BLOB)) + {row}.words"),
     ANSWERS,
     IDLE,
+    PICTURES + counted("chat_pictures", "256 + LENGTH({row}.data)"),
 )

@@ -13,6 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.text.calculations import shift_calls
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import timings_body, usage_body
 from chatlm.front.api.errors import public_error
@@ -66,12 +67,15 @@ class WrittenAnswer:
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None  # which writes
         self.problem = ""  # why no more of it can be kept
+        self.ends: dict[int, dict] = {}  # what is said of the answers that have ended, by their numbers
+        self.before: dict = {}  # the node as it was: an answer that goes on has text there
 
     async def begin(self):
         """Raises RequestError if it cannot be written there."""
         made = {"created": time.time() * 1000 // 1, "model": self.twin.model,
                 "seed": self.twin.request.params.sampling.seed}
-        await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()), adds_bytes=1)
+        self.before = await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()),
+                                           adds_bytes=1)
         self.tell(self.place.owner)
         self.due_s = time.monotonic() + GROWN_S
 
@@ -86,8 +90,10 @@ class WrittenAnswer:
                 if isinstance(event, Piece | Finished):
                     self.twin.collect(event)
                 if isinstance(event, Finished):
-                    ended = True
-                    await self.end(self.facts(event))
+                    self.ends[event.choice] = self.facts(event)
+                    ended = len(self.ends) == len(self.twin.choices)
+                    if ended:
+                        await self.end(self.ends[0])
                 yield event
                 self.settled = self.grown = not ended
                 self.look()
@@ -102,19 +108,35 @@ class WrittenAnswer:
 
     # what is written
 
-    def said(self) -> dict:
-        """The answer so far, as the page keeps it (static/tree.js)."""
-        choice = self.twin.choices[0]
+    def said(self, index: int = 0) -> dict:
+        """An answer so far, as the page keeps it (static/tree.js)."""
+        choice = self.twin.choices[index]
         calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
                  for call in choice.calls]
-        placed = [{"expression": None, "result": None, **call} for call in choice.calculator]
-        return {"content": choice.text("text"), "reasoning": choice.text("reasoning") or None,
-                "ids": [*choice.token_ids] or None, "calls": calls or None, "calculator": placed or None}
+        before = self.before
+        content = before.get("content", "")
+        placed = [*before.get("calculator", ()), *shift_calls(
+            [{"expression": None, "result": None, **call} for call in choice.calculator], len(content))]
+        return {"content": content + choice.text("text"),
+                "reasoning": before.get("reasoning", "") + choice.text("reasoning") or None,
+                "ids": [*before.get("ids", ()), *choice.token_ids] or None, "calls": calls or None,
+                "calculator": placed or None}
 
     def facts(self, done: Finished) -> dict:
-        usage = usage_body(self.twin.usage())
-        return {"timings": {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
-                            "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}}
+        usage = usage_body(self.twin.usage() if len(self.twin.choices) == 1 else done.usage)
+        given = self.twin.parsed.beside.get("knowledge")  # the passages that it was given to read
+        more = {"knowledge": given} if given else {}
+        timings = {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
+                   "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}
+        if "earlier" in self.before:
+            timings = growing.whole_of(self.before["earlier"], timings)
+            more["earlier"] = None
+        return {**more, "timings": timings}
+
+    def others(self, facts: dict) -> dict[int, dict]:
+        """The further answers of its request at its end. facts: of those that have not ended."""
+        return {index: {**self.said(index), **(self.ends.get(index) or facts)}
+                for index in range(1, len(self.twin.choices))}
 
     def look(self):
         """Write what has come, in a task, once that is due."""
@@ -181,8 +203,9 @@ class WrittenAnswer:
         for patch in patches:
             try:
                 size = len(patch.get("content", ""))
-                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s()),
-                                     adds_bytes=size)
+                others = {} if self.problem else self.others(facts)
+                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s(),
+                                             others=others), adds_bytes=size)
                 return self.tell(self.place.owner)
             except ChatServerError as error:
                 self.problem = self.problem or str(error)

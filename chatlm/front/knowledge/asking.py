@@ -22,6 +22,7 @@ class Asker(NamedTuple):
     client: str                 # takes turns with other clients, and pays
     owner: str                  # owns KV pages
     low_priority: bool = False  # as the answer that needs the search
+    temporary: bool = False     # as that answer: nothing of the question stays here
 
 
 class Asking:
@@ -59,12 +60,13 @@ class Asking:
     async def vector(self, chosen: Chosen, question: str, asker: Asker) -> bytes:
         """The vector of a question, as float32. What does not fit into the embedder's context is cut."""
         [vector] = await self.embedders.vectors(chosen, [question], asker.client, asker.owner, "query",
-                                                self._is_low(asker))
+                                                self._is_low(asker), temporary=asker.temporary)
         return struct.pack(f"<{len(vector)}f", *vector)
 
     async def scores(self, chosen: Chosen, question: str, passages: Seq[str], asker: Asker) -> list[float]:
         """How well each passage answers a question: raw scores."""
-        params = AnswerParams(pooling="rank", client=asker.client, owner=asker.owner)
+        params = AnswerParams(pooling="rank", client=asker.client, owner=asker.owner,
+                              temporary=asker.temporary)
         request = Request(id=secrets.token_hex(16), params=params, low_priority=self._is_low(asker),
                           prompts=tuple(passages), truncate=True,
                           retrieval=Retrieval(queries=(question,), cut=True))

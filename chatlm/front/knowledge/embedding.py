@@ -106,13 +106,15 @@ class Embedders:
         return next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
 
     async def vectors(self, chosen: Chosen, texts: Seq[str], client: str, owner: str, kind: str = "document",
-                      low: bool = True, later: list[Charge] | None = None) -> list[tuple[float, ...]]:
+                      low: bool = True, later: list[Charge] | None = None,
+                      temporary: bool = False) -> list[tuple[float, ...]]:
         """The vectors of texts, each of length 1. What they cost is entered in the ledger, or in `later`.
 
-        client: who asks; owner: of the texts; kind: document or query; low: it waits for all else."""
+        client: who asks; owner: of the texts; kind: document or query; low: it waits for all else; temporary:
+        as of AnswerParams."""
         embedder = chosen.embedder
         params = AnswerParams(pooling=embedder.pooling, dimensions=embedder.dimensions, normalized=True,
-                              client=client, owner=owner)
+                              client=client, owner=owner, temporary=temporary)
         retrieval = Retrieval(chosen_prompt({"input_type": kind}, embedder), cut=True)
         request = Request(id=secrets.token_hex(16), params=params, low_priority=low, prompts=tuple(texts),
                           truncate=True, retrieval=retrieval)

@@ -109,7 +109,8 @@ class Prompting:
             most = min(WHOLE_TOKENS, room)
             raise no_room("their whole documents have more", most)
         if given is None:
-            given = await self._found([*names], messages, room, prompts, caller, request.low_priority)
+            asker = Asker(caller.client, caller.owner, request.low_priority, request.params.temporary)
+            given = await self._found([*names], messages, room, prompts, asker)
         if not given.parts:
             await self._stores(asked["stores"], caller)  # perhaps one was deleted meanwhile
         if given.words_only:
@@ -153,14 +154,13 @@ class Prompting:
         return Given("whole", parts, len(parts)) if is_whole else None
 
     async def _found(self, numbers: Seq[int], messages: Seq[Message], room: int, prompts: PromptMaker,
-                     caller: Caller, low: bool) -> Given:
+                     asker: Asker) -> Given:
         """The passages that fit the last question, or this after the one before it."""
         questions = questions_in(messages)
         if not questions:
             raise invalid("messages", "knowledge is searched for the last question, but no message of the "
                                       "user has a text")
-        found = await self.search.find(numbers, questions, Asker(caller.client, caller.owner, low),
-                                       Terms(MOST_PASSAGES))
+        found = await self.search.find(numbers, questions, asker, Terms(MOST_PASSAGES))
         hits = [*{(hit.file, hit.start): hit for hit in reversed(found.hits)}.values()][::-1]
         parts = await prompts.run(lambda: fitting_parts(hits, room, counter(prompts)),
                                   sum(len(hit.text) for hit in hits))

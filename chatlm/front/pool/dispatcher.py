@@ -411,7 +411,8 @@ class Dispatcher:
 
     def _assign(self, job: Job, worker: Worker):
         worker.assign(job)
-        worker.prefixes |= job.prefixes
+        if not job.request.params.temporary:  # else it leaves no pages there
+            worker.prefixes |= job.prefixes
         while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
             del worker.prefixes[next(iter(worker.prefixes))]
 

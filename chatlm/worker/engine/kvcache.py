@@ -299,13 +299,13 @@ class PageTables:
         return len(sequence.pages) - holes
 
     def advance(self, sequence: Sequence, count: int):
-        """Count its next `count` tokens as computed: add the pages that they fill to the prefix index, and
-        release those that no later token sees."""
+        """Count its next `count` tokens as computed: add the pages that they fill to the prefix index, unless
+        nobody may share them, and release those that no later token sees."""
         size = self.pool.page_size
         groups = self.pool.groups
         before = sequence.computed
         sequence.computed += count
-        for row in range(before // size, sequence.computed // size):
+        for row in range(before // size, sequence.computed // size) if sequence.shares_pages else ():
             tokens = sequence.tokens[row * size:(row + 1) * size]
             pages = sequence.pages[row * groups:(row + 1) * groups]
             sequence.serial = self.pool.register(sequence.serial, tokens, pages)

@@ -365,7 +365,8 @@ class Lookup:
             marked = sequence.work.params.logprobs is not None
             owner = owner_of(sequence)
             others = [] if marked else self.stores.of(owner)
-            edits = Edits() if marked else Edits(self._known_edits(owner))
+            learns = not marked and not sequence.work.params.temporary
+            edits = Edits(self._known_edits(owner)) if learns else Edits()
             matches = self.matches[sequence] = Matches(sequence.tokens, others, edits)
         tokens, chances = matches.propose()
         return Draft(self.name, tokens, chances, len(sequence.tokens)) if tokens else NO_DRAFT
@@ -383,8 +384,11 @@ class Lookup:
         pass  # Drafting measures it
 
     def end(self, sequence: Sequence):
-        """Keep what was new in it, however it ended: its answer, and what it had to compute of its prompt."""
+        """Keep what was new in it, however it ended: its answer, and what it had to compute of its prompt.
+        Nothing of a temporary one."""
         if self.matches.pop(sequence, None) is None:  # it has drawn no token that another one followed
+            return
+        if sequence.work.params.temporary:
             return
         new = min(sequence.output.usage.cached_tokens, len(sequence.work.prompt_ids))
         self.stores.add(owner_of(sequence), [token for token in sequence.tokens[new:] if token >= 0])

@@ -168,6 +168,8 @@ class RunQueue:
         groups = self.pool.groups
         if self.tables.holes or pool.states or sequence.computed % size or sequence.uncached:
             return
+        if not sequence.shares_pages:  # its serial is that of the prefix with which it began
+            return
         while (row := sequence.computed // size) < (len(sequence.tokens) - 1) // size:
             content = pool.index.get((sequence.serial, tuple(sequence.tokens[row * size:(row + 1) * size])))
             if content is None or pool.hole in content.pages:

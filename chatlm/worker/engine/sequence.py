@@ -136,6 +136,11 @@ class Sequence:
         return f"{owner}\0{self.adapter_digest}" if self.adapter else owner
 
     @property
+    def shares_pages(self) -> bool:
+        """May its pages enter the prefix index? Those of a temporary chat are free as soon as it ends."""
+        return not self.work.params.temporary
+
+    @property
     def needs_logits(self) -> bool:
         """Does the host need the logits of its next token?"""
         return self.work.needs_logits or self.output.grammar is not None

@@ -203,7 +203,7 @@ class StateTables:
         pool = self.pool
         computed = sequence.computed
         slot = sequence.states.slots.get(computed)
-        if slot is None or computed % self.page_size or sequence.serial in pool:
+        if slot is None or computed % self.page_size or sequence.serial in pool or not sequence.shares_pages:
             return
         has_room = pool.passed or pool.snapshots < pool.most_snapshots  # never evict an end of a prompt
         if computed < self.end_of_prompt(sequence) and has_room:

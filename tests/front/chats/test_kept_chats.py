@@ -34,6 +34,10 @@ def node(number, chat, content, parent=None, role="user", **more):
         "created": 2.0, "conversation": an_id(chat), "role": role, "content": content, **place, **more}}
 
 
+PROJECT = {"created": 1, "name": "Boats", "prompt": "Be brief.", "files": [{"name": "a.txt", "text": "Water"}],
+           "stores": [{"id": "vs_1", "name": "Ships"}]}
+
+
 class Device:
     """A device of an owner, as a page is one: it has records, and changes that it has not sent yet."""
 
@@ -307,7 +311,9 @@ async def test_lists_tags_and_files(tmp_path):
         device = Device(ask, SPACE)
         await device.send(*(chat(number, f"Chat {number}", updated=number + 1) for number in range(3)),
                           node(7, 1, "Hello"), node(8, 1, "x" * 3_000_000, 7),
-                          {"kind": "prompt", "id": an_id(9), "patch": {"created": 1, "name": "Poem", "text": "Write"}})
+                          {"kind": "prompt", "id": an_id(9), "patch": {"created": 1, "name": "Poem", "text": "Write"}},
+                          {"kind": "project", "id": an_id(10), "patch": PROJECT},
+                          {"kind": "chat", "id": an_id(2), "patch": {"project": an_id(10), "stores": PROJECT["stores"]}})
         _, page = await ask(SPACE, "/v1/chats?limit=2")
         assert [row["title"] for row in page["data"]] == ["Chat 2", "Chat 1"] and page["has_more"]
         assert page["data"][1]["nodes"] == 2
@@ -327,6 +333,59 @@ async def test_lists_tags_and_files(tmp_path):
         assert (file["format"], file["version"], file["prompts"]) == (
             "chat_server chats", 2, [{"name": "Poem", "text": "Write"}])
         assert [len(each["nodes"]) for each in file["conversations"]] == [0, 2, 0]
+        assert file["projects"] == [{"id": an_id(10), **PROJECT}]
+        assert [each.get("project") for each in file["conversations"]] == [an_id(10), None, None]
+
+
+async def test_a_project_is_checked_and_its_chats_outlive_it(tmp_path):
+    async with devices(tmp_path) as [phone, laptop]:
+        for wrong in ({"files": [{"name": "a"}]}, {"files": "a"}, {"stores": ["vs_1"]}, {"stores": [{"id": 1, "name": ""}]},
+                      {"name": 1}, {"prompt": []}):
+            [row] = await phone.send({"kind": "project", "id": an_id(1), "patch": PROJECT | wrong})
+            assert (row["state"], row["error"]["param"]) == ("refused", *wrong)
+        [row] = await phone.send({"kind": "project", "id": an_id(1), "patch": {"created": 1}})
+        assert row["error"]["param"] == "name"
+        [row] = await phone.send({"kind": "project", "id": an_id(1), "patch": PROJECT | {"files": [
+            {"name": "large.txt", "text": "x" * 3_000_000}]}})
+        assert row["state"] == "stored"
+        await phone.send(chat(2, "Inside", project=an_id(1)), node(3, 2, "Words"))
+        await laptop.news()
+        assert laptop.seen["project", an_id(1)]["files"][0]["name"] == "large.txt"
+        await laptop.send({"kind": "project", "id": an_id(1), "patch": None})
+        await phone.news()
+        assert ("project", an_id(1)) not in phone.seen and phone.seen["node", an_id(3)]["content"] == "Words"
+        [late] = await phone.send({"kind": "project", "id": an_id(1), "base": phone.rev, "patch": {"name": "Back"}})
+        assert late["state"] == "deleted"
+
+
+async def test_two_keys_may_use_one_id_and_never_see_the_other_s_project(tmp_path):
+    """Neither by its id, nor by putting a chat into it, nor by deleting it."""
+    keys = [ApiKey.hashed(name * 20, name) for name in "ab"]
+    async with started(tmp_path / "store.db", *keys) as ask:
+        ann, bob = (Device(ask, name * 20) for name in "ab")
+        await ann.send({"kind": "project", "id": an_id(1), "patch": PROJECT})
+        [taken] = await bob.send({"kind": "project", "id": an_id(1), "base": 1, "patch": {"prompt": "Mine"}})
+        assert taken["state"] == "refused" and "record" not in taken       # he has none of this id
+        [own] = await bob.send({"kind": "project", "id": an_id(1), "patch": PROJECT | {"prompt": "Bob's"}})
+        await bob.send(chat(2, project=an_id(1)), {"kind": "project", "id": an_id(1), "patch": None})
+        assert own["state"] == "stored"
+        await ann.news()
+        await bob.news()
+        assert ann.seen == {("project", an_id(1)): PROJECT} and [kind for kind, _ in bob.seen] == ["chat"]
+        assert "projects" not in (await ask("b" * 20, "/v1/chats/export"))[1]
+        status, error = await ask("b" * 20, "/v1/chats/changes", {"changes": [
+            {"kind": "project", "id": an_id(3), "patch": PROJECT | {"prompt": "x" * 16_000_000}}]})
+        assert (status, error["data"][0]["state"], error["data"][0]["error"]["param"]) == (200, "refused", "patch")
+
+
+async def test_what_an_answer_was_given_to_read_stays_with_it(tmp_path):
+    """The passages below an answer, and the collections that a chat asks."""
+    async with devices(tmp_path) as [phone, laptop]:
+        given = {"read": 1, "of": 4, "passages": [{"index": 1, "filename": "a.pdf"}]}
+        await phone.send(chat(1, stores=PROJECT["stores"]), node(2, 1, "One"), node(3, 1, "Two", 2, "assistant", knowledge=given))
+        await laptop.news()
+        assert laptop.seen["node", an_id(3)]["knowledge"] == given
+        assert laptop.seen["chat", an_id(1)]["stores"] == PROJECT["stores"]
 
 
 async def test_all_chats_are_deleted_only_by_their_number(tmp_path):
@@ -390,9 +449,27 @@ async def test_limits_on_chats_and_nodes(tmp_path, monkeypatch):
         assert [row["state"] for row in made] == ["stored", "stored", "refused", "stored", "refused", "stored"]
 
 
+def of_others(random_numbers, device, number, chats, others):
+    """A change of a project or a prompt, or of the project that a chat is in."""
+    roll = random_numbers.random()
+    projects = [name for kind, name in others if kind == "project"]
+    if roll < 0.3 or not others:
+        kind = random_numbers.choice(["project", "prompt"])
+        more = {"prompt": "Be brief", "files": [{"name": "a.txt", "text": "x"}]} if kind == "project" else {"text": "Hi"}
+        return {"kind": kind, "id": an_id(number), "base": 0, "patch": {"created": 1, "name": f"N{number}", **more}}
+    if roll < 0.6 and chats and projects:
+        project = random_numbers.choice([*projects, None])
+        return {"kind": "chat", "id": random_numbers.choice(chats), "base": device.rev, "patch": {"project": project}}
+    kind, name = random_numbers.choice(others)
+    if roll < 0.8:
+        return {"kind": kind, "id": name, "base": device.rev, "patch": {"name": f"N{random_numbers.random()}"}}
+    return {"kind": kind, "id": name, "patch": None}
+
+
 @pytest.mark.parametrize("seed", range(12))
 async def test_three_devices_end_equal_whatever_they_do(tmp_path, seed):
-    """Random chats, messages, edits and deletions, sent late and in any order; some answers are lost."""
+    """Random chats, messages, projects, prompts, edits and deletions, sent late and in any order; some answers are
+    lost. Chats are moved from project to project, and outlive them."""
     random_numbers = random.Random(seed)
     async with devices(tmp_path, 3) as all_devices:
         unsent = {device: [] for device in all_devices}
@@ -402,7 +479,10 @@ async def test_three_devices_end_equal_whatever_they_do(tmp_path, seed):
             chats = [name for kind, name in device.seen if kind == "chat"]
             nodes = [name for kind, name in device.seen if kind == "node"]
             roll = random_numbers.random()
-            if roll < 0.2 or not chats:
+            others = [key for key in device.seen if key[0] in ("project", "prompt")]
+            if random_numbers.random() < 0.25:
+                change = of_others(random_numbers, device, next(ids), chats, others)
+            elif roll < 0.2 or not chats:
                 change = chat(next(ids), f"Chat of {seed}")
             elif roll < 0.5:
                 place = random_numbers.choice(chats)

@@ -156,6 +156,44 @@ async def test_another_device_sees_it_grow_and_reads_on_where_the_node_ends(tmp_
         assert node["content"] + said == "".join(WORDS)
 
 
+async def test_an_answer_that_goes_on_grows_in_its_node(tmp_path):
+    """With what it had, and the figures of both parts together; nobody need read it."""
+    earlier = {"prompt_tokens": 9, "completion_tokens": 3, "tokens_per_second": 10.0, "ttft_ms": 50.0, "cached_tokens": 0}
+    async with devices(tmp_path) as ask:
+        stream = secrets.token_hex(16)
+        await ask.make_chat(content="zero ", reasoning="Hm.", ids=[7, 8, 9], timings=earlier, ended="first",
+                            calculator=[{"start": 1, "expression": "1", "result": "1"}])
+        _, told = await ask(SPACE, "/v1/chats/changes", {"changes": [{"kind": "node", "id": NODE, "base": 99, "patch": {
+            "content": "zero ", "ended": "first", "timings": None, "earlier": earlier, "continued": True,
+            "stream": {"id": stream, "next": 0, "begin": 5}}}]})
+        assert told["data"][0]["state"] == "stored"
+        async with ask.answer(request_id=stream, continue_final_message=True, add_generation_prompt=False, messages=[
+                {"role": "user", "content": "Count"}, {"role": "assistant", "content": "zero "}]) as response:
+            assert response.status == 200, await response.text()
+            await first_event(response)
+        ask.pool.gate.admit(len(WORDS))
+        node = await ask.until(has_ended)
+        assert node["content"] == "zero " + "".join(WORDS) and node["reasoning"] == "Hm."
+        assert node["ids"] == [7, 8, 9] + [1] * len(WORDS) and node["calculator"][0]["start"] == 1
+        timings = node["timings"]
+        assert timings["completion_tokens"] == 3 + len(WORDS) and timings["ttft_ms"] == 50.0 and "earlier" not in node
+        assert timings["prompt_tokens"] >= 1 and timings["finish_reason"] == "stop"
+
+
+async def test_further_answers_are_siblings(tmp_path):
+    async with devices(tmp_path, gate=False) as ask:
+        await ask.make_chat()
+        async with ask.answer(n=3) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        await ask.until(has_ended)
+        _, chat = await ask(SPACE, f"/v1/chats/{CHAT_ID}")
+        made = [node for node in chat["nodes"] if node["role"] == "assistant"]
+        assert [node["content"] for node in made] == ["".join(WORDS)] * 3
+        assert {node["parent"] for node in made} == {QUESTION} and made[0]["id"] == NODE and len({node["id"] for node in made}) == 3
+        assert all(node["timings"]["completion_tokens"] == len(WORDS) and "stream" not in node for node in made)
+
+
 async def test_another_device_may_stop_it(tmp_path):
     async with devices(tmp_path) as ask:
         await ask.make_chat()
@@ -205,7 +243,7 @@ async def test_where_it_cannot_be_written_it_is_refused(tmp_path):
         status, error = await ask.refused(place=PLACE | {"node": QUESTION})
         assert (status, error["code"]) == (409, "other_node")
         for more, param in (({"place": {"id": CHAT_ID}}, "chat"), ({"place": PLACE | {"node": "x"}}, "chat.node"),
-                            ({"place": "x"}, "chat"), ({"stream": False}, "chat"), ({"n": 2}, "chat"),
+                            ({"place": "x"}, "chat"), ({"stream": False}, "chat"),
                             ({"request_id": "guessed"}, "X-Request-Id")):
             status, error = await ask.refused(**more)
             assert (status, error["param"]) == (400, param), error

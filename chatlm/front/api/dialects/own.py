@@ -19,7 +19,7 @@ from chatlm.front.api.readers import (
     openai_request, parse_answer, parse_openai_request, pick, sampling_params)
 from chatlm.front.api.tables import (
     CONVERSATION, IGNORE_EOS, LOW, MIN_TOKENS, MODEL, SAMPLED, SAMPLING_FIELDS, STOPS, STOP_IDS,
-    TEMPLATE_OPTIONS, TOKEN_CAPS, TRUNCATE)
+    TEMPLATE_OPTIONS, TEMPORARY, TOKEN_CAPS, TRUNCATE)
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
@@ -60,7 +60,7 @@ COMPARE_FIELDS = (
         details=list_schema({"type": "object", "properties": {
             field.name: field.described for field in VARIANT_FIELDS}})),
         "what differs from answer to answer; each may have a model of its own", group=SOME),
-    *DRAWING_FIELDS, LOW, TRUNCATE,
+    *DRAWING_FIELDS, LOW, TRUNCATE, TEMPORARY,
     *TEMPLATE_OPTIONS,
 )
 
