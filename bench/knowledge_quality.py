@@ -13,7 +13,7 @@ which nothing was chosen. A question counts as answered at k if one of the first
   words, all            BM25 over all of its words
   RRF, a quarter        vectors joined with BM25's order of the words that a quarter has: ours orders those with the same words by vectors
   RRF, all words        vectors joined with BM25 over all words: what plain hybrid search does
-  ours, vectors 3 : 1   ours, with three times the weight for vectors when lists are joined; 1 : 3 for words
+  ours, vectors 3 : 1   ours, with three times the weight for vectors when lists are joined; so 2 : 1, and 1 : 3 for words
   open-webui            its defaults made again here: Markdown is split at headings, then into 1,000 characters with an overlap of 100
                         (langchain's recursive splitter), each part embedded whole by the same model, cosines, top 3
 
@@ -200,7 +200,7 @@ class Place:
         some, every = telling(self.connection, self.number, question), all_words(self.connection, self.number, question)
         yield "ours", [(hit["filename"], hit["content"][0]["text"]) for hit in found["data"]]
         self.known.vector_of_question = vector.tobytes()
-        for name, weights in ("ours, vectors 3 : 1", (3.0, 1.0)), ("ours, vectors 1 : 3", (1.0, 3.0)):
+        for name, weights in ("ours, vectors 3 : 1", (3.0, 1.0)), ("ours, vectors 2 : 1", (2.0, 1.0)), ("ours, vectors 1 : 3", (1.0, 3.0)):
             weighted = self.loop.run_until_complete(self.search.find(
                 [self.number], [question], Asker("", ""), Terms(vector_weight=weights[0], words_weight=weights[1])))
             yield name, [(hit.filename, hit.text) for hit in weighted.hits]
