@@ -296,7 +296,7 @@ class Load:
             if any(each["failed"] for each in found):
                 fail(f"files have failed: {found}")
             return not any(each["in_progress"] for each in found)
-        wait_for(over, "files are still in progress")
+        wait_for(over, "files are still in progress", pause_s=1)
 
     def wal(self):
         beside = self.path.with_name(self.path.name + "-wal")
