@@ -262,12 +262,10 @@ class Load:
             self.add(server, files[len(quiet):])
             self.seen = self.all_completed(server)
             before = time.monotonic()
-            wait_for(lambda: len(self.all_completed(server)) > len(self.seen), "no file was ingested")
             self.kill_at(server, 0)
         for count in range(1, kills + 1):
             with serving(self.folder, self.path) as server:
-                now = self.all_completed(server)
-                if lost := self.seen - now:
+                if lost := self.seen - self.all_completed(server):
                     fail(f"kill {count} has lost {len(lost)} completed files")
                 if count < kills:
                     self.kill_at(server, count)
@@ -276,7 +274,8 @@ class Load:
         row(f"{kills} times kill -9 in mid-ingest", f"all {len(files)} files completed in the end, none that was reported lost; {time.monotonic() - before:.0f} s")
 
     def kill_at(self, server, count):
-        """Kill the server at a random moment of the next file."""
+        """Kill the server at a random moment after the next file. A file during which it was killed five times is given up."""
+        wait_for(lambda: len(self.all_completed(server)) > len(self.seen), "no file was ingested", pause_s=0.5)
         time.sleep(random.Random(count).random() * 2)
         self.seen = self.all_completed(server)
         kill(server)
