@@ -423,7 +423,7 @@ class Load:
         """Do the database or the -wal have a word? Read, not mapped: the server makes them shorter meanwhile.
 
         An index of words leaves out what a word has in common with the one before it: the end is looked for."""
-        word = word[3:]
+        word = word[2:]
         for path in self.path, self.path.with_name(self.path.name + "-wal"):
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 end = b""
