@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """How often a search finds the passage with the answer: chat_server's, its halves alone, and open-webui's defaults.
 
-    python bench/knowledge_quality.py [--embedder FOLDER] [--misses]
+    python bench/knowledge_quality.py [--held-out] [--embedder FOLDER] [--misses]
 
 The forty documents of bench/knowledge_set.py go into a vector store of a real server, over HTTP. It is asked three hundred questions in other
-words than those of the documents, and forty that name the fact itself. A question counts as answered at k if one of the first k passages is of the right document and has the whole sentence that answers it. Rows:
+words than those of the documents, and forty that name the fact itself. With --held-out it is the 26 documents and 130 questions of bench/held_out/, with
+which nothing was chosen. A question counts as answered at k if one of the first k passages is of the right document and has the whole sentence that answers it. Rows:
 
   ours                  POST /v1/vector_stores/{id}/search
   vectors alone         the scan of the same windows
@@ -12,6 +13,7 @@ words than those of the documents, and forty that name the fact itself. A questi
   words, all            BM25 over all of its words
   RRF, a quarter        vectors joined with BM25's order of the words that a quarter has: ours orders those with the same words by vectors
   RRF, all words        vectors joined with BM25 over all words: what plain hybrid search does
+  ours, vectors 3 : 1   ours, with three times the weight for vectors when lists are joined; so 2 : 1, and 1 : 3 for words
   open-webui            its defaults made again here: Markdown is split at headings, then into 1,000 characters with an overlap of 100
                         (langchain's recursive splitter), each part embedded whole by the same model, cosines, top 3
 
@@ -19,6 +21,7 @@ words than those of the documents, and forty that name the fact itself. A questi
 """
 
 import argparse
+import asyncio
 import json
 import re
 import sqlite3
@@ -34,10 +37,13 @@ import numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import knowledge_held_out
 import knowledge_set
 from chatlm.common.messages.vectors import Scan
 from chatlm.front.knowledge import words
-from chatlm.front.knowledge.search import join
+from chatlm.front.knowledge.asking import Asker
+from chatlm.front.knowledge.scan import VectorScanner
+from chatlm.front.knowledge.search import Search, Terms, join
 from chatlm.worker.vectors.process import scanned
 from chatlm.worker.vectors.windows import Windows
 from servers import our_server
@@ -141,6 +147,22 @@ def telling(connection, store, question):
     return [each.passage for each in words.ranked(connection, store, found, 50, False)]
 
 
+class Known:
+    """Stands in for the served models: the question's vector is known."""
+
+    vector_of_question = b""
+
+    def embedder(self, digest):
+        self.digest = digest
+        return self
+
+    def reranker(self):
+        return None
+
+    async def vector(self, chosen, question, asker):
+        return self.vector_of_question
+
+
 class Place:
     """A store of the server, as its parts see it."""
 
@@ -152,6 +174,8 @@ class Place:
         self.passages = {number: (file, text) for number, file, text in self.connection.execute(
             "SELECT p.number, f.filename, p.text FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file")}
         self.windows = Windows(Path(folder) / "kept.db", 1 << 30)
+        self.loop, self.known = asyncio.new_event_loop(), Known()
+        self.search = Search(Path(folder) / "kept.db", self.known, VectorScanner(Path(folder) / "kept.db"))
         self.parts = [(file, part) for file, text in documents for headed in headed_parts(text) for part in recursive_parts(headed)]
         self.theirs = vectors_of(server, [part for _, part in self.parts], "document")
         self.took_ms = []
@@ -164,6 +188,10 @@ class Place:
                 rows.setdefault(name, Row(name)).count(question, hits)
         return list(rows.values())
 
+    def close(self):
+        self.loop.run_until_complete(self.search.close())
+        self.loop.close()
+
     def hits(self, question, vector):
         began = time.monotonic()
         found = self.server.post(f"/v1/vector_stores/{self.store}/search", {"query": question, "max_num_results": 10})
@@ -171,6 +199,11 @@ class Place:
         nearest = [near.passage for near in scanned(self.windows, Scan((self.number,), self.embedder, vector.tobytes(), 50)).nearest]
         some, every = telling(self.connection, self.number, question), all_words(self.connection, self.number, question)
         yield "ours", [(hit["filename"], hit["content"][0]["text"]) for hit in found["data"]]
+        self.known.vector_of_question = vector.tobytes()
+        for name, weights in ("ours, vectors 3 : 1", (3.0, 1.0)), ("ours, vectors 2 : 1", (2.0, 1.0)), ("ours, vectors 1 : 3", (1.0, 3.0)):
+            weighted = self.loop.run_until_complete(self.search.find(
+                [self.number], [question], Asker("", ""), Terms(vector_weight=weights[0], words_weight=weights[1])))
+            yield name, [(hit.filename, hit.text) for hit in weighted.hits]
         for name, ranks in ("vectors alone", nearest), ("words, a quarter", some), ("words, all", every):
             yield name, [self.passages[each] for each in ranks]
         for name, ranks in ("RRF, a quarter", some), ("RRF, all words", every):
@@ -183,19 +216,23 @@ class Place:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embedder", default=MINILM, help="a model that embeds texts (default: the default embedder)")
+    parser.add_argument("--held-out", action="store_true", help="ask the second set, with which nothing was chosen")
     parser.add_argument("--misses", action="store_true", help="also show which questions are not answered at 10")
     options = parser.parse_args()
-    documents = knowledge_set.documents()
+    documents = (knowledge_held_out if options.held_out else knowledge_set).documents()
+    sets = {"questions": knowledge_held_out.questions()} if options.held_out else {
+        "questions": knowledge_set.questions(), "lookups": knowledge_set.lookups()}
     with tempfile.TemporaryDirectory() as folder, our_server(options.embedder, "--database", f"{folder}/kept.db") as server:
         place = Place(server, folder, documents)
         print(f"{len(documents)} documents, {sum(len(text) for _, text in documents):,} characters, {len(place.passages)} passages in "
               f"{place.ingest_s:.1f} s, {len(place.parts)} parts of open-webui")
-        for name, questions in ("questions", knowledge_set.questions()), ("lookups", knowledge_set.lookups()):
+        for name, questions in sets.items():
             print(f"\n| {len(questions)} {name} | recall@1 | recall@3 | recall@10 | characters at 3 | at 10 |\n|---|---|---|---|---|---|")
             for row in place.rows(questions):
                 print(row.line(len(questions)))
                 if options.misses:
                     print(*(f"    {each}" for each in row.missed), sep="\n")
+        place.close()
         took = sorted(place.took_ms)
         print(f"\na search over HTTP: median {statistics.median(took):.1f} ms, p99 {took[int(len(took) * 0.99)]:.1f} ms")
 

@@ -256,6 +256,7 @@ class AnswerParams:
     dimensions: int = 0                 # numbers of it to keep; 0: all
     normalized: bool = True             # scale it to length 1; a score is never scaled
     unpooled: int = 0                   # tokens at its beginning that are read, but not pooled
+    urgent: bool = False                # somebody waits for the embedding as for an answer: it never pauses
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
     temporary: bool = False             # nothing of it stays here: no KV pages, no drafts, no log

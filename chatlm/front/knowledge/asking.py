@@ -65,9 +65,10 @@ class Asking:
 
     async def scores(self, chosen: Chosen, question: str, passages: Seq[str], asker: Asker) -> list[float]:
         """How well each passage answers a question: raw scores."""
+        low = self._is_low(asker)
         params = AnswerParams(pooling="rank", client=asker.client, owner=asker.owner,
-                              temporary=asker.temporary)
-        request = Request(id=secrets.token_hex(16), params=params, low_priority=self._is_low(asker),
+                              temporary=asker.temporary, urgent=not low)
+        request = Request(id=secrets.token_hex(16), params=params, low_priority=low,
                           prompts=tuple(passages), truncate=True,
                           retrieval=Retrieval(queries=(question,), cut=True))
         scores = [0.0] * len(passages)

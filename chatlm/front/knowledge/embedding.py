@@ -110,11 +110,12 @@ class Embedders:
                       temporary: bool = False) -> list[tuple[float, ...]]:
         """The vectors of texts, each of length 1. What they cost is entered in the ledger, or in `later`.
 
-        client: who asks; owner: of the texts; kind: document or query; low: it waits for all else; temporary:
-        as of AnswerParams."""
+        client: who asks; owner: of the texts; kind: document, or query, for which somebody waits as for an
+        answer; low: it waits for all else; temporary: as of AnswerParams."""
         embedder = chosen.embedder
         params = AnswerParams(pooling=embedder.pooling, dimensions=embedder.dimensions, normalized=True,
-                              client=client, owner=owner, temporary=temporary)
+                              client=client, owner=owner, temporary=temporary,
+                              urgent=kind == "query" and not low)
         retrieval = Retrieval(chosen_prompt({"input_type": kind}, embedder), cut=True)
         request = Request(id=secrets.token_hex(16), params=params, low_priority=low, prompts=tuple(texts),
                           truncate=True, retrieval=retrieval)

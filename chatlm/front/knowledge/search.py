@@ -122,9 +122,10 @@ class Row(NamedTuple):
                    self.start, self.page, self.text, min(max(score, 0.0), 1.0))
 
 
+# CROSS JOIN: from the passages on. SQLite would go through all stores, and read each passage of the database
 ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, p.text, f.file, f.filename, "
-        "f.attributes FROM knowledge_passages AS p JOIN knowledge_files AS f ON f.number = p.file "
-        "JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
+        "f.attributes FROM knowledge_passages AS p CROSS JOIN knowledge_files AS f ON f.number = p.file "
+        "CROSS JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
 PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
           "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1) FROM knowledge_stores AS s "

@@ -86,8 +86,8 @@ def ranked(connection: sqlite3.Connection, store: int, words: Seq[Word], most: i
     weights = dict.fromkeys((passage for passage, _ in found), 0.0)
     marks = ", ".join("?" * len(weights))
     for word in words:
-        for (passage,) in connection.execute(
-                f"SELECT rowid FROM {table} WHERE {table} MATCH ? AND rowid IN ({marks})",
+        for (passage,) in connection.execute(  # +: FTS5 would look for the word again for each passage
+                f"SELECT rowid FROM {table} WHERE {table} MATCH ? AND +rowid IN ({marks})",
                 (phrase(word.text), *weights)):
             weights[passage] += word.weight
     return [Ranked(passage, -rank, weights[passage]) for passage, rank in found]

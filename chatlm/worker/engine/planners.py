@@ -165,7 +165,8 @@ class PromptPlanner:
 
 class TextPlanner:
     """Texts to embed have steps of their own, so that the steps of answers are as fast as without them. While
-    answers are written, such steps are few and short."""
+    answers are written, such steps are few and short, unless a text is urgent: then it is embedded at once,
+    without the others."""
 
     EVERY_S = 2.0  # between two such steps beside answers
     STEP_S = 0.1   # about how long one is then
@@ -181,7 +182,7 @@ class TextPlanner:
         """Is the next step to be one of texts? Else it is one of answers."""
         if len(plan.answers) == len(plan.turn) or not self._waiting(plan):
             return False
-        if not plan.answers:
+        if not plan.answers or any(sequence.work.params.urgent for sequence in self._waiting(plan)):
             return True
         tokens = self._most_tokens(plan)
         rest_s = max(self.EVERY_S, self.EVERY_S / self.STEP_S * tokens * self.times.token_s)
@@ -200,7 +201,8 @@ class TextPlanner:
                 left -= sequence.pending
 
     def _waiting(self, plan: StepPlan) -> list[Sequence]:
-        return [sequence for sequence in plan.turn if sequence.pooling and sequence.prefilling]
+        waiting = [sequence for sequence in plan.turn if sequence.pooling and sequence.prefilling]
+        return [sequence for sequence in waiting if sequence.work.params.urgent] or waiting
 
     def _most_tokens(self, plan: StepPlan) -> int:
         """How many tokens of texts the step may have."""

@@ -40,6 +40,11 @@ class EngineStep:
         return any(not (chunk.sequence.pooling or chunk.sequence.work.background) for chunk in self.chunks)
 
     @property
+    def urgent(self) -> bool:
+        """Does it embed a text for which somebody waits as for an answer?"""
+        return any(chunk.sequence.work.params.urgent for chunk in self.chunks)
+
+    @property
     def nobody_waits(self) -> bool:
         return all(chunk.sequence.work.background for chunk in self.chunks)
 

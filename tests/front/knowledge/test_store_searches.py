@@ -1,6 +1,7 @@
 """A search: vectors and words joined, filters before ranking, rerankers, and what is left without vectors."""
 
 import asyncio
+import contextlib
 import math
 import struct
 
@@ -8,7 +9,7 @@ import pytest
 
 import knowledge_rows as rows
 from chatlm.common.errors import Overloaded, RequestError
-from chatlm.front.knowledge import search as searching
+from chatlm.front.knowledge import search as searching, words
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.scan import VectorScanner
@@ -238,3 +239,42 @@ async def test_the_whole_of_what_fits(place):
     assert await place.search.whole([place.store], 5) is None
     final = Terms(filter=read_filter({"type": "ne", "key": "draft", "value": True}))
     assert len(await place.search.whole([place.store], 5, final)) == 2
+
+
+def steps_of(path, work):
+    """What SQLite's machine does for `work(connection)`, in steps."""
+    counted = []
+    with contextlib.closing(rows.connect(path)) as connection:
+        connection.set_progress_handler(lambda: counted.append(1), 1)
+        work(connection)
+    return len(counted)
+
+
+def test_other_texts_make_reading_passages_no_slower(tmp_path):
+    """Only those that were found are read, however many others the database has."""
+    path = tmp_path / "k.db"
+    rows.make_database(path)
+    own, other = rows.add_store(path), rows.add_store(path, owner="other")
+    _, found = rows.add_file(path, own, [(f"text {number}", []) for number in range(100)])
+    few = steps_of(path, lambda connection: searching.rows_of(connection, found))
+    for store in own, other:
+        for _ in range(5):
+            rows.add_file(path, store, [(f"other {number}", []) for number in range(40)])
+    assert steps_of(path, lambda connection: searching.rows_of(connection, found)) == few
+
+
+def test_a_word_is_looked_for_once_for_all_passages(tmp_path):
+    """Which passages have a word is read from its list, not word by word for each passage."""
+    path = tmp_path / "k.db"
+    rows.make_database(path)
+    store = rows.add_store(path)
+    rows.add_file(path, store, [("water" if number % 8 else "wine", []) for number in range(400)])
+    asked = []
+    with contextlib.closing(rows.connect(path)) as connection:
+        connection.set_trace_callback(asked.append)
+        telling = [words.Word("wine", 1.0), words.Word("water", 0.5)]
+        found = words.ranked(connection, store, telling, 50, False)
+        plans = [connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+                 for statement in asked if " IN (" in statement]
+    assert {each.weight for each in found} == {1.0} and len(plans) == 2
+    assert not any("=" in step[3].rpartition("INDEX")[2] for plan in plans for step in plan), plans

@@ -588,3 +588,13 @@ async def test_documents_have_a_limit(tmp_path, monkeypatch):
             form.add_field("purpose" if not fields else "other", "assistants")
             async with ask.place.client.post(f"{ask.place.url}/v1/files", data=form) as response:
                 assert response.status == 413
+
+
+async def test_a_question_is_urgent_and_a_document_is_not(tmp_path):
+    """Its vector is computed beside answers, as if it were one; ingestion waits for all else."""
+    pool = EmbeddingPool()
+    async with knowing(tmp_path / "k.db", pool=pool) as ask:
+        store, _ = await ask.store(ONE, "The cat sleeps.")
+        await ask(ONE, f"{STORES}/{store}/search", {"query": "cat"})
+        asked = [(request.prompts, request.params.urgent, request.low_priority) for request in pool.requests]
+        assert asked == [(("The cat sleeps.",), False, True), (("cat",), True, False)]

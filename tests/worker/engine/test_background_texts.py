@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chatlm.common import answering
-from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.messages.requests import Ended, SamplingParams
 from chatlm.worker.kernels import choosing, kernels
 from chatlm.worker.process import share_lease
 from engines import make_engine, pieces
@@ -92,3 +92,27 @@ def test_a_wait_has_an_end_and_a_slice_after_it(lease):
     lease.until.value = 0
     lease.sliced = 0
     lease.wait(1e9)         # nobody writes
+
+
+def test_an_urgent_text_does_not_wait(lease, embedder):
+    """A question that somebody searches for goes on beside answers; the next text waits again."""
+    pooling = embedder.answers.tokenizer.spec.embedder.pooling
+    before = encoders.vectors(embedder, PROMPTS, pooling=pooling)
+    share_lease(embedder, answering.path_of_lease())
+    lease.until.value = time.monotonic_ns() + 10**12
+    waited = _core.paused_ns()
+    assert np.array_equal(encoders.vectors(embedder, PROMPTS, pooling=pooling, urgent=True), before)
+    assert _core.paused_ns() - waited < 30_000_000  # which one pause takes
+    encoders.vectors(embedder, PROMPTS, pooling=pooling)
+    assert _core.paused_ns() - waited >= 30_000_000
+
+
+def test_an_urgent_text_is_embedded_before_others(embedder):
+    """In a step of its own, whatever came before it."""
+    pooling = embedder.answers.tokenizer.spec.embedder.pooling
+    for name, urgent in ("a", False), ("b", False), ("question", True):
+        embedder.add(assignment(name, PROMPTS[0], SamplingParams(), 0, pooling=pooling, urgent=urgent))
+    ended = []
+    while embedder.busy:
+        ended += [name for name, event in embedder.step() if isinstance(event, Ended)]
+    assert ended == ["question", "a", "b"]

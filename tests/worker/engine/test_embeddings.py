@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from chatlm.common.messages.requests import Failed, SamplingParams
+from chatlm.common.messages.requests import Ended, Failed, SamplingParams
 from chatlm.worker.engine import answer_maker
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.planners import TextPlanner
@@ -180,3 +180,25 @@ def test_low_precision_gives_nearly_the_same_vectors(nanochat_fixtures):
     path = nanochat_fixtures / "gen5"
     exact, stored = (alone(make_engine(path, num_pages=200, as_stored=each), embedding("a", PROMPTS[0])) for each in (False, True))
     assert exact @ stored > 0.999
+
+
+def test_an_urgent_text_never_waits_for_answers(nanochat_fixtures, monkeypatch):
+    """The next step is its own, although texts were just embedded and an answer is being written."""
+    monkeypatch.setattr(TextPlanner, "EVERY_S", 1e9)
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8)
+    wanted = alone(engine, embedding("question", PROMPTS[1]))
+    answer = assignment("answer", (1, 2, 3), SamplingParams(), 30, ignore_eos=True)
+    ended = []
+    with torch.inference_mode():
+        for work in answer, embedding("later", PROMPTS[3]), embedding("question", PROMPTS[1], urgent=True):
+            engine.add(work)
+        found = Pieces()
+        while engine.busy:
+            for name, event in engine.step():
+                if name == "question":
+                    found.add(event)
+                if isinstance(event, Ended):
+                    ended.append(name)
+            check_integrity(engine)
+    assert ended == ["question", "answer", "later"]
+    assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
