@@ -14,6 +14,7 @@ from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.embedding import Embedders
+from chatlm.front.knowledge.file_search import FileSearch
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.following import Following
 from chatlm.front.knowledge.ingest import Ingest
@@ -29,6 +30,7 @@ from chatlm.front.store.pages import PAGE_BYTES, Listed, ListPage, page_of
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.api.additions import ToolCall
     from chatlm.front.intake.opened_body import Caller
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.ledger import Ledger
     from chatlm.front.store.store import Store
+    from chatlm.front.tools.results import ToolResult
 
 
 POLL_MS = 500            # until a poller asks again
@@ -73,6 +76,7 @@ class KnowledgeRoutes:
         self.store = store
         self.search = search
         self.prompting = Prompting(store, search) if store and search else None
+        self.file_search = FileSearch(store, search, catalogue.settings.tool_result) if store and search else None
         self.bodies = bodies
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,
@@ -297,9 +301,15 @@ class KnowledgeRoutes:
                               "passages": found.passages})
 
     async def prompted(self, parsed: ParsedBody, caller: Caller, pool: WorkerPool) -> ParsedBody:
-        """A body with the passages that it asks to be read."""
-        assert self.prompting  # without a database such a body is refused
+        """A body with the passages that it asks to be read, or whose stores the model may search."""
+        assert self.prompting and self.file_search  # without a database such a body is refused
+        parsed = await self.file_search.checked(parsed, caller)
         return await self.prompting.prompted(parsed, caller, pool)
+
+    async def searched(self, call: ToolCall) -> ToolResult:
+        """The result of a call of file_search."""
+        assert self.file_search
+        return await self.file_search.call(call)
 
     # batches of files
 
