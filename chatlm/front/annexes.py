@@ -374,7 +374,8 @@ KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
                   fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
                   needs="--database", tools=(FILE_SEARCH,),
                   prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
-                  tables=knowledge_tables)
+                  tables=knowledge_tables,
+                  metrics=lambda knowledge, families: knowledge.metric_families(families))
 
 
 # Chats that all devices of their owner have

@@ -129,6 +129,7 @@ class Ingest:
         self.last: dict[str | int, float] = {}          # when an owner and a store had their last turn
         self.paused: dict[int, float] = {}              # store -> until when
         self.rebuilding = Rebuilding(self._stored, owners, embedders)
+        self.totals: dict[str, int] = {}                # of all stores, at the last look
         self.dirty = False                              # texts were removed that the -wal may still have
         self.task: asyncio.Task | None = None
 
@@ -142,6 +143,7 @@ class Ingest:
     async def run(self):
         """Work until the server stops. Files that are under way then are begun again after its next start."""
         try:
+            self.totals = await self._stored(stores.totals)
             await self.catalogue.wait_ready()
             while not self.catalogue.draining:
                 self.wake.clear()
@@ -149,6 +151,7 @@ class Ingest:
                 await self._sweep()
                 if not self.tasks and await self.rebuilding.step():
                     self.wake.set()
+                self.totals = await self._stored(stores.totals)
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), self._rest_s())
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from chatlm.front.knowledge.ingest import Ingest
 from chatlm.front.knowledge.prompting import Prompting
 from chatlm.front.knowledge.search import Search, Terms
 from chatlm.front.knowledge.stores import VectorStore, Wanted
+from chatlm.front.server.metrics import histogram
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     now_s, number_in, query_value, require_store, send_page, send_parts, take_room)
@@ -102,6 +103,21 @@ class KnowledgeRoutes:
         """There is work."""
         if self.ingest:
             self.ingest.wake.set()
+
+    def metric_families(self, families: Any) -> Iterator[Any]:
+        """What stores have, and how long searches took. families: the module
+        prometheus_client.metrics_core."""
+        if not (self.ingest and self.search):
+            return
+        gauge = families.GaugeMetricFamily
+        files = gauge("chat_server_ingest_files", "files of vector stores by their status", labels=["status"])
+        for status in stores.STATUSES:
+            files.add_metric([status], self.ingest.totals.get(status, 0))
+        yield files
+        yield gauge("chat_server_store_bytes", "bytes of the passages and vectors of vector stores",
+                    self.ingest.totals.get("bytes", 0))
+        yield histogram(families, "search", "time that a search of vector stores took, with the question's "
+                        "vector and a reranker", [([], self.search.durations)])
 
     # stores
 

@@ -27,6 +27,7 @@ from chatlm.front.knowledge.asking import Asker, Asking
 from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
+from chatlm.front.server.metrics import Durations
 
 if TYPE_CHECKING:
     from chatlm.common.messages.vectors import Scanned
@@ -142,6 +143,7 @@ class Search:
         self.asking = asking
         self.scanner = scanner
         self.readers = ThreadPoolExecutor(READERS, "search")
+        self.durations = Durations()  # of searches, those that failed too
 
     @classmethod
     def of(cls, front: Front) -> Search:
@@ -157,6 +159,13 @@ class Search:
     async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker,
                    terms: Terms = Terms()) -> Found:
         """The passages that fit one of the questions. Raises Overloaded if they cannot be searched now."""
+        began_s = time.monotonic()
+        try:
+            return await self._find(stores, questions, asker, terms)
+        finally:
+            self.durations.observe(time.monotonic() - began_s)
+
+    async def _find(self, stores: Seq[int], questions: Seq[str], asker: Asker, terms: Terms) -> Found:
         lists = [await self._lists(stores, question, asker, terms) for question in questions]
         before = lists[0][0]
         words_only = any(part[2] for part in lists)

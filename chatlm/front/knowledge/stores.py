@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
-from chatlm.front.knowledge.tables import make_words, words_table
+from chatlm.front.knowledge.tables import TOTALS, make_words, words_table
 from chatlm.front.store import file_rows
 from chatlm.front.store.file_rows import owns
 
@@ -609,6 +609,12 @@ def purge_windows(connection: sqlite3.Connection, store: int, embedder: int):
         removed += cursor.rowcount
     if not removed:
         connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
+
+
+def totals(connection: sqlite3.Connection) -> dict[str, int]:
+    """Files by their status, and bytes, of all stores."""
+    row = connection.execute(f"SELECT {', '.join(TOTALS)} FROM knowledge_totals WHERE number = 1").fetchone()
+    return dict(zip(TOTALS, row))
 
 
 # what was deleted

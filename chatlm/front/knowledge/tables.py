@@ -179,8 +179,24 @@ CREATE TABLE knowledge_folder_files (
     PRIMARY KEY (store, path)
 ) WITHOUT ROWID;
 """
+# What all stores have together, kept by triggers, for /metrics
+TOTALS = ("in_progress", "completed", "failed", "cancelled", "bytes")
+ALL = f"""
+CREATE TABLE knowledge_totals (number INTEGER PRIMARY KEY, {", ".join(f"{name} INTEGER" for name in TOTALS)});
+INSERT INTO knowledge_totals SELECT 1, {", ".join(f"IFNULL(SUM({name}), 0)" for name in TOTALS)}
+    FROM knowledge_stores WHERE deleted = 0;
+CREATE TRIGGER knowledge_totals_changed AFTER UPDATE ON knowledge_stores BEGIN
+    UPDATE knowledge_totals SET {", ".join(
+        f"{name} = {name} + (NEW.deleted = 0) * NEW.{name} - (OLD.deleted = 0) * OLD.{name}" for name in TOTALS)}
+    WHERE number = 1;
+END;
+CREATE TRIGGER knowledge_totals_removed AFTER DELETE ON knowledge_stores BEGIN
+    UPDATE knowledge_totals SET {", ".join(
+        f"{name} = {name} - (OLD.deleted = 0) * OLD.{name}" for name in TOTALS)} WHERE number = 1;
+END;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS)
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL)
 
 
 def words_table(store: int) -> str:
