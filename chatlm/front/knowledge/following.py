@@ -133,6 +133,7 @@ class Following:
         if before and before.digest == digest:
             if before.stamp != found.stamp:
                 await self.store.run(partial(restamp, store=followed.store, found=found))
+                self.changed()
             return True
         await self.store.run(partial(take, followed=followed, found=found, data=data, digest=digest,
                                      now=now_s()), adds_bytes=len(data) + NOTE_BYTES)
@@ -179,6 +180,11 @@ def known_files(connection: sqlite3.Connection, store: int) -> dict[str, Known]:
 
 
 def restamp(connection: sqlite3.Connection, store: int, found: Found):
+    """A file was touched, or moved here anew: its content is the same. If it has failed because of the server,
+    it is read again."""
+    [[file]] = connection.execute("SELECT file FROM knowledge_folder_files WHERE store = ? AND path = ?",
+                                  (store, found.path))
+    stores.try_again(connection, store, file)
     connection.execute("UPDATE knowledge_folder_files SET stamp = ? WHERE store = ? AND path = ?",
                        (found.stamp, store, found.path))
 

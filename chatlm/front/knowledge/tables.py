@@ -74,7 +74,7 @@ CREATE TABLE knowledge_files (
     attributes TEXT NOT NULL DEFAULT '{}',  -- JSON: texts, numbers, booleans
     chunking TEXT NOT NULL,         -- JSON
     created INTEGER NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0,  -- of its ingestion, that a crash has ended
+    tries INTEGER NOT NULL DEFAULT 0,  -- of reading it, during which the server has ended
     bytes INTEGER NOT NULL DEFAULT 0,  -- usage_bytes: of its texts, and of their vectors
     passages INTEGER NOT NULL DEFAULT 0,
     windows INTEGER NOT NULL DEFAULT 0,
@@ -195,8 +195,14 @@ CREATE TRIGGER knowledge_totals_removed AFTER DELETE ON knowledge_stores BEGIN
         f"{name} = {name} - (OLD.deleted = 0) * OLD.{name}" for name in TOTALS)} WHERE number = 1;
 END;
 """
+# Files that have failed for want of an embedder, and are read once it is there
+HOMELESS = """
+ALTER TABLE knowledge_files ADD COLUMN lacks_embedder INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX knowledge_files_without_embedder ON knowledge_files (lacks_embedder, store)
+    WHERE lacks_embedder = 1;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL)
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS)
 
 
 def words_table(store: int) -> str:
