@@ -26,6 +26,7 @@ def test_the_model_asks_by_itself_reads_and_answers(client):
     asked = client.responses.create(model="default", input=question, tools=[tool], temperature=0,
                                     max_output_tokens=200, include=["file_search_call.results"])
     assert asked.output[0].type == "file_search_call" and asked.output[0].queries and asked.output[0].results
+    print([item.to_dict() for item in asked.output])
     assert asked.output[-1].type == "message" and "3.7" in asked.output_text
     first = client.responses.create(model="default", input=question, tools=[tool], temperature=0,
                                     max_output_tokens=200, tool_choice={"type": "file_search"})

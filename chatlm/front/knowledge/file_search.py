@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 
 TYPE = "file_search"
-FOUND = "Passages of documents that fit. Cite a passage that you use by its number, like [1]."
+FOUND = ("Passages of documents that were found. Now answer the question with them. Cite a passage that you use "
+         "by its number, like [1].")
 NOTHING = "Nothing was found in the documents."
-NOTHING_ELSE = "Nothing else was found: use the passages above."
+NOTHING_ELSE = "Nothing else was found. Now answer the question with the passages above."
 NO_ROOM = "Passages were found, but the conversation is too long to show them."
 BAD_QUERIES = "Not run: queries must be a list of texts, what to look for."
 

@@ -266,7 +266,23 @@ class Loop:
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
                           messages=self._messages(), template_options=options,
                           max_tokens=self._tokens_left())
-        return request if may_call else replace(request, params=without_calls(params), tools=())
+        if may_call:
+            return request
+        found = self._found_before()
+        messages = before_question(self._asked_messages(), found) if found else self._messages()
+        return replace(request, params=without_calls(params), tools=(), messages=messages)
+
+    def _found_before(self) -> str:
+        """What all calls have found, to stand before the question, where each was one that could have been
+        made before the model was asked. In the last round small models answer that, where they would go on to
+        write calls. "": they were others."""
+        calls = [call for turn in self.turns for call in turn.calls]
+        texts = [call.result.text for call in calls if call.result and call.result.cited]
+        if not all(call.name in self.tools and self.tools[call.name].first for call in calls):
+            return ""
+        if not texts or not questions_in(self.request.messages or ()):
+            return ""
+        return "\n\n".join((*texts, "" if self.first else QUESTION))
 
     def _tokens_left(self) -> int | None:
         """The most tokens that the next round may have; None: up to the context."""
