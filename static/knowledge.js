@@ -146,7 +146,7 @@ function filesOf(store, files) {
     ...store.read_only ? [] : [iconButton(`${TEXT.delete}: ${file.filename}`, "delete", () => change(() => ask(`${path(store.id)}/files/${file.id}`, {method: "DELETE"})))]));
   const all = store.file_counts.total, shown = files.rows.length, box = element("li", {className: "inside"}, element("ul", {className: "counts"}, ...rows));
   if (files.more) box.append(element("div", {className: "line"}, element("small", {textContent: TEXT.newestFiles(shown, all)}),
-    element("button", {type: "button", className: "plain", textContent: TEXT.moreFiles, onclick: () => { pages++; show(); }})));
+    element("button", {type: "button", className: "plain", textContent: TEXT.olderFiles, onclick: () => { pages++; show(); }})));
   if (store.read_only) return box;
   const pick = folder => element("button", {type: "button", className: "plain", textContent: folder ? TEXT.addFolder : TEXT.addDocuments, onclick: () => {
     const input = element("input", {type: "file", multiple: true, webkitdirectory: folder, onchange: () => add(store, [...input.files])});
@@ -253,7 +253,7 @@ Parts.register({
     knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
     knowledgeHint: "Documents that a chat can be asked about. # and a name in the message box choose a collection for this chat.",
     storeFiles: count => Parts.plural(count, "file", "files"), storeReading: count => `${number(count)} being read`, storeFailed: count => `${number(count)} failed`, storeFixed: "follows a folder of the server",
-    fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`, moreFiles: "Show more",
+    fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`, olderFiles: "Show more",
     readAgain: "Read again", passageGone: "The file has changed since: the passage is no longer in it.",
     storesGone: names => `${names.length > 1 ? "The collections" : "The collection"} ${names.join(", ")} ${names.length > 1 ? "are" : "is"} gone from the server, so this chat no longer asks ${names.length > 1 ? "them" : "it"}. Send the message again to have it answered without.`,
     addDocuments: "Add files", addFolder: "Add a folder", orDrop: "or drop them here", sendingFile: (name, at, all) => `Sending ${name} (${at} of ${all})`,

@@ -304,7 +304,7 @@ async function postAnswer({messages, parameters, id, signal, model, goOn = false
     const response = await post(ROUTES.v1, {...body, ...more}, {headers: {...headers, ...(place ? {"X-Chat-Space": place.space} : {})}, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
-    if (error.code === "model_not_found" || place) throw error;
+    if (error.code === "model_not_found" || place || error.param) throw error;     // the route is there, something else is not
     state.model.api = "native";
   }
   return accepted(await post(ROUTES.native, body, {headers, signal}));
