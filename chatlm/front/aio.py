@@ -46,8 +46,8 @@ async def supervised(what: str, work: Callable[[], Any],
 
 
 def in_own_thread(name: str, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run work that may hang, such as that of a file system, in a thread of its own, for which nobody waits at
-    the program's end."""
+    """Run work that may hang, such as that of a file system, in a thread of its own, for which nobody waits
+    at the program's end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

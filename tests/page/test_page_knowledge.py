@@ -123,7 +123,8 @@ def made(page, name):
     expect(button(page, f"Do not ask {name}")).to_be_visible()
 
 
-ID = """async name => (await (await Server.request('v1/vector_stores')).json()).data.find(each => each.name === name).id"""
+ID = """async name => (await (await Server.request('v1/vector_stores')).json()).data
+    .find(each => each.name === name).id"""
 
 
 def test_a_collection_that_was_deleted_elsewhere_leaves_the_chat_and_the_message_is_sent(page, knowing):
@@ -190,7 +191,8 @@ def test_more_files_and_collections_than_a_page_of_the_list_are_shown(page, know
 @pytest.mark.parametrize("start, marked", [(30, "Prime it with water."), (31, None)])
 def test_a_passage_of_a_pdf_is_opened_under_its_page(page, start, marked):
     parts = [{"type": "text", "text": text, "start": begin, "page": number, "heading": ""}
-             for text, begin, number in (("Contents", 0, 1), ("Chapter", 10, 2), ("Prime it with water.", 30, 2))]
+             for text, begin, number in (
+                 ("Contents", 0, 1), ("Chapter", 10, 2), ("Prime it with water.", 30, 2))]
     page.route("**/content?page=0", lambda route: route.fulfill(json={"data": parts, "next_page": None}))
     given = {"read": 1, "of": 3, "passages": [{
         "index": 1, "vector_store_id": "vs_1", "file_id": "file-1", "filename": "pump.pdf", "page": 2,

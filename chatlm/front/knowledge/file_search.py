@@ -1,8 +1,8 @@
 """The tool `file_search`: the model asks, stores are searched, and it reads the passages that fit.
 
 The stores of a body are looked up before it is answered, and again for each call: one that was deleted
-meanwhile is not searched. Passages are numbered over all calls of an answer, and given once. What they take of
-the context is limited as in a chat (prompting.py)."""
+meanwhile is not searched. Passages are numbered over all calls of an answer, and given once. What they take
+of the context is limited as in a chat (prompting.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chatlm.front.api.knowledge_fields import MOST_QUERIES, QUERIES
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.prompting import (
-    LEAST_TOKENS, MOST_PASSAGES, PASSAGES, SHARE, Part, counter, each_once, fitting_parts, room_in,
+    LEAST_TOKENS, MOST_PASSAGES, SHARE, Part, counter, each_once, fitting_parts, room_in,
     sources_of, used_stores)
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 TYPE = "file_search"
-FOUND = ("Passages of documents that were found. Now answer the question with them. Cite a passage that you use "
-         "by its number, like [1].")
+FOUND = ("Passages of documents that were found. Now answer the question with them. Cite a passage that you "
+         "use by its number, like [1].")
 NOTHING = "Nothing was found in the documents."
 NOTHING_ELSE = "Nothing else was found. Now answer the question with the passages above."
 NO_ROOM = "Passages were found, but the conversation is too long to show them."
@@ -59,8 +59,8 @@ class FileSearch:
         self.most_characters = most_characters
 
     async def checked(self, parsed: ParsedBody, caller: Caller) -> ParsedBody:
-        """A body whose calls of the tool will be what its entry says. Raises RequestError 404 for a store that
-        its owner has not, and 400 for filters that are none."""
+        """A body whose calls of the tool will be what its entry says. Raises RequestError 404 for a store
+        that its owner has not, and 400 for filters that are none."""
         plan = parsed.plan
         options = plan and plan.options.get(TYPE)
         if not plan or not options:

@@ -130,8 +130,8 @@ class Following:
         await self._tell(followed, seen.problem)
 
     async def _answered(self, followed: Followed, ask: Callable[[], T]) -> T:
-        """What the file system says, asked in a thread that does not hold the server's end. Raises Hangs if it
-        says nothing, or has not yet answered what it was asked before."""
+        """What the file system says, asked in a thread that does not hold the server's end. Raises Hangs if
+        it says nothing, or has not yet answered what it was asked before."""
         before = self.hung.get(followed.store)
         if before and not before.done():
             raise Hangs
@@ -205,8 +205,8 @@ def known_files(connection: sqlite3.Connection, store: int) -> dict[str, Known]:
 
 
 def restamp(connection: sqlite3.Connection, store: int, found: Found):
-    """A file was touched, or moved here anew: its content is the same. If it has failed because of the server,
-    it is read again."""
+    """A file was touched, or moved here anew: its content is the same. If it has failed because of the
+    server, it is read again."""
     [[file]] = connection.execute("SELECT file FROM knowledge_folder_files WHERE store = ? AND path = ?",
                                   (store, found.path))
     stores.try_again(connection, store, file)

@@ -273,8 +273,8 @@ class Ingest:
 
     async def _read(self, turn: Pending, file: StoreFile, client: str, chosen: Chosen,
                     holding: Holding) -> tuple[Text, list[Passage]]:
-        """The text of a file and its passages. If the server dies meanwhile, that counts against the file, and
-        against no other: embedding, which takes most of the time, is done by other processes."""
+        """The text of a file and its passages. If the server dies meanwhile, that counts against the file,
+        and against no other: embedding, which takes most of the time, is done by other processes."""
         async with self.reading:
             await self._stored(partial(stores.begin_try, file=file))
             tries = file.tries  # of a reading that has neither ended nor killed the server

@@ -77,7 +77,8 @@ class KnowledgeRoutes:
         self.store = store
         self.search = search
         self.prompting = Prompting(store, search) if store and search else None
-        self.file_search = FileSearch(store, search, catalogue.settings.tool_result) if store and search else None
+        self.file_search = FileSearch(
+            store, search, catalogue.settings.tool_result) if store and search else None
         self.bodies = bodies
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,

@@ -187,7 +187,8 @@ INSERT INTO knowledge_totals SELECT 1, {", ".join(f"IFNULL(SUM({name}), 0)" for 
     FROM knowledge_stores WHERE deleted = 0;
 CREATE TRIGGER knowledge_totals_changed AFTER UPDATE ON knowledge_stores BEGIN
     UPDATE knowledge_totals SET {", ".join(
-        f"{name} = {name} + (NEW.deleted = 0) * NEW.{name} - (OLD.deleted = 0) * OLD.{name}" for name in TOTALS)}
+        f"{name} = {name} + (NEW.deleted = 0) * NEW.{name} - (OLD.deleted = 0) * OLD.{name}"
+        for name in TOTALS)}
     WHERE number = 1;
 END;
 CREATE TRIGGER knowledge_totals_removed AFTER DELETE ON knowledge_stores BEGIN

@@ -1,5 +1,5 @@
-"""`file_search` in Responses: what the model asks for is searched, shown, cited, kept and limited. The model is
-scripted; stores are searched by their words."""
+"""`file_search` in Responses: what the model asks for is searched, shown, cited, kept and limited. The model
+is scripted; stores are searched by their words."""
 
 import asyncio
 import json
@@ -128,8 +128,8 @@ async def test_the_events_are_openais(serve):
     added = [event for event in events if event["type"] == "response.output_text.annotation.added"]
     content = events[-1]["response"]["output"][1]["content"][0]
     assert [event["annotation"] for event in added] == content["annotations"]
-    assert [(event["annotation_index"], event["content_index"], event["output_index"]) for event in added] == [
-        (0, 0, 1), (1, 0, 1)]
+    members = "annotation_index", "content_index", "output_index"
+    assert [tuple(event[name] for name in members) for event in added] == [(0, 0, 1), (1, 0, 1)]
     assert [content["text"][each["index"]:][:3] for each in content["annotations"]] == ["[1]", "[1]"]
     assert [event["sequence_number"] for event in events] == [*range(len(events))]
 
@@ -271,7 +271,8 @@ async def test_items_that_are_sent_back_are_read_and_kept(serve):
     third = await place.ask("z", previous_response_id=second["id"])
     assert [role for role, _ in place.sent[-1]][:5] == ["user", "assistant", "tool", "assistant", "user"]
     assert third["status"] == "completed"
-    for odd in ({"queries": None}, {"queries": [1, {}]}, {"results": "x"}, {"results": [1, {"text": 2}]}, {"id": 7}):
+    for odd in ({"queries": None}, {"queries": [1, {}]}, {"results": "x"}, {"results": [1, {"text": 2}]},
+                {"id": 7}):
         assert await place.ask([{**first["output"][0], **odd}, {"role": "user", "content": "x"}])
 
 
@@ -323,7 +324,8 @@ async def test_an_expired_store_is_refused(serve):
 
 async def test_what_its_options_say_holds(serve):
     place = await serve(SEARCHED, "x")
-    passages = [(f"pump {number}", []) for number in range(3)] + [(f"moon {number}", []) for number in range(30)]
+    passages = [(f"pump {number}", []) for number in range(3)]
+    passages += [(f"moon {number}", []) for number in range(30)]
     store, _ = place.made(passages, attributes={"year": 1999}, filename="old.md")
     for more, count in (({}, 3), ({"max_num_results": 2}, 2), ({"filters": {
             "type": "eq", "key": "year", "value": 2000}}, 0), ({"filters": {
@@ -338,7 +340,8 @@ async def test_what_its_options_say_holds(serve):
 
 # what goes wrong meanwhile
 
-@pytest.mark.parametrize("arguments", [{}, {"queries": []}, {"queries": [" "]}, {"queries": 7}, {"queries": [{}]}])
+@pytest.mark.parametrize("arguments", [
+    {}, {"queries": []}, {"queries": [" "]}, {"queries": 7}, {"queries": [{}]}])
 async def test_a_call_without_queries_has_failed(serve, arguments):
     place = await serve(calls(("knowledge__file_search", arguments)), "Sorry.")
     body = await place.ask()

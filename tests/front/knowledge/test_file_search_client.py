@@ -65,7 +65,8 @@ def types(response):
 
 def test_passages_are_found_by_meaning_and_cited(client, zoo):
     store, file = zoo
-    response = ask(client, store, "What is their diet?", text=forced("Fish [1], [7]; [12345]"), max_output_tokens=60)
+    response = ask(client, store, "What is their diet?", text=forced("Fish [1], [7]; [12345]"),
+                   max_output_tokens=60)
     assert types(response) == ["file_search_call", "message"]
     call = response.output[0]
     assert (call.status, call.queries) == ("completed", ["What is their diet?"])
@@ -127,8 +128,8 @@ def test_filters_and_limits_are_those_of_the_entry(client):
     for more, count in (({}, 3), ({"max_num_results": 1}, 1), (
             {"filters": {"type": "gte", "key": "year", "value": 2000}}, 0),
             ({"ranking_options": {"score_threshold": 0.99}}, 0),
-            ({"ranking_options": {"ranker": "auto", "hybrid_search": {"embedding_weight": 1, "text_weight": 0}}},
-             3)):
+            ({"ranking_options": {"ranker": "auto", "hybrid_search": {
+                "embedding_weight": 1, "text_weight": 0}}}, 3)):
         response = ask(client, store, tools=[{"type": "file_search", "vector_store_ids": [store], **more}])
         assert len(response.output[0].results) == count, more
 
@@ -142,7 +143,8 @@ def test_it_stands_beside_functions_and_tools_of_servers(client, zoo):
     response = ask(client, store, tools=[search, function], tool_choice={"type": "function", "name": "order"},
                    max_output_tokens=60)
     assert types(response) == ["function_call"]
-    response = ask(client, store, tools=[search, function, picks], tool_choice="required", max_output_tokens=200)
+    response = ask(client, store, tools=[search, function, picks], tool_choice="required",
+                   max_output_tokens=200)
     assert types(response)[:2] == ["mcp_list_tools", "file_search_call"] and response.output[1].results
     response = ask(client, store, tools=[search, picks], max_output_tokens=60, tool_choice={
         "type": "mcp", "server_label": "fake", "name": "pick"})

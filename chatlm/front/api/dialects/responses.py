@@ -152,7 +152,9 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
     request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
     parsed = parsed_body("responses", values, known, request, details, ignored)
     own_items = [tool.item for tool in history.own.values() if tool.item] if history else []
-    kept = kept_items(input_items(values, runs_tools, own_items), own=own_items) if details.get("store") else ()
+    kept = ()
+    if details.get("store"):
+        kept = kept_items(input_items(values, runs_tools, own_items), own=own_items)
     plan = None
     if history and (offered is not None or history.approved):
         plan = tool_plan(values, known, mcp, history, messages)
