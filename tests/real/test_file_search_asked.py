@@ -1,4 +1,4 @@
-"""`file_search` with a real model that has learned to call functions: it asks by itself, reads and answers."""
+"""`file_search` with a real model that learned to call functions: it asks by itself, reads and answers."""
 
 import openai
 import pytest

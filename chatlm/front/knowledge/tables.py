@@ -202,8 +202,33 @@ ALTER TABLE knowledge_files ADD COLUMN lacks_embedder INTEGER NOT NULL DEFAULT 0
 CREATE INDEX knowledge_files_without_embedder ON knowledge_files (lacks_embedder, store)
     WHERE lacks_embedder = 1;
 """
+# What a search asks of a store without reading its files: their sums, and whether one of them has changed
+COUNTED = "passages", "tokens"
+
+
+def changes(new: str, old: str) -> str:
+    """The statement that counts a change of a file. new, old: its rows, '' if there is none."""
+    columns = ["revision = revision + 1"]
+    for name in COUNTED:
+        added = f" + ({new}.deleted = 0) * {new}.{name}" if new else ""
+        taken = f" - ({old}.deleted = 0) * {old}.{name}" if old else ""
+        columns.append(f"{name} = {name}{added}{taken}")
+    return f"UPDATE knowledge_stores SET {', '.join(columns)} WHERE number = {new or old}.store;"
+
+
+SEARCHED = f"""
+ALTER TABLE knowledge_stores ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE knowledge_stores ADD COLUMN passages INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE knowledge_stores ADD COLUMN tokens INTEGER NOT NULL DEFAULT 0;
+UPDATE knowledge_stores SET {", ".join(
+    f"{name} = (SELECT IFNULL(SUM({name}), 0) FROM knowledge_files WHERE store = knowledge_stores.number "
+    "AND deleted = 0)" for name in COUNTED)};
+CREATE TRIGGER knowledge_searched_added AFTER INSERT ON knowledge_files BEGIN {changes("NEW", "")} END;
+CREATE TRIGGER knowledge_searched_changed AFTER UPDATE ON knowledge_files BEGIN {changes("NEW", "OLD")} END;
+CREATE TRIGGER knowledge_searched_removed AFTER DELETE ON knowledge_files BEGIN {changes("", "OLD")} END;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS)
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS, SEARCHED)
 
 
 def words_table(store: int) -> str:
