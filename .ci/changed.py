@@ -3,8 +3,8 @@
 BASE is a commit; without it, what is not in the branch that this one follows (or the last commit, if it follows none). What is not committed yet counts.
 Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen are
 
-    for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): those of its room first,
-                                                    then those that call little else and are short (.ci/cover.py)
+    for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): some that have its name or texts,
+                                                    then those of its room, and those that call little else and are short (.ci/cover.py)
     for each that mentions a changed name           one such module, within MENTION_SECONDS; a name is a constant, a table, a field of a class, or a class
     what calls anything of its file                 for a function that nobody has recorded, unless it is new; of its room, if nothing does
     tests that are new or changed, or import what changed in tests/support
@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cover import CALLERS, MENTION_SECONDS, Cover, Function, room_of_tests       # noqa: E402
+from cover import CALLERS, MENTION_SECONDS, WITH_WORDS, Cover, Function, room_of_tests       # noqa: E402
 from executed import ROOT, read_record, spine      # noqa: E402
 
 # what a path begins with, the longest first that fits -> the tests that it needs besides the spine
@@ -44,6 +44,7 @@ RULES = {
     "bench/": ["bench"], "bench/RESULTS.md": ["bench/test_bench_tables.py"], "bench/history/": [],
 }
 PROGRAM = ("chatlm/", "chat_server.py")
+WORD = 7        # characters of a name or a text that tells a function from others
 
 
 @dataclass
@@ -110,6 +111,13 @@ def dump(node: ast.AST | str) -> str:
     return ast.dump(node)
 
 
+def words_of(name: str, nodes: list[ast.AST | str]) -> set[str]:
+    """What a test has that is about a function: its name, and its texts, if they are not too short to say anything."""
+    texts = {inner.value.strip(" ;:,.()'\"\n") for node in nodes if isinstance(node, ast.AST) for inner in ast.walk(node)
+             if isinstance(inner, ast.Constant) and isinstance(inner.value, str)}
+    return {word for word in {name.rpartition(".")[2], *texts} if len(word) >= WORD and not word.startswith("__")}
+
+
 def pieces_of(text: str) -> Pieces:
     try:
         tree = ast.parse(text)
@@ -170,6 +178,7 @@ class Change:
                 self.choose_by_rule(path)
             elif path.startswith(("tests/core/", "tests/fixtures/")) and not is_test(path):
                 self.choose_by_rule(path)
+        self.chosen |= set(self.cover.choose(dict.fromkeys(self.changed, WITH_WORDS), (), worth=self.cover.worth_by_words))
         self.chosen |= set(self.cover.choose(dict.fromkeys(self.changed, CALLERS), self.chosen))
         self.chosen |= set(self.cover.choose(dict.fromkeys(self.mention, 1), self.chosen, MENTION_SECONDS))
         return self.in_order()
@@ -192,6 +201,8 @@ class Change:
             users |= {(path, name) for name in after.functions}
         self.changed |= changed
         self.mention |= users
+        for name in functions:
+            self.cover.words[path, name] = words_of(name, [*before.functions.get(name, []), *after.functions.get(name, [])])
         new = {(path, name) for name in functions - set(before.functions)}
         if not self.cover.callers.keys() & (changed | users) and (changed | users) - new:
             neighbours = {function for function in self.cover.callers if function[0] == path}

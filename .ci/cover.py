@@ -14,6 +14,8 @@ Worth = Callable[[Function, str], float]
 OWN_ROOM = 6
 OWN_NAME = 50
 CALLERS = 8         # modules of tests for each function that changed
+# of them first, those that have its name or its texts: eight tests of kernels call what says "re-quantized from" in passing, one of weights reads it
+WITH_WORDS = 3
 MENTION_SECONDS = 240.0     # of one process, by the record: for functions that only mention what changed
 QUICK_SECONDS = 900.0               # of one process, by the record
 
@@ -44,6 +46,8 @@ class Cover:
             for function in executed.functions:
                 self.callers[function].append(module)
         self.rooms: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
+        self.words: dict[Function, set[str]] = {}       # of functions that changed: what a test of them would have
 
     def worth(self, function: Function, module: str) -> float:
         path = function[0]
@@ -54,6 +58,11 @@ class Cover:
         if is_named_after(module, path):
             own *= OWN_NAME
         return own / (len(executed.functions) + 50) / max(executed.seconds, 0.3) ** 0.5
+
+    def worth_by_words(self, function: Function, module: str) -> float:
+        if module not in self.texts:
+            self.texts[module] = (self.root / module).read_text()
+        return self.worth(function, module) if any(word in self.texts[module] for word in self.words.get(function, ())) else 0
 
     def choose(self, needs: dict[Function, int], chosen: Iterable[str] = (), seconds: float = float("inf"), worth: Worth | None = None) -> list[str]:
         """The modules besides those that are chosen already, the worthiest first, as long as they take no more seconds together."""

@@ -23,12 +23,12 @@ import torch  # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choosing import load_kernels    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec  # noqa: E402
-from chatlm.worker.kernels.cuda_steps import GraphSteps  # noqa: E402
+from chatlm.worker.kernels.cuda_runner import GraphRunner  # noqa: E402
 
 SHAPES = {
     "d32": ModelSpec(vocab_size=65536, layers=32, width=2048, heads=16, kv_heads=16, head_size=128, ffn_size=8192,
@@ -113,7 +113,7 @@ def seconds_per_replay(steps, batch, replays=50, draws=True):
 def make_steps(spec, kernels, device, dtype, batch, length, queue=None):
     pages = -(-length // PAGE_SIZE)
     transformer = random_model(spec, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
-    steps = GraphSteps(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
+    steps = GraphRunner(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
     steps.prepare(lambda fraction: None)
     return steps
 

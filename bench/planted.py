@@ -9,8 +9,8 @@ length, so that all rooms have their share; what only words a message or a log l
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
 For each fault `changed` (.ci/changed.py against the commit) and the spine (.ci/spine) run with -x in a copy of the commit. Faults that `changed` misses are then planted
-ten at a time, in different functions, for the rest of the day's tests; a red group is halved until each fault is alone. A test that fails counts if it fails again alone, and
-passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
+together (they are in different functions) for one run of the whole day; what fails there is run again with one fault after the other, first with those that its module calls.
+A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
 the seconds that it took, and the first test that failed.
 """
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
-from executed import spine      # noqa: E402
+from executed import read_record, spine      # noqa: E402
 
 WAYS = "changed", "spine", "day"
 OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
@@ -38,7 +38,6 @@ OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast
              ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.And: (" and ", " or "), ast.Or: (" or ", " and ")}
 WORDS_ONLY = "Error", "log", "logger", "print", "warn", "warning", "info", "debug"         # calls whose arguments are words for people
 SIMPLE = ast.Assign, ast.AugAssign, ast.Expr
-GROUP = 10
 
 
 @dataclass(frozen=True)
@@ -269,22 +268,35 @@ def plant_all(options: argparse.Namespace) -> None:
                 verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean), first_only=True))
         if "day" not in options.by:
             return
-        missed = [number for number in faults if (verdicts.of(number, options.seed, "changed") or {}).get("verdict") == "missed"
-                  and not verdicts.of(number, options.seed, "day")]
-        for first in range(0, len(missed), GROUP):
-            split(bed, verdicts, options.seed, {number: faults[number] for number in missed[first:first + GROUP]})
+        missed = {number: fault for number, fault in faults.items() if (verdicts.of(number, options.seed, "changed") or {}).get("verdict") == "missed"
+                  and not verdicts.of(number, options.seed, "day")}
+        if missed:
+            run_day(bed, verdicts, options.seed, missed)
 
 
-def split(bed: Bed, verdicts: Verdicts, seed: int, group: dict[int, Fault]) -> None:
-    """The day's tests for a group of faults; halves of a red one."""
-    failed, seconds = bed.noticed(list(group.values()), ["tests", "bench"], first_only=len(group) == 1)
-    if not failed or len(group) == 1:
-        for number, fault in group.items():
-            verdicts.add(fault, number, seed, "day", failed, seconds)
-        return
-    numbers = list(group)
-    for half in (numbers[:len(numbers) // 2], numbers[len(numbers) // 2:]):
-        split(bed, verdicts, seed, {number: group[number] for number in half})
+def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
+    """The day's tests for all these faults at once, then what failed for one fault after the other."""
+    bed.plant([*faults.values()])
+    began = time.monotonic()
+    modules: dict[str, list[str]] = defaultdict(list)
+    for test in bed.run(bed.planted, ["tests", "bench"], False):
+        modules[test.partition("::")[0]].append(test)
+    seconds = time.monotonic() - began
+    record = read_record(bed.clean)
+    for module, tests in modules.items():
+        unexplained = {test for test in tests if not bed.run(bed.clean, [test], True)}
+        called = record[module].functions if module in record else ()
+        left = [number for number in faults if not verdicts.of(number, seed, "day")]
+        for number in sorted(left, key=lambda number: (faults[number].path, faults[number].function) not in called):
+            if not unexplained:
+                break
+            bed.plant([faults[number]])
+            if failed := bed.run(bed.planted, sorted(unexplained), False):
+                verdicts.add(faults[number], number, seed, "day", failed[0], seconds)
+                unexplained -= {*failed}
+    for number, fault in faults.items():
+        if not verdicts.of(number, seed, "day"):
+            verdicts.add(fault, number, seed, "day", "", seconds)
 
 
 def report(verdicts: Verdicts) -> None:

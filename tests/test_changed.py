@@ -148,6 +148,24 @@ def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(prog
     assert {SOUP, *small, *own} < found and len(found) == CALLERS
 
 
+@pytest.mark.parametrize("text", ["from chatlm import cook_slowly", "assert 'the pot boiled over' in log"])
+def test_a_module_that_has_the_function_s_name_or_texts_is_chosen_first(program, text):
+    """It asks for what the function does; others only call it in passing."""
+    slowly = ("chatlm/kitchen/soup.py", "cook_slowly")
+    file = program / "chatlm/kitchen/soup.py"
+    file.write_text(f"{file.read_text()}\n\ndef cook_slowly():\n    return 'the pot boiled over;'\n")
+    small = {f"tests/hall/test_small_{number}.py": Executed(1.0, True, frozenset({slowly})) for number in range(20)}
+    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
+    record_more(program, small | {"tests/hall/test_large.py": Executed(90.0, True, others | {slowly})})
+    large = program / "tests/hall/test_large.py"
+    change = "chatlm/kitchen/soup.py", "'the pot boiled over;'", "'the pot boiled over;' * 2"
+    assert "tests/hall/test_large.py" not in chosen(program, *change)
+    file.write_text(file.read_text().replace(change[2], change[1]))
+    large.write_text(f"{text}\n")
+    git(program, "commit", "-qam", "It asks")
+    assert "tests/hall/test_large.py" in chosen(program, *change)
+
+
 def test_a_field_is_seen_by_those_who_mention_it(program):
     """They need not import its class, and those of its other fields need not run."""
     (program / "chatlm/hall.py").write_text("def look(pot):\n    return pot.depth\n\n\ndef leave(pot):\n    return pot\n")

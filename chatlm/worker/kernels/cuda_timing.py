@@ -25,7 +25,7 @@ from chatlm.worker.ops.tensors import rope_tables
 
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_backend import CudaBackend
-    from chatlm.worker.kernels.cuda_steps import CudaQueue
+    from chatlm.worker.kernels.cuda_runner import CudaQueue
 
 MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
 # as GLM-4.7-Flash has
