@@ -135,8 +135,8 @@ ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, 
         "JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
 PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
-          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1), s.passages, s.tokens, s.revision "
-          "FROM knowledge_stores AS s "
+          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1), s.passages, s.tokens, "
+          "s.revision FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
 FILES = ("SELECT number, attributes, passages FROM knowledge_files "
