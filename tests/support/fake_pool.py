@@ -115,7 +115,7 @@ class FakePool:
     async def _current():
         """Its files do not change."""
 
-    version = SimpleNamespace(number=0, current=_current)
+    revision = SimpleNamespace(number=0, current=_current)
 
     async def perform(self, sandbox, client, name, *arguments, **bodies):
         return await self.sandboxes[sandbox].perform(client, name, *arguments, **bodies)
