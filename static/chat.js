@@ -325,7 +325,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
     response = await post(place);
   } catch (error) {
     if (error.code === "other_answer") return takeUp(run);         // an earlier try has begun it
-    if (!run.kept || !NOT_KEPT.includes(error.code)) throw error;
+    if (await Knowledge.isGone(run.chat, error) || !run.kept || !NOT_KEPT.includes(error.code)) throw error;
     run.kept = false;
     response = await post(null);
   }

@@ -5,12 +5,13 @@ const Knowledge = (() => {
 
 const {TEXT, $, element, iconButton, setText, number, newest, wait} = Parts;
 
-const SHOWN = 100;                // files of a collection
+const SHOWN = 100;                // rows of a page of a list, the most that the server gives
 const POLL_MS = 1000;             // while files are being read
 
 let stores = [];                  // the collections of the server, as v1/vector_stores has them
 let available = false;            // whether the server has a database
 let opened = null;                // the id of the collection whose files are shown
+let pages = 1;                    // of its files, that are shown
 let place = "";                   // the server and key that these belong to
 const showing = newest();
 
@@ -24,11 +25,23 @@ async function ask(where, options) {
 
 async function send(where, body) { return ask(where, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)}); }
 
+// The rows of a list, so many pages of it; and whether there are more.
+async function rowsOf(where, most = Infinity) {
+  let rows = [], more = true, after = "";
+  for (let read = 0; more && read < most; read++) {
+    const page = await ask(`${where}?limit=${SHOWN}${after}`);
+    rows = rows.concat(page.data);
+    more = page.has_more;
+    after = `&after=${encodeURIComponent(page.last_id)}`;
+  }
+  return {rows, more};
+}
+
 // Reads the collections; a server without a database has none.
 async function load() {
   const mine = Server.home() + Server.key();
   try {
-    stores = (await ask(`v1/vector_stores?limit=${SHOWN}`)).data;
+    stores = (await rowsOf("v1/vector_stores")).rows;
     available = true;
   } catch (error) {
     stores = [];
@@ -51,6 +64,17 @@ function wanted(chat) {
 async function listed() {
   if (Server.model.ours && Server.phase === "ready") await load();
   return stores.filter(({name, status}) => name && status !== "expired");
+}
+
+// Whether a question was refused because a collection of its chat is gone. Those that are leave the chat and its project, and the error says so.
+async function isGone(chat, error) {
+  const named = Projects.storesOf(chat).filter(({id}, at) => error.param === `knowledge.stores[${at}]` || error.status === 404 && error.message.includes(id));
+  if (!named.length) return false;
+  await load();
+  const gone = Projects.storesOf(chat).filter(each => named.includes(each) || available && !stores.some(({id, status}) => id === each.id && status !== "expired"));
+  Projects.forget(chat, gone);
+  error.message = TEXT.storesGone(gone.map(({name}) => name));
+  return true;
 }
 
 // Names of collections that begin so, for # in the message box; they are read at the first #.
@@ -91,9 +115,9 @@ async function show() {
   for (;;) {
     await load();
     const store = stores.find(({id}) => id === opened);
-    let files = [];
+    let files = {rows: [], more: false};
     try {
-      if (store) files = (await ask(`${path(store.id)}/files?limit=${SHOWN}`)).data;
+      if (store) files = await rowsOf(`${path(store.id)}/files`, pages);
     } catch (error) { tell(error); }
     if (!isMine()) return;
     draw(store, files);
@@ -112,18 +136,28 @@ const stateOf = ({file_counts: count}) => [TEXT.storeFiles(count.completed), cou
 
 function storeRow(store) {
   const {id, name, problem, read_only: fixed} = store, label = name || id;
-  const toggle = element("button", {type: "button", className: "plain", textContent: label, onclick: () => { opened = opened === id ? null : id; show(); }});
+  const toggle = element("button", {type: "button", className: "plain", textContent: label, onclick: () => { opened = opened === id ? null : id; pages = 1; show(); }});
   toggle.setAttribute("aria-expanded", opened === id);
   return element("li", {}, toggle, element("small", {textContent: [stateOf(store), fixed ? TEXT.storeFixed : "", problem ?? ""].filter(Boolean).join(" · ")}),
-    ...fixed ? [] : [iconButton(`${TEXT.delete}: ${label}`, "delete", () => change(() => ask(path(id), {method: "DELETE"})))]);
+    ...fixed ? [] : [iconButton(`${TEXT.delete}: ${label}`, "delete", () => change(() => remove(store)))]);
 }
 
+async function remove({id, name}) {
+  await ask(path(id), {method: "DELETE"});
+  if (chosen(Chat.current).some(each => each.id === id)) choose(name, false);
+}
+
+// What the server could not do with a file, it may do now.
+const again = (store, {id, attributes}) => change(() => send(`${path(store.id)}/files`, {file_id: id, attributes}));
+
 function filesOf(store, files) {
-  const rows = files.map(file => element("li", {}, element("span", {textContent: file.filename}),
+  const rows = files.rows.map(file => element("li", {}, element("span", {textContent: file.filename}),
     element("small", {className: file.status === "failed" ? "alert" : "", textContent: file.last_error?.message ?? file.cut ?? TEXT.fileStates[file.status]}),
+    ...file.last_error?.code === "server_error" && !store.read_only ? [iconButton(`${TEXT.readAgain}: ${file.filename}`, "again", () => again(store, file))] : [],
     ...store.read_only ? [] : [iconButton(`${TEXT.delete}: ${file.filename}`, "delete", () => change(() => ask(`${path(store.id)}/files/${file.id}`, {method: "DELETE"})))]));
-  const all = store.file_counts.total, box = element("li", {className: "inside"}, element("ul", {className: "counts"}, ...rows));
-  if (all > files.length) box.append(element("small", {textContent: TEXT.newestFiles(files.length, all)}));
+  const all = store.file_counts.total, shown = files.rows.length, box = element("li", {className: "inside"}, element("ul", {className: "counts"}, ...rows));
+  if (files.more) box.append(element("div", {className: "line"}, element("small", {textContent: TEXT.newestFiles(shown, all)}),
+    element("button", {type: "button", className: "plain", textContent: TEXT.olderFiles, onclick: () => { pages++; show(); }})));
   if (store.read_only) return box;
   const pick = folder => element("button", {type: "button", className: "plain", textContent: folder ? TEXT.addFolder : TEXT.addDocuments, onclick: () => {
     const input = element("input", {type: "file", multiple: true, webkitdirectory: folder, onchange: () => add(store, [...input.files])});
@@ -192,13 +226,19 @@ async function openPassage(passage) {
   setText($("passage-title"), [filename, page ? TEXT.onPage(page) : "", heading].filter(Boolean).join(" · "));
   body.replaceChildren();
   $("passage-dialog").showModal();
+  let on = null;                                        // the page of the part before
   try {
     for (let next = "0"; next !== null;) {
       const found = await ask(`${path(store)}/files/${encodeURIComponent(file)}/content?page=${next}`);
-      body.append(...found.data.map(part => element(part.start === start ? "mark" : "span", {textContent: part.text})));
+      for (const part of found.data) {
+        if (part.page && part.page !== on) body.append(element("h3", {textContent: TEXT.onPage(part.page)}));
+        on = part.page;
+        body.append(element(part.start === start ? "mark" : "span", {textContent: part.text}));
+      }
       next = found.next_page;
       if (body.querySelector("mark")) break;
     }
+    if (!body.querySelector("mark")) body.prepend(element("p", {className: "alert", textContent: TEXT.passageGone}));
     body.querySelector("mark")?.scrollIntoView({block: "center"});
   } catch (error) { body.append(element("p", {className: "alert", textContent: error.message})); }
 }
@@ -224,7 +264,9 @@ Parts.register({
     knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
     knowledgeHint: "Documents that a chat can be asked about. # and a name in the message box choose a collection for this chat.",
     storeFiles: count => Parts.plural(count, "file", "files"), storeReading: count => `${number(count)} being read`, storeFailed: count => `${number(count)} failed`, storeFixed: "follows a folder of the server",
-    fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`,
+    fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`, olderFiles: "Show more",
+    readAgain: "Read again", passageGone: "The file has changed since: the passage is no longer in it.",
+    storesGone: names => `${names.length > 1 ? "The collections" : "The collection"} ${names.join(", ")} ${names.length > 1 ? "are" : "is"} gone from the server, so this chat no longer asks ${names.length > 1 ? "them" : "it"}. Send the message again to have it answered without.`,
     addDocuments: "Add files", addFolder: "Add a folder", orDrop: "or drop them here", sendingFile: (name, at, all) => `Sending ${name} (${at} of ${all})`,
     leaveOut: name => `Do not ask ${name}`, onPage: page => `page ${page}`, partsRead: (read, of) => `${number(read)} of ${Parts.plural(of, "part was", "parts were")} read`, openPassage: (index, name) => `Passage ${index}, ${name}`,
   },
@@ -250,5 +292,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({wanted, listed, names, choose});
+return Object.freeze({wanted, listed, names, choose, isGone});
 })();

@@ -41,6 +41,13 @@ function systemOf(chat) {
 // The collections that a chat asks: those of its project too.
 const storesOf = chat => [...new Map([...of(chat)?.stores ?? [], ...chat.stores ?? []].map(store => [store.id, store])).values()];
 
+// Collections that are gone leave a chat, and its project.
+function forget(chat, gone) {
+  const left = (stores = []) => stores.filter(({id}) => !gone.some(each => each.id === id)), project = of(chat);
+  if (project && left(project.stores).length < (project.stores ?? []).length) keep({...project, stores: left(project.stores)});
+  Chat.change(chat, {stores: left(chat.stores)});
+}
+
 function move(chats, id) {
   for (const chat of chats) if (!chat.temporary) Chat.change(chat, {project: id});
   Page.render();
@@ -212,6 +219,6 @@ Parts.register({
 });
 
 return Object.freeze({
-  get choosing() { return choosing; }, isChosen: id => chosen.has(id), readStored, hear, of, sorted, systemOf, storesOf, move, headingOf, openRowMenu, choose, drag, takesChats, take,
+  get choosing() { return choosing; }, isChosen: id => chosen.has(id), readStored, hear, of, sorted, systemOf, storesOf, forget, move, headingOf, openRowMenu, choose, drag, takesChats, take,
 });
 })();

@@ -54,9 +54,9 @@ class Lost extends Error {}       // the connection, not the answer
 
 // The server answered with an error.
 class Refused extends Error {
-  constructor(message, {status, retryAfter = 0, code = ""}) {
+  constructor(message, {status, retryAfter = 0, code = "", param = ""}) {
     super(message);
-    Object.assign(this, {status, retryAfter, code});
+    Object.assign(this, {status, retryAfter, code, param});
   }
 }
 
@@ -95,7 +95,7 @@ async function errorOf(response) {
   const found = (errorText(body) || plain || response.statusText || TEXT.refused).trim().replace(/\.$/, "");
   const retryAfter = Number(response.headers.get("Retry-After")) || 0;
   return new Refused(sentence(`${found} (HTTP ${response.status}${retryAfter ? TEXT.retryIn(retryAfter) : ""})`),
-    {status: response.status, retryAfter, code: body?.error?.code ?? ""});
+    {status: response.status, retryAfter, code: body?.error?.code ?? "", param: body?.error?.param ?? ""});
 }
 
 // The message in {"error": {"message"}}, {"error": "..."} or {"detail": ...}, else "".
@@ -307,7 +307,7 @@ async function postAnswer({messages, parameters, id, signal, model, goOn = false
     const response = await post(ROUTES.v1, {...body, ...more}, {headers: {...headers, ...(place ? {"X-Chat-Space": place.space} : {})}, signal});
     if (![404, 405].includes(response.status)) return accepted(response);
     const error = await errorOf(response);
-    if (error.code === "model_not_found" || place) throw error;
+    if (error.code === "model_not_found" || place || error.param) throw error;     // the route is there, something else is not
     state.model.api = "native";
   }
   return accepted(await post(ROUTES.native, body, {headers, signal}));

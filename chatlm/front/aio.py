@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from chatlm.common.errors import ChatServerError, lack_of_memory
@@ -41,6 +43,29 @@ async def supervised(what: str, work: Callable[[], Any],
         pause_s = FIRST_PAUSE_S if time.monotonic() - began_s > LONGEST_PAUSE_S else pause_s
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def in_own_thread(name: str, work: Callable[[], T]) -> asyncio.Future[T]:
+    """Run work that may hang, such as that of a file system, in a thread of its own, for which nobody waits
+    at the program's end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(setter: Callable[[Any], None], value: Any):
+        if not future.done():
+            setter(value)
+
+    def run():
+        setter, value = future.set_result, None
+        try:
+            value = work()
+        except BaseException as error:
+            setter, value = future.set_exception, error
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(tell, setter, value)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 async def end_tasks(tasks: Iterable[asyncio.Future]):

@@ -20,7 +20,9 @@ from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field, list_schema, object_schema
 from chatlm.front.api.kept_fields import (
     AFTER, CHAT_PLACE, COUNT, FILES_LIMIT, LIMIT, ORDER, PURPOSE, SINCE, STARTING_AFTER, STREAM, WAIT, WORDS)
-from chatlm.front.api.knowledge_fields import BEFORE, KNOWLEDGE_OF_CHAT, PAGE, STATUS
+from chatlm.front.api.knowledge_fields import (
+    BEFORE, FILE_SEARCH_ITEM, FILE_SEARCH_OPTIONS, FILE_SEARCH_PARAMETERS, KNOWLEDGE_OF_CHAT, PAGE, QUERIES,
+    STATUS)
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.routes import Route
 
@@ -363,12 +365,17 @@ def with_knowledge(front: Front) -> bool:
     return front.store is not None and KNOWLEDGE.name in front.store.tables
 
 
+FILE_SEARCH: ServerTool[KnowledgeRoutes] = ServerTool(
+    "file_search", "Search the user's documents. Returns numbered passages that may help to answer.",
+    FILE_SEARCH_PARAMETERS, lambda knowledge, call: knowledge.searched(call), FILE_SEARCH_OPTIONS,
+    FILE_SEARCH_ITEM, first=QUERIES, rounds=3)
 KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
                   lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
                   fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
-                  needs="--database",
+                  needs="--database", tools=(FILE_SEARCH,),
                   prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
-                  tables=knowledge_tables)
+                  tables=knowledge_tables,
+                  metrics=lambda knowledge, families: knowledge.metric_families(families))
 
 
 # Chats that all devices of their owner have

@@ -80,7 +80,8 @@ class Knowing:
             await asyncio.sleep(POLL_S)
         failed = [file for file in await self._rows(f"{path}/files") if file["status"] == "failed"]
         problems += [f"{file['filename']}: {object_in(file, 'last_error').get('message')}" for file in failed]
-        self.note("\n".join([f"{store['name']}: {counts_of(store)}", *shortened(problems)]))
+        hint = [f"/know {shown(str(folder))} again tries those that failed again"] if failed else []
+        self.note("\n".join([f"{store['name']}: {counts_of(store)}", *shortened(problems), *hint]))
         return store
 
     async def _bring(self, path: str, folder: Path, found: Found, there: dict | None):

@@ -107,3 +107,107 @@ def test_a_chat_asks_the_collection_that_a_hash_chose_and_shows_its_passages(pag
     button(dialog, "Done").click()
     button(page, "Do not ask manuals").click()
     expect(button(page, "Do not ask manuals")).to_have_count(0)
+
+
+def made(page, name):
+    """A collection that the page has made and chosen for its chat."""
+    dialog = opened(page)
+    dialog.get_by_label("Name of the collection").fill(name)
+    button(dialog, "New collection").click()
+    expect(button(dialog, name).first).to_be_visible()
+    button(dialog, "Done").click()
+    message = page.get_by_label("Message", exact=True)
+    message.press_sequentially(f"#{name[:3]}")
+    expect(page.get_by_role("option", name=f"#{name}")).to_be_visible()
+    message.press("Enter")
+    expect(button(page, f"Do not ask {name}")).to_be_visible()
+
+
+ID = """async name => (await (await Server.request('v1/vector_stores')).json()).data
+    .find(each => each.name === name).id"""
+
+
+def test_a_collection_that_was_deleted_elsewhere_leaves_the_chat_and_the_message_is_sent(page, knowing):
+    made(page, "gone")
+    page.evaluate("async id => Server.request(`v1/vector_stores/${id}`, {method: 'DELETE'})",
+                  page.evaluate(ID, "gone"))
+    message = page.get_by_label("Message", exact=True)
+    message.fill("Hello")
+    message.press("Enter")
+    expect(page.get_by_text("The collection gone is gone from the server")).to_be_visible(timeout=60_000)
+    expect(button(page, "Do not ask gone")).to_have_count(0)
+    with page.expect_request("**/v1/chat/completions") as asked:
+        button(page, "Try again").click()
+    assert "knowledge" not in asked.value.post_data_json
+    expect(page.get_by_text("is gone from the server")).to_have_count(0, timeout=60_000)
+
+
+def test_a_collection_that_is_deleted_here_leaves_the_chat_at_once(page):
+    made(page, "here")
+    dialog = opened(page)
+    button(dialog, "Delete: here").click()
+    expect(button(dialog, "Delete: here")).to_have_count(0)
+    button(dialog, "Done").click()
+    expect(button(page, "Do not ask here")).to_have_count(0)
+
+
+def test_more_files_and_collections_than_a_page_of_the_list_are_shown(page, knowing):
+    """The lists are served here: a page of the real ones has a hundred rows."""
+    counts = {"in_progress": 0, "completed": 250, "failed": 0, "cancelled": 0, "total": 250}
+    rows = [{"id": f"vs_{number}", "name": f"store {number}", "file_counts": counts, "status": "completed",
+             "read_only": False, "problem": None} for number in range(130)]
+    files = [{"id": f"file-{number}", "filename": f"file {number}.md", "status": "completed",
+              "last_error": None, "cut": None, "attributes": {}} for number in range(250)]
+    files[0] |= {"status": "failed", "last_error": {"code": "server_error", "message": "It died."}}
+
+    def serve(route):
+        whole = files if "/files" in route.request.url else rows
+        if route.request.method == "POST":
+            files[0] |= {"status": "completed", "last_error": None}
+            return route.fulfill(json=files[0])
+        after = route.request.url.partition("after=")[2]
+        begin = 1 + [row["id"] for row in whole].index(after) if after else 0
+        part = whole[begin:begin + 100]
+        return route.fulfill(json={"data": part, "has_more": begin + 100 < len(whole),
+                                   "last_id": part[-1]["id"]})
+    page.route("**/v1/vector_stores**", serve)
+    page.route("**/v1/vector_stores/**", serve)
+    dialog = opened(page)
+    expect(dialog.get_by_role("button", name="Delete: store")).to_have_count(130)
+    button(dialog, "store 129").click()
+    listed = dialog.get_by_role("button", name="Delete: file")
+    expect(listed).to_have_count(100)
+    expect(dialog.get_by_text("The newest 100 of 250.")).to_be_visible()
+    for count in 200, 250:
+        button(dialog, "Show more").click()
+        expect(listed).to_have_count(count)
+    expect(button(dialog, "Show more")).to_have_count(0)
+    with page.expect_request(lambda request: request.method == "POST") as asked:
+        button(dialog, "Read again: file 0.md").click()
+    assert asked.value.post_data_json == {"file_id": "file-0", "attributes": {}}
+    expect(dialog.get_by_text("It died.")).to_have_count(0)
+
+
+@pytest.mark.parametrize("start, marked", [(30, "Prime it with water."), (31, None)])
+def test_a_passage_of_a_pdf_is_opened_under_its_page(page, start, marked):
+    parts = [{"type": "text", "text": text, "start": begin, "page": number, "heading": ""}
+             for text, begin, number in (
+                 ("Contents", 0, 1), ("Chapter", 10, 2), ("Prime it with water.", 30, 2))]
+    page.route("**/content?page=0", lambda route: route.fulfill(json={"data": parts, "next_page": None}))
+    given = {"read": 1, "of": 3, "passages": [{
+        "index": 1, "vector_store_id": "vs_1", "file_id": "file-1", "filename": "pump.pdf", "page": 2,
+        "heading": "", "start": start}]}
+    events = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}], "knowledge": given},
+              {"choices": [{"index": 0, "delta": {"content": "Water [1]."}}]},
+              {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        content_type="text/event-stream", body=body))
+    page.get_by_label("Message", exact=True).fill("?")
+    page.get_by_label("Message", exact=True).press("Enter")
+    page.get_by_role("button", name="Passage 1, pump.pdf").first.click()
+    dialog = page.get_by_role("dialog", name="pump.pdf · page 2")
+    expect(dialog.get_by_role("heading", name="page", exact=False)).to_have_text(
+        ["pump.pdf · page 2", "page 1", "page 2"])
+    expect(dialog.locator("mark")).to_have_text([marked] if marked else [])
+    expect(dialog.get_by_text("the passage is no longer in it")).to_have_count(0 if marked else 1)

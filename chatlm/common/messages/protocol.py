@@ -448,6 +448,7 @@ class Known:
     infill: InfillTokens | None = None           # None: not known yet
     embedder: Embedder | None = None             # None: it gives answers, or is not known yet
     width: int = 0           # numbers in one of its hidden states; 0: not known yet
+    native_tools: bool = True  # does its template tell it of functions? else a system prompt does
 
 
 class KeptItem(NamedTuple):

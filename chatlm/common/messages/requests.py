@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
@@ -530,15 +531,19 @@ class ToolsListed(NamedTuple):
 
 
 class CallApproved(NamedTuple):
-    """A call of an earlier answer begins, because the client has approved of it."""
+    """A call begins that the model has not made in this answer: one of an earlier answer, because the client
+    has approved of it, or one that the server makes."""
 
     name: str
     arguments: str
-    approval_id: str
+    approval_id: str  # "": the server makes it
 
 
 class RoundEnded(NamedTuple):
     """The model has ended a round of the answer. Its calls run now."""
+
+
+NOTHING_SHOWN: Mapping[str, Any] = MappingProxyType({})
 
 
 class CallEnded(NamedTuple):
@@ -547,6 +552,8 @@ class CallEnded(NamedTuple):
     number: int
     text: str
     is_error: bool = False
+    shown: Mapping[str, Any] = NOTHING_SHOWN  # members of its item, see CallItem
+    cited: tuple[Mapping, ...] = ()           # what the next numbers in the answer cite, as of `citable`
 
 
 ToolEvent = ToolsListed | CallApproved | RoundEnded | CallEnded

@@ -10,6 +10,18 @@ from chatlm.common.records import record
 
 
 @record
+class CallItem:
+    """How a response shows the calls of a tool that the server itself runs, where its API has items of their
+    own for them: {"id", "type", "status", and these members, which the tool's results have}."""
+
+    type: str                        # of the item
+    prefix: str                      # of its id
+    runs: str                        # the last part of the event that comes when the call runs
+    members: tuple[str, ...]         # lists of the call's arguments, by their names
+    asked_for: tuple[str, ...] = ()  # lists of objects, null unless the body's `include` names them
+
+
+@record
 class PlannedTool:
     """A tool that the server may call for a request."""
 
@@ -18,6 +30,10 @@ class PlannedTool:
     tool: str    # its name there
     digest: str  # of its description, when it was offered
     asks: bool   # must the client approve of each call?
+    # of a tool that the server itself runs
+    item: CallItem | None = None  # None: its calls are shown as those of tool servers
+    first: str = ""  # the argument that has the last questions where it is called before the model is asked
+    rounds: int = 0  # in which it may be called; 0: in all
 
 
 @record
@@ -52,3 +68,4 @@ class ToolPlan:
     mark: ApprovalMark = ApprovalMark()       # set by the front
     options: Mapping = field(default_factory=dict)  # of tools that the server itself runs, by their types;
                                                     # set by the front too
+    first: tuple[str, ...] = ()               # names of such tools that are called before the first round too

@@ -19,4 +19,5 @@ def known_with(settings: Settings, tokenizer: Tokenizer | None, facts: ModelFact
         return Known(settings, None)
     return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",
                  chats=not tokenizer.continues_texts, never_written=tokenizer.never_written,
-                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder, width=facts.width)
+                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder, width=facts.width,
+                 native_tools=tokenizer.native_tools)

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
+from dataclasses import asdict
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import RequestError, bad_value
+from chatlm.common.errors import RequestError, bad_value, invalid
 from chatlm.common.records import record
 from chatlm.front.api.dialect import Form, may_run_tools
 from chatlm.front.api.fields import Field, parse_fields, within_limit
+from chatlm.front.api.mcp_tools import refuse_in_batches
 from chatlm.front.api.spoken import all_paths, fields_of, form_of, has_body, path_of_form, paths_of
 from chatlm.front.tools.rules import model_name
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Request
+    from chatlm.common.messages.tool_rounds import CallItem
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.tools.results import ToolResult
 
 T = TypeVar("T")
@@ -39,6 +44,9 @@ class ToolCall(NamedTuple):
     options: Mapping[str, Any]    # from the body: the checked members of the tool's entry
     client: str
     owner: str                    # of KV pages and answers, see Owners.of_pages
+    pool: WorkerPool              # of the model that answers
+    request: Request              # what that was asked, with the conversation up to this call
+    before: Seq[ToolResult] = ()  # of the answer's earlier calls of this tool
 
 
 @record
@@ -50,13 +58,19 @@ class ServerTool(Generic[T]):
     description: str
     parameters: Mapping  # the JSON schema of its arguments
     call: Callable[[T, ToolCall], Awaitable[ToolResult]]
-    options: tuple[Field, ...] = ()  # members of its entry
+    options: tuple[Field, ...] = ()  # members of its entry; `entry` is where that stands in the body
+    item: CallItem | None = None     # how Responses show its calls; None: as those of tool servers
+    # The argument, a list of texts, that the last questions are, where it is called before the model is
+    # asked: if `tool_choice` requires it, or if the model never learned to call functions. "": it is not
+    first: str = ""
+    rounds: int = 0                  # of an answer, in which it may be called; 0: in all
 
     def offered_by(self, annex: str) -> dict[str, Any]:
         """As readers get it, like the tools of tool servers."""
         return {"type": self.type, "label": annex, "name": model_name(annex, self.type), "tool": self.type,
                 "description": self.description, "parameters": self.parameters, "strict": False,
-                "read_only": True, "ask": False, "digest": ""}
+                "read_only": True, "ask": False, "digest": "", "first": self.first, "rounds": self.rounds,
+                "item": self.item and asdict(self.item)}
 
 
 @record
@@ -214,9 +228,11 @@ class Additions:
             self._check(route, name, value, in_batch)
         rows = [self._fields(route)[name] for name in asked.fields]
         fields = parse_fields({**asked.fields}, [field for _, field in rows])
+        if in_batch and asked.tools:
+            raise refuse_in_batches()
         if in_batch or not asked.tools and not fields and not self._change_all:
             return NOTHING_ADDED
-        tools = {tool["type"]: self._options(index, tool) for index, tool in asked.tools}
+        tools = self._all_options(asked.tools)
         users = {row.annex for row, _ in rows} | {self.tools[each][0].annex for each in tools}
         users |= {row.annex for row in self._change_all}
         changed_by = [row.annex for row in self.rows if row.changes_prompts and row.annex in users]
@@ -239,6 +255,16 @@ class Additions:
         row, _ = self._fields(route)[name]
         if not row.wanted:
             raise row.refusal(name, value)
+
+    def _all_options(self, entries: Seq[tuple[int, Mapping]]) -> dict[str, Mapping[str, Any]]:
+        """The options of each type that is asked for. Raises RequestError for a type with two entries."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for index, entry in entries:
+            if entry["type"] in found:
+                raise invalid(f"tools[{index}]", f"tools[{index}] is a second entry of the type "
+                              f"{entry['type']}: one answer has one")
+            found[entry["type"]] = {**self._options(index, entry), "entry": f"tools[{index}]"}
+        return found
 
     def _options(self, index: int, entry: Mapping) -> dict[str, Any]:
         """The checked members of an entry of `tools`."""

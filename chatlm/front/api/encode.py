@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.tool_rounds import PlannedTool
     from chatlm.common.text.reader import StreamDecoder
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.api.citations import Citations
 
 
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
@@ -63,7 +64,8 @@ def drafts_body(usage: Usage) -> dict[str, dict[str, int]]:
 
 class AnswerBlock:
     """A part of an answer: text, reasoning, a call of a function, or what the server's own calls of tools
-    make: `mcp`, such a call; `approval`, one that the client is asked about; `list`, a server's tools."""
+    make: `mcp`, such a call; `own`, one that has an item of its own; `approval`, one that the client is asked
+    about; `list`, a server's tools."""
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind = kind
@@ -80,6 +82,7 @@ class AnswerBlock:
         self.result: CallEnded | None = None    # of a call; None: it has none yet
         self.listed: ToolsListed | None = None  # of a list
         self.approval_id = ""                   # of the approval request that the call was approved by
+        self.citations: Citations | None = None  # in a text; None: nothing can be cited
 
     @property
     def text(self) -> str:
@@ -255,6 +258,7 @@ class BlockEncoder(Encoder):
     # of an answer whose tools the server calls itself:
     list_tools: Callable[[AnswerBlock], bytes]  # the whole block of a list
     end_call: Callable[[AnswerBlock], bytes]    # what follows once a call has its result
+    has_own_items = False  # does its API show calls of some tools in items of their own?
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -316,10 +320,13 @@ class BlockEncoder(Encoder):
         tool = self.tools.get(delta.name)
         if tool is None:
             return "call"
-        return "approval" if tool.asks else "mcp"
+        return "approval" if tool.asks else self._kind_of_own(tool)
+
+    def _kind_of_own(self, tool: PlannedTool) -> str:
+        return "own" if tool.item and self.has_own_items else "mcp"
 
     def _open(self, block: AnswerBlock) -> bytes:
-        if block.kind in ("mcp", "approval"):
+        if block.kind in ("mcp", "own", "approval"):
             block.tool = self.tools[block.name]
             self.called.append(block)
         return self.open_block(block)
@@ -334,9 +341,9 @@ class BlockEncoder(Encoder):
         return self._close(self.blocks[-1] if self.blocks else None)
 
     def _add_approved(self, call: CallApproved) -> bytes:
-        """The call that the client has approved of, whole."""
+        """A call that the model has not made, whole."""
         frames = self._close_last()
-        block = self.choices[0].block(Delta("mcp", "", call.name))
+        block = self.choices[0].block(Delta(self._kind_of_own(self.tools[call.name]), "", call.name))
         block.approval_id = call.approval_id
         block.texts.append(call.arguments)
         return frames + self._open(block) + self.grow_block(block, call.arguments) + self._close(block)
@@ -357,7 +364,7 @@ class BlockEncoder(Encoder):
             case Piece():
                 return 100 + sum(len(delta.text) for delta in event.deltas)
             case CallEnded():
-                return 100 + len(event.text)
+                return 100 + 2 * len(event.text)  # its item may have it too
             case ToolsListed():
                 return len(dump(event.tools))
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode
@@ -13,6 +13,9 @@ from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.api.earlier_calculations import read_calculations
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.picture_parts import picture_in
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.tool_rounds import CallItem
 
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
@@ -25,14 +28,19 @@ STATUSES = "completed", "incomplete", "in_progress"
 AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptItem, ...]:
-    """Items that response_messages has read, as they are kept. own_ids: an item that has an id keeps it.
+def kept_items(items: Iterable[Mapping], own_ids: bool = False,
+               own: Iterable[CallItem] = ()) -> tuple[KeptItem, ...]:
+    """Items that response_messages has read, as they are kept. own_ids: an item that has an id keeps it. own:
+    those of tools that the server itself runs.
 
     A request for an approval always keeps its id, to which the answer refers."""
     kept = []
+    of_tools = {item.type: item for item in own}
+    prefixes = PREFIXES | {kind: item.prefix for kind, item in of_tools.items()}
     for item in items:
-        whole = understood_members(item)
-        name = PREFIXES[whole["type"]] + secrets.token_hex(12)
+        tool = of_tools.get(item.get("type", ""))
+        whole = members_of_call(item, tool) if tool else understood_members(item)
+        name = prefixes[whole["type"]] + secrets.token_hex(12)
         sent = item.get("id")
         keeps_id = own_ids or whole["type"] == "mcp_approval_request"
         if keeps_id and is_text(sent) and AN_ID.fullmatch(sent):
@@ -42,6 +50,13 @@ def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptIte
         except RecursionError:
             raise RequestError("the body is nested too deeply") from None
     return tuple(kept)
+
+
+def members_of_call(item: Mapping, tool: CallItem) -> dict:
+    """The members of an item of a tool that the server itself runs."""
+    status = item.get("status")
+    return {"type": tool.type, "status": status if status in (*STATUSES, "failed") else "completed",
+            **{name: item.get(name) for name in (*tool.members, *tool.asked_for)}}
 
 
 def understood_members(item: Mapping) -> dict:

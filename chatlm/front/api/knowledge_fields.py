@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from chatlm.common.messages.tool_rounds import CallItem
 from chatlm.front.api.field_types import METADATA, TEXT
 from chatlm.front.api.fields import A_TEXT, Field, FieldType, list_schema, object_schema
 
@@ -56,6 +57,13 @@ RANKING = FieldType(
     'an object with a ranker ("none", "auto" or "default-2024-11-15") and a score_threshold from 0 to 1',
     object_schema([], ranker={"enum": ["none", "auto", "default-2024-11-15"]},
                   score_threshold={"type": "number", "minimum": 0, "maximum": 1}))
+WEIGHT = {"type": "number", "minimum": 0}
+RANKING_OF_TOOL = FieldType(
+    RANKING.allowed + ", and perhaps hybrid_search, an object with an embedding_weight and a text_weight of "
+    "at least 0",
+    {**RANKING.schema, "properties": {**RANKING.schema["properties"], "hybrid_search": {"anyOf": [
+        OR_NULL, object_schema(["embedding_weight", "text_weight"], embedding_weight=WEIGHT,
+                               text_weight=WEIGHT)]}}})
 FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"}, or {"type": "and" or "or", '
                     '"filters"}', {"type": "object"})
 MOST_STORES = 8
@@ -67,6 +75,23 @@ KNOWLEDGE_TYPE = FieldType(
 KNOWLEDGE_OF_CHAT = Field(
     "knowledge", KNOWLEDGE_TYPE, "vector stores that the answer is to be found in. The model reads the "
     "passages that fit the last question (search), or all of them (whole); auto is whole if that fits")
+# of the tool file_search
+SEARCHED_STORES = Field(
+    "vector_store_ids", FieldType(f"a list of 1 to {MOST_STORES} ids of vector stores",
+                                  list_schema(A_TEXT, minItems=1, maxItems=MOST_STORES)),
+    "what is searched", required=True)
+FILE_SEARCH_OPTIONS = (
+    SEARCHED_STORES, Field("max_num_results", FieldType("an integer", {"type": "integer"}), "passages (8)", 1,
+                           MOST_RESULTS),
+    Field("filters", FILTERS, "which files: by their attributes"),
+    Field("ranking_options", RANKING_OF_TOOL, "as in a search; hybrid_search has the weights of what the "
+                                              "vectors find and of what the words do"))
+QUERIES = "queries"  # the argument of a call
+MOST_QUERIES = 4
+FILE_SEARCH_PARAMETERS = object_schema(
+    [QUERIES], **{QUERIES: list_schema(A_TEXT, minItems=1, maxItems=MOST_QUERIES) | {
+        "description": "What to look for, each in a few words or as a question"}})
+FILE_SEARCH_ITEM = CallItem("file_search_call", "fs_", "searching", (QUERIES,), ("results",))
 STORES_PATH = "/v1/vector_stores"
 ONE_STORE = f"{STORES_PATH}/{{id}}"
 KNOWLEDGE_FIELDS: dict[str, tuple[Field, ...]] = {

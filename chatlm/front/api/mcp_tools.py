@@ -11,12 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
-from chatlm.common.jsontext import is_text
-from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool
+from chatlm.common.jsontext import as_json, is_text
+from chatlm.common.messages.tool_rounds import ApprovedCall, CallItem, PlannedTool
 from chatlm.front.api.approval_ids import digest_in
 from chatlm.front.api.dialect import NamedServer
 from chatlm.front.api.fields import ToolChoice
-from chatlm.front.tools.rules import UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
+from chatlm.front.tools.rules import NOT_SHOWN, UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
 
 MCP_ITEMS = frozenset(("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"))
 OPERATORS = ("server_url", "connector_id", "tunnel_id", "authorization", "headers")
@@ -60,6 +60,7 @@ class McpTools:
             for one in offered:
                 if "type" in one and one["type"] == tool.get("type"):
                     self._offer(one, asks=False)
+        self.first: tuple[str, ...] = ()  # names of those that are called before the model is asked
 
     def _add(self, tool: Mapping, name: str, offered: Seq[Mapping]):
         label = tool.get("server_label")
@@ -85,7 +86,10 @@ class McpTools:
             function["strict"] = True
         self.functions.append({"type": "function", "function": function})
         self.operators[one["name"]] = one["strict"]
-        self.planned.append(PlannedTool(one["name"], one["label"], one["tool"], one["digest"], asks))
+        item = one.get("item")
+        self.planned.append(PlannedTool(
+            one["name"], one["label"], one["tool"], one["digest"], asks, item and call_item(item),
+            one.get("first", ""), one.get("rounds", 0)))
 
     def beside(self, functions: Seq[dict]) -> tuple[dict, ...]:
         """These tools after the body's own functions. Raises RequestError for a function with the name of one
@@ -99,16 +103,43 @@ class McpTools:
 
     def choice(self, sent: Any, choice: ToolChoice) -> ToolChoice:
         """The tool choice of a body, which may choose tools of these servers. sent: as it was sent."""
-        if not isinstance(sent, dict) or not self.labels:
+        if not isinstance(sent, dict) or not self.planned and not self.labels:
             return choice
-        if is_mcp(sent):
+        if is_mcp(sent) and self.labels:
             return ToolChoice("required", self._chosen(sent))
+        if own := self._own(sent):
+            return ToolChoice("required", own)
         if sent.get("type") != "allowed_tools":
             return choice
         names = [*(choice.names or ())]
-        for tool in filter(is_mcp, sent["tools"]):
-            names += self._chosen(tool)
+        for tool in sent["tools"]:
+            names += self._chosen(tool) if is_mcp(tool) and self.labels else self._own(tool)
         return choice._replace(names=tuple(names))
+
+    def _own(self, sent: Mapping) -> tuple[str, ...]:
+        """The name of the tool that the server itself runs, of a type that a choice has."""
+        return tuple(tool.name for tool in self.planned
+                     if tool.label not in self.labels and tool.tool == sent.get("type"))
+
+    def called_first(self, choice: ToolChoice, functions: Seq[dict], native: bool) -> ToolChoice:
+        """Decide which tools are called before the model is asked: those that can be, if the choice requires
+        one of them, or if the model never learned to call functions. Such a model is not offered them.
+        Returns the choice that is left.
+
+        functions: the body's own; native: has the model learned that?"""
+        able = [tool.name for tool in self.planned if tool.first]
+        names = [*(tool["function"]["name"] for tool in functions), *(tool.name for tool in self.planned)]
+        allowed = [name for name in names if choice.names is None or name in choice.names]
+        wanted = [name for name in able if name in allowed and choice.mode != "none"]
+        if choice.mode == "required" and allowed and not {*allowed} - {*able} or not native:
+            self.first = tuple(wanted)
+        if self.first and choice.mode == "required":
+            choice = choice._replace(mode="auto")
+        if not native and able:
+            self.functions = [each for each in self.functions if each["function"]["name"] not in able]
+            if choice.names is not None:
+                choice = choice._replace(names=tuple(name for name in choice.names if name not in able))
+        return choice
 
     def _chosen(self, sent: Mapping) -> tuple[str, ...]:
         label = sent.get("server_label")
@@ -171,8 +202,12 @@ class McpHistory:
     """Earlier calls of tools that the server has run, and what the client says of those that it was asked
     about. Such items become calls of functions and their outputs."""
 
-    def __init__(self, before: Iterable, items: Any):
-        """before: the items that a response continues. items: its input."""
+    def __init__(self, before: Iterable, items: Any, tools: Seq[PlannedTool] = (), native: bool = True):
+        """before: the items that a response continues. items: its input. tools: the server itself runs these;
+        earlier calls of those that can be called first are not shown to a model that has not learned to call
+        functions, which native says."""
+        self.own = {tool.item.type: tool for tool in tools if tool.item}
+        self.hidden = {kind for kind, tool in self.own.items() if tool.first and not native}
         sent = items if isinstance(items, list) else ()
         every = [*before, *sent]
         self.listed = set(texts_of(every, "mcp_list_tools", "server_label"))
@@ -199,7 +234,10 @@ class McpHistory:
     def items(self, item: Any) -> Iterator[Any]:
         """The items that the model is shown for one."""
         kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "mcp_call":
+        if is_text(kind) and kind in self.own:
+            if kind not in self.hidden:
+                yield from own_call_items(item, self.own[kind])
+        elif kind == "mcp_call":
             yield from call_items(item, text(item, "id"), output_of(item))
         elif kind == "mcp_approval_request":
             yield from self._request_items(item)
@@ -245,6 +283,34 @@ def call_items(item: Mapping, call_id: str, output: str) -> Iterator[dict]:
     name = model_name(text(item, "server_label"), text(item, "name"))
     yield {"type": "function_call", "call_id": call_id, "name": name, "arguments": text(item, "arguments")}
     yield {"type": "function_call_output", "call_id": call_id, "output": output}
+
+
+def own_call_items(item: Mapping, tool: PlannedTool) -> Iterator[dict]:
+    """A call of a tool that the server itself runs as the call of a function, and its output: the texts of
+    what was found, if the item has it."""
+    assert tool.item
+    name = item.get("id")
+    call_id = name if is_text(name) else f"{tool.item.prefix}earlier"
+    arguments = {member: as_texts(item.get(member)) for member in tool.item.members}
+    found = [each for member in tool.item.asked_for for each in as_objects(item.get(member))]
+    texts = [f"{each['filename']}\n{each['text']}" if is_text(each.get("filename")) else each["text"]
+             for each in found if is_text(each.get("text"))]
+    yield {"type": "function_call", "call_id": call_id, "name": tool.name, "arguments": as_json(arguments)}
+    yield {"type": "function_call_output", "call_id": call_id, "output": "\n\n".join(texts) or NOT_SHOWN}
+
+
+def as_texts(value: Any) -> list[str]:
+    return [each for each in value if is_text(each)] if isinstance(value, list) else []
+
+
+def as_objects(value: Any) -> list[dict]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def call_item(offered: Mapping) -> CallItem:
+    """Its fields as JSON become lists."""
+    return CallItem(offered["type"], offered["prefix"], offered["runs"], tuple(offered["members"]),
+                    tuple(offered["asked_for"]))
 
 
 def text(item: Mapping, member: str) -> str:

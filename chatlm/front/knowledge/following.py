@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import FOLDER, FOLDERS_CLIENT
 from chatlm.common.errors import ConfigError, Overloaded, RequestError
 from chatlm.common.log import log
-from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.aio import end_tasks, in_own_thread, supervised
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.folder_files import Found, Gone, Look, look, read
 from chatlm.front.knowledge.stores import Wanted
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+T = TypeVar("T")
 LOOKS_S = 5.0          # between two looks at the folders
+PATIENCE_S = 60.0      # for a file system that does not answer; then other folders have their turns
 PIECE_BYTES = 1 << 20  # of a file in a row of the database
 NOTE_BYTES = 2048      # of the rows of a file besides its content
 
@@ -52,6 +54,10 @@ class Followed(NamedTuple):
     store: int
 
 
+class Hangs(Exception):
+    """The file system of a folder does not answer."""
+
+
 class Following:
     """The task that has the stores follow their folders."""
 
@@ -63,6 +69,7 @@ class Following:
         self.followed: list[Followed] = []
         self.trusted = set[int]()     # stores whose stamps this server has seen itself
         self.problems: dict[int, str] = {}
+        self.hung: dict[int, asyncio.Future[Any]] = {}  # what the file system of a store has not answered
         self.lock = asyncio.Lock()    # one look at a time
         self.task: asyncio.Task | None = None
 
@@ -86,6 +93,9 @@ class Following:
                 try:
                     async with self.lock:
                         await self.follow(followed)
+                except Hangs:
+                    await self._tell(followed, "its file system does not answer: what was read from it stays "
+                                               "until it does")
                 except RequestError as error:  # more files than a store may have
                     await self._tell(followed, str(error))
                 except Overloaded as error:    # a full disk: the next look goes on
@@ -93,10 +103,10 @@ class Following:
             await asyncio.sleep(LOOKS_S)
 
     async def follow(self, followed: Followed):
-        """Look at a folder, and take over what has changed."""
+        """Look at a folder, and take over what has changed. Raises Hangs."""
         known = await self.store.run(partial(known_files, store=followed.store))
         try:
-            seen = await asyncio.to_thread(look, followed.folder)
+            seen = await self._answered(followed, partial(look, followed.folder))
         except OSError as error:
             await self._tell(followed, f"the folder cannot be read ({error.strerror}): what was read from it "
                                        "stays")
@@ -119,12 +129,27 @@ class Following:
             self.trusted.add(followed.store)
         await self._tell(followed, seen.problem)
 
+    async def _answered(self, followed: Followed, ask: Callable[[], T]) -> T:
+        """What the file system says, asked in a thread that does not hold the server's end. Raises Hangs if
+        it says nothing, or has not yet answered what it was asked before."""
+        before = self.hung.get(followed.store)
+        if before and not before.done():
+            raise Hangs
+        answer = in_own_thread(f"folder {followed.name}", ask)
+        done, _ = await asyncio.wait([answer], timeout=PATIENCE_S)
+        if not done:
+            answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            self.hung[followed.store] = answer
+            raise Hangs
+        self.hung.pop(followed.store, None)
+        return answer.result()
+
     async def _take(self, followed: Followed, found: Found, before: Known | None) -> bool:
         """Take over a file, unless its content is the same. False if it has to be looked at again."""
         data = b""
         if not found.reason:
             try:
-                data = await asyncio.to_thread(read, followed.folder, found)
+                data = await self._answered(followed, partial(read, followed.folder, found))
             except Gone:
                 return False
             except ConfigError as error:
@@ -133,6 +158,7 @@ class Following:
         if before and before.digest == digest:
             if before.stamp != found.stamp:
                 await self.store.run(partial(restamp, store=followed.store, found=found))
+                self.changed()
             return True
         await self.store.run(partial(take, followed=followed, found=found, data=data, digest=digest,
                                      now=now_s()), adds_bytes=len(data) + NOTE_BYTES)
@@ -179,6 +205,11 @@ def known_files(connection: sqlite3.Connection, store: int) -> dict[str, Known]:
 
 
 def restamp(connection: sqlite3.Connection, store: int, found: Found):
+    """A file was touched, or moved here anew: its content is the same. If it has failed because of the
+    server, it is read again."""
+    [[file]] = connection.execute("SELECT file FROM knowledge_folder_files WHERE store = ? AND path = ?",
+                                  (store, found.path))
+    stores.try_again(connection, store, file)
     connection.execute("UPDATE knowledge_folder_files SET stamp = ? WHERE store = ? AND path = ?",
                        (found.stamp, store, found.path))
 

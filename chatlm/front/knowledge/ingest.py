@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
-from chatlm.common.config import LIMITS
+from chatlm.common.config import FOLDER, LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AT_ONCE = 2        # files under way: one is read while the other is embedded
 TRIES = 3          # of an embedder whose workers die, each time as often as a request allows
-CRASHES = 5        # of the server during a file's ingestion, after which it is given up
+CRASHES = 5        # of the server while it reads one file, after which this is given up
 LOOK_S = 5.0       # between looks whether files of stores were deleted or have expired
 SWEEPING_S = 1.0   # of one of them, before files have a turn
 PAUSE_S = 2.0      # of a store whose file must wait, at least
@@ -65,11 +65,12 @@ class Text(NamedTuple):
 
 
 class Failed(Exception):
-    """A file cannot be ingested. code: of its last_error."""
+    """A file cannot be ingested. code: of its last_error; lacks_embedder: it can once there is one."""
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, lacks_embedder: bool = False):
         super().__init__(message)
         self.code = code
+        self.lacks_embedder = lacks_embedder
 
 
 def text_in(data: bytes, name: str) -> Text | None:
@@ -105,6 +106,13 @@ def cut(text: Text, chosen: Chosen, strategy: Strategy) -> list[Passage]:
     return passages
 
 
+def how_again(store: Pending) -> str:
+    """How one has a file read again that was given up."""
+    if store.owner.startswith(FOLDER):
+        return "To have it read again, change it in its folder, or touch it"
+    return "To have it read again, add it to the vector store again"
+
+
 def strategy_of(chunking: dict) -> Strategy:
     if chunking["type"] == "auto":
         return Strategy()
@@ -127,8 +135,10 @@ class Ingest:
         self.tasks: dict[int, asyncio.Task[None]] = {}  # by the file under way
         self.working: Counter[str] = Counter()          # files under way, by owner
         self.last: dict[str | int, float] = {}          # when an owner and a store had their last turn
+        self.reading = asyncio.Lock()                   # one file at a time is read by this process
         self.paused: dict[int, float] = {}              # store -> until when
         self.rebuilding = Rebuilding(self._stored, owners, embedders)
+        self.totals: dict[str, int] = {}                # of all stores, at the last look
         self.dirty = False                              # texts were removed that the -wal may still have
         self.task: asyncio.Task | None = None
 
@@ -142,13 +152,16 @@ class Ingest:
     async def run(self):
         """Work until the server stops. Files that are under way then are begun again after its next start."""
         try:
+            self.totals = await self._stored(stores.totals)
             await self.catalogue.wait_ready()
             while not self.catalogue.draining:
                 self.wake.clear()
+                await self._take_again()
                 await self._begin_files()
                 await self._sweep()
                 if not self.tasks and await self.rebuilding.step():
                     self.wake.set()
+                self.totals = await self._stored(stores.totals)
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), self._rest_s())
         finally:
@@ -170,6 +183,15 @@ class Ingest:
                 await asyncio.sleep(error.retry_after_s)
 
     # which file is next
+
+    async def _take_again(self):
+        """Have files read that have failed for want of an embedder, where there is one now."""
+        for store in await self._stored(stores.without_embedder):
+            client = self.owners.client_of(store.owner, store.client)
+            with suppress(ChatServerError):
+                if client is not None and self.embedders.choose(store.model,
+                                                                self.embedders.bound_of(client)):
+                    await self._stored(partial(stores.take_again, store=store.store))
 
     async def _begin_files(self):
         now = time.monotonic()
@@ -211,8 +233,8 @@ class Ingest:
         """Ingest a file, or say why not."""
         try:
             if file.tries >= CRASHES:
-                raise Failed("server_error",
-                             f"the server has ended {file.tries} times while it read this file")
+                raise Failed("server_error", f"the server has ended {file.tries} times while it read this "
+                             f"file, so it is not read by itself again. {how_again(turn)}")
             await self._ingest(turn, file, client)
             return
         except Failed as error:
@@ -221,28 +243,22 @@ class Ingest:
             failure = Failed("server_error", str(error))
         except Overloaded as error:
             self.paused[turn.store] = time.monotonic() + max(error.retry_after_s, PAUSE_S)
-            await self._stored(partial(stores.give_back, file=file))
             return
-        except asyncio.CancelledError:  # the server stops: that is no crash
-            with suppress(ChatServerError):
-                await self.store.run(partial(stores.give_back, file=file))
-            raise
         except ChatServerError as error:
             failure = Failed("server_error", str(error))
         except Exception as error:
             log.error("ingesting %s failed: %s", file.file, error, exc_info=error)
             failure = Failed("server_error", "the server had an error while it read this file")
         log.info("%s of %s is failed: %s", file.file, turn.id, failure)
-        await self._stored(partial(stores.fail, file=file, code=failure.code, message=str(failure)))
+        await self._stored(partial(stores.fail, file=file, code=failure.code, message=str(failure),
+                                   lacks_embedder=failure.lacks_embedder))
 
     # one file
 
     async def _ingest(self, turn: Pending, file: StoreFile, client: str):
         chosen = self._embedder(turn, client)
         with Holding(self.intake.budget, client) as holding:
-            text = await self._text(turn, file, client, holding)
-            strategy = strategy_of(stores.read_json(file.chunking))
-            passages = await asyncio.to_thread(cut, text, chosen, strategy)
+            text, passages = await self._read(turn, file, client, chosen, holding)
             if not passages:
                 raise Failed("invalid_file", "the file has no text")
             if not await self._stored(partial(stores.is_wanted, file=file)):
@@ -255,11 +271,29 @@ class Ingest:
                 for charge in charges:
                     self.ledger.release(charge)
 
+    async def _read(self, turn: Pending, file: StoreFile, client: str, chosen: Chosen,
+                    holding: Holding) -> tuple[Text, list[Passage]]:
+        """The text of a file and its passages. If the server dies meanwhile, that counts against the file,
+        and against no other: embedding, which takes most of the time, is done by other processes."""
+        async with self.reading:
+            await self._stored(partial(stores.begin_try, file=file))
+            tries = file.tries  # of a reading that has neither ended nor killed the server
+            try:
+                text = await self._text(turn, file, client, holding)
+                strategy = strategy_of(stores.read_json(file.chunking))
+                passages = await asyncio.to_thread(cut, text, chosen, strategy)
+                tries = 0
+                return text, passages
+            finally:
+                with suppress(ChatServerError):  # else this counts as a death
+                    await self.store.run(partial(stores.end_try, file=file, tries=tries))
+
     def _embedder(self, turn: Pending, client: str) -> Chosen:
         try:
             return self.embedders.choose(turn.model, self.embedders.bound_of(client))
         except RequestError as error:
-            raise Failed("server_error", str(error)) from None
+            raise Failed("server_error", f"{error}. The file is read as soon as there is such a model",
+                         lacks_embedder=True) from None
 
     async def _text(self, turn: Pending, file: StoreFile, client: str, holding: Holding) -> Text:
         """The text of a file. `holding` holds its bytes while it is read."""

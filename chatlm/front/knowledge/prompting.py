@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
-from typing import Any, NamedTuple, TYPE_CHECKING
+from functools import partial
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.client_words import TOO_LONG
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.messages.requests import Message
-from chatlm.front.admission.prompts import last_question
+from chatlm.front.admission.questions import before_question, questions_in
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.stored_lists import now_s
+from chatlm.front.tools.rules import QUESTION
 
 if TYPE_CHECKING:
+    import sqlite3
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Request
     from chatlm.front.admission.prompts import PromptMaker
@@ -40,13 +43,11 @@ SEVERAL = 4                # an embedder may count so many times the tokens that
 MOST_PASSAGES = 8
 LEAST_TOKENS = 32          # of a passage that is cut to fit
 FRAME_TOKENS = 48          # that a chat template may write around a text
-QUESTION_CHARACTERS = 4_000  # of a question, that are looked for
 NAME_CHARACTERS = 200
 PASSAGES = ("Passages of documents, which may help to answer the question below. Cite a passage that you use "
             "by its number, like [1].")
 DOCUMENTS = ("Documents, which may help to answer questions. Their passages are numbered. Cite a passage "
              "that you use by its number, like [1].")
-QUESTION = "Question: "
 
 
 class Part(NamedTuple):
@@ -77,8 +78,13 @@ class Given(NamedTuple):
 
     def sources(self) -> tuple[dict, ...]:
         """What the numbers in an answer cite."""
-        return tuple({"type": "file_citation", "file_id": part.hit.file, "filename": part.hit.filename}
-                     for part in self.parts)
+        return sources_of(self.parts)
+
+
+def sources_of(parts: Seq[Part]) -> tuple[dict, ...]:
+    """What the numbers of parts cite, as members of an annotation."""
+    return tuple({"type": "file_citation", "file_id": part.hit.file, "filename": part.hit.filename}
+                 for part in parts)
 
 
 class Prompting:
@@ -119,25 +125,13 @@ class Prompting:
         if texts and given.mode == "whole":
             messages = with_documents(messages, "\n\n".join((DOCUMENTS, *texts)))
         elif texts:
-            messages = with_passages(messages, "\n\n".join((PASSAGES, *texts)))
+            messages = before_question(messages, "\n\n".join((PASSAGES, *texts, QUESTION)))
         return replace(parsed, request=replace(request, messages=messages),
                        beside={**parsed.beside, "knowledge": given.body(names)}, citable=given.sources())
 
     async def _stores(self, wanted: Seq[str], caller: Caller) -> dict[int, str]:
-        """The ids of stores by their numbers, in the order of these. Notes that they are used."""
-        def look(connection) -> dict[int, str]:
-            now = now_s()
-            found = {}
-            for index, name in enumerate(wanted):
-                try:
-                    store = stores.usable_store(connection, name, caller.texts, now)
-                except RequestError as error:
-                    raise RequestError(str(error), status=error.status, code=error.code,
-                                       param=f"knowledge.stores[{index}]") from None
-                stores.note_use(connection, store, now)
-                found[store.number] = store.id
-            return dict(sorted(found.items()))
-        return await self.store.run(look)
+        return await self.store.run(partial(used_stores, wanted=wanted, owner=caller.texts,
+                                            param="knowledge.stores"))
 
     async def _whole(self, numbers: Seq[int], room: int, prompts: PromptMaker) -> Given | None:
         """All that stores have; None if that does not fit."""
@@ -161,12 +155,28 @@ class Prompting:
             raise invalid("messages", "knowledge is searched for the last question, but no message of the "
                                       "user has a text")
         found = await self.search.find(numbers, questions, asker, Terms(MOST_PASSAGES))
-        hits = [*{(hit.file, hit.start): hit for hit in reversed(found.hits)}.values()][::-1]
+        hits = each_once(found.hits)
         parts = await prompts.run(lambda: fitting_parts(hits, room, counter(prompts)),
                                   sum(len(hit.text) for hit in hits))
         if hits and not parts:
             raise no_room("no passage fits", room)
         return Given("search", parts, found.passages, found.words_only)
+
+
+def used_stores(connection: sqlite3.Connection, wanted: Seq[str], owner: str, param: str) -> dict[int, str]:
+    """The ids of stores by their numbers, in the order of these. Notes that they are used. Raises
+    RequestError for one that its owner cannot search. param: the list that has them in the body."""
+    now = now_s()
+    found = {}
+    for index, name in enumerate(wanted):
+        try:
+            store = stores.usable_store(connection, name, owner, now)
+        except RequestError as error:
+            raise RequestError(str(error), status=error.status, code=error.code,
+                               param=f"{param}[{index}]") from None
+        stores.note_use(connection, store, now)
+        found[store.number] = store.id
+    return dict(sorted(found.items()))
 
 
 def counter(prompts: PromptMaker) -> Count:
@@ -188,16 +198,6 @@ async def room_in(request: Request, messages: Seq[Message], client: str, prompts
     ids = await prompts.render(messages, request.tools, client, request.template_options)
     answer = min(request.max_tokens or math.inf, longest // ANSWER_SHARE)
     return min(share, longest - len(ids) - int(answer) - FRAME_TOKENS)
-
-
-def questions_in(messages: Seq[Message]) -> list[str]:
-    """What is searched for: the last question, and this with the one before it, which may say what it is
-    about. () if there is none."""
-    texts = [message.content.strip()[:QUESTION_CHARACTERS] for message in messages if message.role == "user"]
-    texts = [text for text in texts if text]
-    if len(texts) < 2:
-        return texts
-    return [texts[-1], f"{texts[-1]}\n{texts[-2]}"]
 
 
 def one_line(text: str) -> str:
@@ -227,27 +227,27 @@ def whole_parts(hits: Seq[Hit]) -> list[Part]:
     return parts
 
 
-def fitting_parts(hits: Seq[Hit], room: int, count: Count) -> list[Part]:
-    """The first passages that fit. If none does, the first is cut."""
+def each_once(hits: Seq[Hit]) -> list[Hit]:
+    """Each passage once, although files of several stores have it."""
+    return [*{(hit.file, hit.start): hit for hit in reversed(hits)}.values()][::-1]
+
+
+def fitting_parts(hits: Seq[Hit], room: int, count: Count, before: int = 0) -> list[Part]:
+    """The first passages that fit. If none does, the first is cut. before: how many were given before."""
     parts = list[Part]()
     left = room - count(PASSAGES + QUESTION)
     for hit in hits:
-        text = f"[{len(parts) + 1}] {place_of(hit, True)}\n{hit.text}"
+        text = f"[{before + len(parts) + 1}] {place_of(hit, True)}\n{hit.text}"
         tokens = count(text) + 2  # the blank line
         if tokens <= left:
             parts.append(Part(hit, text))
             left -= tokens
     if hits and not parts and left >= LEAST_TOKENS:
-        text = f"[1] {place_of(hits[0], True)}\n{hits[0].text}"
+        text = f"[{before + 1}] {place_of(hits[0], True)}\n{hits[0].text}"
         while (tokens := count(text) + 2) > left:
             text = text[:min(len(text) * left // tokens, len(text) - 1)]
         parts.append(Part(hits[0], text, cut=True))
     return parts
-
-
-def with_text_before(message: Message, text: str) -> Message:
-    parts = (text, *message.parts) if message.parts else ()
-    return replace(message, content=text + message.content, parts=parts)
 
 
 def with_documents(messages: Seq[Message], documents: str) -> tuple[Message, ...]:
@@ -258,10 +258,3 @@ def with_documents(messages: Seq[Message], documents: str) -> tuple[Message, ...
         parts = (*first.parts, text) if first.parts else ()
         return (replace(first, content=first.content + text, parts=parts), *others)
     return (Message("system", documents), *messages)
-
-
-def with_passages(messages: Seq[Message], passages: str) -> tuple[Message, ...]:
-    """A conversation whose last question comes after passages."""
-    last = last_question([message.role for message in messages])
-    asked: Any = with_text_before(messages[last], f"{passages}\n\n{QUESTION}")
-    return (*messages[:last], asked, *messages[last + 1:])

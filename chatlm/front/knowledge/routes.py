@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -14,12 +14,14 @@ from chatlm.front.api.knowledge_fields import BEFORE, PAGE, STATUS
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.embedding import Embedders
+from chatlm.front.knowledge.file_search import FileSearch
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.following import Following
 from chatlm.front.knowledge.ingest import Ingest
 from chatlm.front.knowledge.prompting import Prompting
 from chatlm.front.knowledge.search import Search, Terms
 from chatlm.front.knowledge.stores import VectorStore, Wanted
+from chatlm.front.server.metrics import histogram
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     now_s, number_in, query_value, require_store, send_page, send_parts, take_room)
@@ -29,6 +31,7 @@ from chatlm.front.store.pages import PAGE_BYTES, Listed, ListPage, page_of
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.api.additions import ToolCall
     from chatlm.front.intake.opened_body import Caller
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.ledger import Ledger
     from chatlm.front.store.store import Store
+    from chatlm.front.tools.results import ToolResult
 
 
 POLL_MS = 500            # until a poller asks again
@@ -73,6 +77,8 @@ class KnowledgeRoutes:
         self.store = store
         self.search = search
         self.prompting = Prompting(store, search) if store and search else None
+        self.file_search = FileSearch(
+            store, search, catalogue.settings.tool_result) if store and search else None
         self.bodies = bodies
         self.embedders = Embedders(catalogue, owners, answers, ledger)
         self.ingest = Ingest(store, catalogue, bodies.intake, owners, self.embedders,
@@ -98,6 +104,21 @@ class KnowledgeRoutes:
         """There is work."""
         if self.ingest:
             self.ingest.wake.set()
+
+    def metric_families(self, families: Any) -> Iterator[Any]:
+        """What stores have, and how long searches took. families: the module
+        prometheus_client.metrics_core."""
+        if not (self.ingest and self.search):
+            return
+        gauge = families.GaugeMetricFamily
+        files = gauge("chat_server_ingest_files", "files of vector stores by their status", labels=["status"])
+        for status in stores.STATUSES:
+            files.add_metric([status], self.ingest.totals.get(status, 0))
+        yield files
+        yield gauge("chat_server_store_bytes", "bytes of the passages and vectors of vector stores",
+                    self.ingest.totals.get("bytes", 0))
+        yield histogram(families, "search", "time that a search of vector stores took, with the question's "
+                        "vector and a reranker", [([], self.search.durations)])
 
     # stores
 
@@ -297,9 +318,15 @@ class KnowledgeRoutes:
                               "passages": found.passages})
 
     async def prompted(self, parsed: ParsedBody, caller: Caller, pool: WorkerPool) -> ParsedBody:
-        """A body with the passages that it asks to be read."""
-        assert self.prompting  # without a database such a body is refused
+        """A body with the passages that it asks to be read, or whose stores the model may search."""
+        assert self.prompting and self.file_search  # without a database such a body is refused
+        parsed = await self.file_search.checked(parsed, caller)
         return await self.prompting.prompted(parsed, caller, pool)
+
+    async def searched(self, call: ToolCall) -> ToolResult:
+        """The result of a call of file_search."""
+        assert self.file_search
+        return await self.file_search.call(call)
 
     # batches of files
 

@@ -11,7 +11,9 @@ import asyncio
 import json
 import math
 import sqlite3
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -27,6 +29,7 @@ from chatlm.front.knowledge.asking import Asker, Asking
 from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
+from chatlm.front.server.metrics import Durations
 
 if TYPE_CHECKING:
     from chatlm.common.messages.vectors import Scanned
@@ -44,6 +47,8 @@ READERS = 2       # searches that read the database at a time
 BUSY_S = 5.0      # how long another program may hold the database
 SEARCH_READ_S = 5.0  # the longest that words are searched for
 STEPS = 1000      # of SQLite's machine, between two looks at the time
+LISTED_CHARACTERS = 4 << 20  # of attributes, as JSON, that are kept in memory: they take five times as much
+ROW_CHARACTERS = 40          # that a file counts besides these
 
 
 class Hit(NamedTuple):
@@ -90,6 +95,9 @@ class Place(NamedTuple):
     digest: str | None    # of that
     has_words: bool
     is_purged: bool       # nothing of it waits to be removed, of which there are still words
+    passages: int         # of its files
+    tokens: int           # of these, as the embedder counts
+    revision: int         # another one after any change of its files
 
 
 class InWords(NamedTuple):
@@ -128,11 +136,48 @@ ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, 
         "CROSS JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
 PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
-          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1) FROM knowledge_stores AS s "
+          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1), s.passages, s.tokens, "
+          "s.revision FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
-FILES = ("SELECT number, attributes, passages, tokens FROM knowledge_files "
+FILES = ("SELECT number, attributes, passages FROM knowledge_files "
          "WHERE store = ? AND deleted = 0 AND status = 'completed' ORDER BY number")
+
+
+class Listed(NamedTuple):
+    """A file, as filters see it."""
+
+    number: int
+    attributes: Mapping[str, str | float | bool]
+    passages: int
+
+
+class FileLists:
+    """The files of stores that were filtered last, so that a search need not read thousands of rows again. A
+    list holds for one revision of its store. Several threads ask it."""
+
+    def __init__(self, most_characters: int = LISTED_CHARACTERS):
+        """most_characters: of the attributes, as JSON, of all lists; a longer one is not kept."""
+        self.most_characters = most_characters
+        self.lists: OrderedDict[int, tuple[int, int, Seq[Listed]]] = OrderedDict()  # revision, characters
+        self.lock = threading.Lock()
+
+    def of(self, connection: sqlite3.Connection, place: Place) -> Seq[Listed]:
+        """The files of a store that can be searched."""
+        with self.lock:
+            kept = self.lists.get(place.number)
+            if kept and kept[0] == place.revision:
+                self.lists.move_to_end(place.number)
+                return kept[2]
+        rows = connection.execute(FILES, (place.number,)).fetchall()
+        size = sum(len(attributes) + ROW_CHARACTERS for _, attributes, _ in rows)
+        files = [Listed(number, json.loads(attributes), passages) for number, attributes, passages in rows]
+        with self.lock:
+            self.lists.pop(place.number, None)
+            self.lists[place.number] = place.revision, size, files
+            while self.lists and sum(each[1] for each in self.lists.values()) > self.most_characters:
+                self.lists.popitem(last=False)
+        return files
 
 
 class Search:
@@ -143,6 +188,8 @@ class Search:
         self.asking = asking
         self.scanner = scanner
         self.readers = ThreadPoolExecutor(READERS, "search")
+        self.durations = Durations()  # of searches, those that failed too
+        self.lists = FileLists()
 
     @classmethod
     def of(cls, front: Front) -> Search:
@@ -158,6 +205,13 @@ class Search:
     async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker,
                    terms: Terms = Terms()) -> Found:
         """The passages that fit one of the questions. Raises Overloaded if they cannot be searched now."""
+        began_s = time.monotonic()
+        try:
+            return await self._find(stores, questions, asker, terms)
+        finally:
+            self.durations.observe(time.monotonic() - began_s)
+
+    async def _find(self, stores: Seq[int], questions: Seq[str], asker: Asker, terms: Terms) -> Found:
         lists = [await self._lists(stores, question, asker, terms) for question in questions]
         before = lists[0][0]
         words_only = any(part[2] for part in lists)
@@ -176,14 +230,16 @@ class Search:
     async def whole(self, stores: Seq[int], most_tokens: int, terms: Terms = Terms()) -> list[Hit] | None:
         """All passages of the stores, in their order, if these have at most so many tokens (as the embedder
         counted); else None."""
-        return await self._read(lambda connection: whole_of(connection, stores, most_tokens, terms.filter))
+        return await self._read(lambda connection: whole_of(
+            connection, stores, most_tokens, terms.filter, self.lists))
 
     async def _lists(self, stores: Seq[int], question: str, asker: Asker, terms: Terms) -> tuple[
             InWords, list[tuple[float, list[int]]], bool, dict[int, float]]:
         """(what was searched; ranked lists with their weights; whether words alone were; the scores)"""
         if not question.strip():
             raise RequestError("the query is empty", param="query", code="invalid_value")
-        before = await self._read(lambda connection: in_words(connection, stores, question, terms.filter))
+        before = await self._read(lambda connection: in_words(
+            connection, stores, question, terms.filter, self.lists))
         weighted = list[tuple[float, list[int]]]()
         scores = {each.passage: each.score / (1 + each.score) for ranks in before.lists for each in ranks}
         cosines = dict[int, float]()
@@ -265,28 +321,31 @@ class Deadline:
         return time.monotonic() > self.ends_s
 
 
-def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str,
-             wanted: Filter | None) -> InWords:
+def places_of(connection: sqlite3.Connection, stores: Seq[int]) -> list[Place]:
+    return [Place(*row) for store in stores for row in connection.execute(PLACES, (store,))]
+
+
+def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str, wanted: Filter | None,
+             lists: FileLists) -> InWords:
     """What a search reads first: the stores, their files that fit a filter, the passages with its words."""
-    places = [Place(*row) for store in stores for row in connection.execute(PLACES, (store,))]
+    places = places_of(connection, stores)
     files: list[int] = []
-    passages = 0
-    for place in places:
-        for number, attributes, count, _ in connection.execute(FILES, (place.number,)):
-            if wanted is None or wanted(json.loads(attributes)):
-                files.append(number)
-                passages += count
+    passages = sum(place.passages for place in places)
     if wanted is not None:
+        fitting = [file for place in places for file in lists.of(connection, place)
+                   if wanted(file.attributes)]
+        files = [file.number for file in fitting]
+        passages = sum(file.passages for file in fitting)
         connection.execute("CREATE TEMP TABLE searched (number INTEGER PRIMARY KEY)")
         connection.executemany("INSERT INTO searched VALUES (?)", [(number,) for number in files])
     words = words_of(question)
-    lists = []
+    found = []
     for place in places:
-        if place.has_words and files:
+        if place.has_words and passages:
             stale = not place.is_purged
-            telling = telling_words(connection, place.number, words, stale)
-            lists.append(ranked(connection, place.number, telling, LISTED, wanted is not None, stale))
-    return InWords(places, None if wanted is None else tuple(files), passages, lists)
+            telling = telling_words(connection, place.number, place.passages, words, stale)
+            found.append(ranked(connection, place.number, telling, LISTED, wanted is not None, stale))
+    return InWords(places, None if wanted is None else tuple(files), passages, found)
 
 
 def rows_of(connection: sqlite3.Connection, passages: Seq[int]) -> dict[int, Row]:
@@ -295,18 +354,26 @@ def rows_of(connection: sqlite3.Connection, passages: Seq[int]) -> dict[int, Row
     return {row[0]: Row(*row) for row in connection.execute(f"{ROWS} AND p.number IN ({marks})", passages)}
 
 
-def whole_of(connection: sqlite3.Connection, stores: Seq[int], most_tokens: int,
-             wanted: Filter | None) -> list[Hit] | None:
+def whole_of(connection: sqlite3.Connection, stores: Seq[int], most_tokens: int, wanted: Filter | None,
+             lists: FileLists) -> list[Hit] | None:
+    places = places_of(connection, stores)
+    if wanted is None and sum(place.tokens for place in places) > most_tokens:
+        return None
     hits = []
-    for store in stores:
-        for number, attributes, _, tokens in connection.execute(FILES, (store,)).fetchall():
-            if wanted is None or wanted(json.loads(attributes)):
-                most_tokens -= tokens
+    for place in places:
+        for file in lists.of(connection, place):
+            if wanted is None or wanted(file.attributes):
+                rows = [Row(*row).hit(1.0) for row in connection.execute(
+                    f"{ROWS} AND p.file = ? ORDER BY p.place", (file.number,))]
+                most_tokens -= tokens_of(connection, file.number)
                 if most_tokens < 0:
                     return None
-                hits += [Row(*row).hit(1.0) for row in connection.execute(
-                    f"{ROWS} AND p.file = ? ORDER BY p.place", (number,))]
+                hits += rows
     return hits
+
+
+def tokens_of(connection: sqlite3.Connection, file: int) -> int:
+    return connection.execute("SELECT tokens FROM knowledge_files WHERE number = ?", (file,)).fetchone()[0]
 
 
 def join(lists: Seq[tuple[float, Seq[int]]],

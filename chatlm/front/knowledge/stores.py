@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
-from chatlm.front.knowledge.tables import make_words, words_table
+from chatlm.front.knowledge.tables import TOTALS, make_words, words_table
 from chatlm.front.store import file_rows
 from chatlm.front.store.file_rows import owns
 
@@ -449,24 +449,22 @@ def pending(connection: sqlite3.Connection) -> list[Pending]:
 
 
 def claim(connection: sqlite3.Connection, store: int, busy: Seq[int]) -> StoreFile | None:
-    """The first file of a store that waits to be ingested; None if there is none. busy: files that are.
-
-    Counts the try: a file during which the server dies again and again is given up some time."""
+    """The first file of a store that waits to be ingested; None if there is none. busy: files that are."""
     marks = ", ".join("?" * len(busy))
     row = connection.execute(
         f"{FILE} WHERE store = ? AND status = 'in_progress' AND deleted = 0 "
         f"AND number NOT IN ({marks}) ORDER BY number LIMIT 1", (store, *busy)).fetchone()
-    if row is None:
-        return None
-    file = StoreFile(*row)
+    return row and StoreFile(*row)
+
+
+def begin_try(connection: sqlite3.Connection, file: StoreFile):
+    """Count that it is read now: what the server reads when it dies again and again is given up some time."""
     connection.execute("UPDATE knowledge_files SET tries = tries + 1 WHERE number = ?", (file.number,))
-    return file
 
 
-def give_back(connection: sqlite3.Connection, file: StoreFile):
-    """Its try has not failed: it waits, or the server stops."""
-    connection.execute("UPDATE knowledge_files SET tries = tries - 1 WHERE number = ? AND tries > 0",
-                       (file.number,))
+def end_try(connection: sqlite3.Connection, file: StoreFile, tries: int):
+    """The server has survived it. tries: what is held against the file from now on."""
+    connection.execute("UPDATE knowledge_files SET tries = ? WHERE number = ?", (tries, file.number))
 
 
 def is_wanted(connection: sqlite3.Connection, file: StoreFile) -> bool:
@@ -477,11 +475,36 @@ def is_wanted(connection: sqlite3.Connection, file: StoreFile) -> bool:
         "AND knowledge_stores.deleted = 0 AND expired = 0", (file.number,)).fetchone() is not None
 
 
-def fail(connection: sqlite3.Connection, file: StoreFile, code: str, message: str):
-    """A file cannot be ingested."""
+def fail(connection: sqlite3.Connection, file: StoreFile, code: str, message: str,
+         lacks_embedder: bool = False):
+    """A file cannot be ingested. lacks_embedder: until there is one."""
     if is_wanted(connection, file):
-        connection.execute("UPDATE knowledge_files SET status = 'failed', error_code = ?, error_message = ? "
-                           "WHERE number = ?", (code, message[:1000], file.number))
+        connection.execute("UPDATE knowledge_files SET status = 'failed', error_code = ?, error_message = ?, "
+                           "lacks_embedder = ? WHERE number = ?",
+                           (code, message[:1000], lacks_embedder, file.number))
+
+
+AGAIN = ("UPDATE knowledge_files SET status = 'in_progress', error_code = NULL, error_message = NULL, "
+         "tries = 0, lacks_embedder = 0 WHERE ")
+
+
+def without_embedder(connection: sqlite3.Connection) -> list[Pending]:
+    """The stores that have files which wait for an embedder."""
+    return [Pending(*row) for row in connection.execute(
+        "SELECT number, id, owner, client, model FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
+        "AND number IN (SELECT DISTINCT store FROM knowledge_files INDEXED BY "
+        "knowledge_files_without_embedder WHERE lacks_embedder = 1)")]
+
+
+def take_again(connection: sqlite3.Connection, store: int):
+    """There is an embedder for a store: its files that had none are read."""
+    connection.execute(f"{AGAIN} store = ? AND lacks_embedder = 1 AND deleted = 0", (store,))
+
+
+def try_again(connection: sqlite3.Connection, store: int, file: str):
+    """Read a file again that has failed because of the server."""
+    connection.execute(f"{AGAIN} store = ? AND file = ? AND deleted = 0 AND status = 'failed' "
+                       "AND error_code = 'server_error'", (store, file))
 
 
 def embedder_number(connection: sqlite3.Connection, digest: str, name: str, dimensions: int) -> int:
@@ -609,6 +632,12 @@ def purge_windows(connection: sqlite3.Connection, store: int, embedder: int):
         removed += cursor.rowcount
     if not removed:
         connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
+
+
+def totals(connection: sqlite3.Connection) -> dict[str, int]:
+    """Files by their status, and bytes, of all stores."""
+    row = connection.execute(f"SELECT {', '.join(TOTALS)} FROM knowledge_totals WHERE number = 1").fetchone()
+    return dict(zip(TOTALS, row))
 
 
 # what was deleted

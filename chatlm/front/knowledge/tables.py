@@ -74,7 +74,7 @@ CREATE TABLE knowledge_files (
     attributes TEXT NOT NULL DEFAULT '{}',  -- JSON: texts, numbers, booleans
     chunking TEXT NOT NULL,         -- JSON
     created INTEGER NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0,  -- of its ingestion, that a crash has ended
+    tries INTEGER NOT NULL DEFAULT 0,  -- of reading it, during which the server has ended
     bytes INTEGER NOT NULL DEFAULT 0,  -- usage_bytes: of its texts, and of their vectors
     passages INTEGER NOT NULL DEFAULT 0,
     windows INTEGER NOT NULL DEFAULT 0,
@@ -179,8 +179,56 @@ CREATE TABLE knowledge_folder_files (
     PRIMARY KEY (store, path)
 ) WITHOUT ROWID;
 """
+# What all stores have together, kept by triggers, for /metrics
+TOTALS = ("in_progress", "completed", "failed", "cancelled", "bytes")
+ALL = f"""
+CREATE TABLE knowledge_totals (number INTEGER PRIMARY KEY, {", ".join(f"{name} INTEGER" for name in TOTALS)});
+INSERT INTO knowledge_totals SELECT 1, {", ".join(f"IFNULL(SUM({name}), 0)" for name in TOTALS)}
+    FROM knowledge_stores WHERE deleted = 0;
+CREATE TRIGGER knowledge_totals_changed AFTER UPDATE ON knowledge_stores BEGIN
+    UPDATE knowledge_totals SET {", ".join(
+        f"{name} = {name} + (NEW.deleted = 0) * NEW.{name} - (OLD.deleted = 0) * OLD.{name}"
+        for name in TOTALS)}
+    WHERE number = 1;
+END;
+CREATE TRIGGER knowledge_totals_removed AFTER DELETE ON knowledge_stores BEGIN
+    UPDATE knowledge_totals SET {", ".join(
+        f"{name} = {name} - (OLD.deleted = 0) * OLD.{name}" for name in TOTALS)} WHERE number = 1;
+END;
+"""
+# Files that have failed for want of an embedder, and are read once it is there
+HOMELESS = """
+ALTER TABLE knowledge_files ADD COLUMN lacks_embedder INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX knowledge_files_without_embedder ON knowledge_files (lacks_embedder, store)
+    WHERE lacks_embedder = 1;
+"""
+# What a search asks of a store without reading its files: their sums, and whether one of them has changed
+COUNTED = "passages", "tokens"
+
+
+def changes(new: str, old: str) -> str:
+    """The statement that counts a change of a file. new, old: its rows, '' if there is none."""
+    columns = ["revision = revision + 1"]
+    for name in COUNTED:
+        added = f" + ({new}.deleted = 0) * {new}.{name}" if new else ""
+        taken = f" - ({old}.deleted = 0) * {old}.{name}" if old else ""
+        columns.append(f"{name} = {name}{added}{taken}")
+    return f"UPDATE knowledge_stores SET {', '.join(columns)} WHERE number = {new or old}.store;"
+
+
+SEARCHED = f"""
+ALTER TABLE knowledge_stores ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE knowledge_stores ADD COLUMN passages INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE knowledge_stores ADD COLUMN tokens INTEGER NOT NULL DEFAULT 0;
+UPDATE knowledge_stores SET {", ".join(
+    f"{name} = (SELECT IFNULL(SUM({name}), 0) FROM knowledge_files WHERE store = knowledge_stores.number "
+    "AND deleted = 0)" for name in COUNTED)};
+CREATE TRIGGER knowledge_searched_added AFTER INSERT ON knowledge_files BEGIN {changes("NEW", "")} END;
+CREATE TRIGGER knowledge_searched_changed AFTER UPDATE ON knowledge_files BEGIN {changes("NEW", "OLD")} END;
+CREATE TRIGGER knowledge_searched_removed AFTER DELETE ON knowledge_files BEGIN {changes("", "OLD")} END;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS)
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS, SEARCHED)
 
 
 def words_table(store: int) -> str:

@@ -53,13 +53,10 @@ def words_of(question: str) -> list[str]:
     return [*words]
 
 
-def telling_words(connection: sqlite3.Connection, store: int, words: Iterable[str],
+def telling_words(connection: sqlite3.Connection, store: int, passages: int, words: Iterable[str],
                   stale: bool = False) -> list[Word]:
-    """Those that stand in at most a quarter of a store's passages, the rarest first. stale: the table has
-    words of deleted passages too."""
-    (passages,) = connection.execute(
-        "SELECT IFNULL(SUM(passages), 0) FROM knowledge_files WHERE store = ? AND deleted = 0 "
-        "AND status = 'completed'", (store,)).fetchone()
+    """Those that stand in at most a quarter of a store's passages, the rarest first. passages: how many it
+    has; stale: the table has words of deleted passages too."""
     most = max(passages // SHARE, 1)
     found = []
     for word in words:

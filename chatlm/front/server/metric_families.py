@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Iterator, Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, require_library
 from chatlm.common.messages.requests import DRAFT_SOURCES
 from chatlm.front.lazy import web
+from chatlm.front.server.metrics import histogram
 
 if TYPE_CHECKING:
-    from chatlm.front.server.metrics import Durations, Metrics
+    from chatlm.front.server.metrics import Metrics
 
 Show = Callable[[Any], Iterator[Any]]  # what an annex counts, as `MetricFamilies` does
 
@@ -146,9 +146,9 @@ class MetricFamilies:
                 ("time_to_first_token", "time from a request to its first token", metrics.ttft),
                 ("inter_token_latency", "time between two tokens of an answer", metrics.itl),
                 ("queue", "time a request waited before it ran", metrics.queue)):
-            yield self._histogram(name, doc, [([], durations)])
-        yield self._histogram(
-            "request_duration", "time from a request to its end",
+            yield histogram(self.families, name, doc, [([], durations)])
+        yield histogram(
+            self.families, "request_duration", "time from a request to its end",
             [([reason], durations) for reason, durations in metrics.whole.items()], labels=["finish_reason"])
         counter = self.families.CounterMetricFamily
         for name, doc, labels, counts in (
@@ -161,17 +161,3 @@ class MetricFamilies:
             for values, count in counts.items():
                 family.add_metric([*map(str, values)], count)
             yield family
-
-    def _histogram(self, name: str, doc: str, rows: list[tuple[list[str], Durations]],
-                   labels: Seq[str] = ()) -> Any:
-        family = self.families.HistogramMetricFamily(f"chat_server_{name}_seconds", doc, labels=labels,
-                                                     unit="seconds")
-        for values, durations in rows:
-            buckets = [(self._bound(bound_s), count) for bound_s, count in durations.buckets()]
-            family.add_metric(values, buckets, durations.sum_s)
-        return family
-
-    @staticmethod
-    def _bound(bound_s: float) -> str:
-        """A bound as prometheus_client writes it."""
-        return "+Inf" if bound_s == math.inf else str(float(bound_s))

@@ -6,8 +6,9 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from collections.abc import Sequence as Seq
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Finished, Piece
@@ -37,6 +38,17 @@ class Durations:
     def buckets(self) -> list[tuple[float, float]]:
         """(Upper bound in seconds, how many were at most that), for each bound."""
         return [*zip(self.BOUNDS_S, map(float, accumulate(self.counts)))]
+
+
+def histogram(families: Any, name: str, doc: str, rows: Seq[tuple[Seq[str], Durations]],
+              labels: Seq[str] = ()) -> Any:
+    """A histogram as a scrape shows it. families: the module prometheus_client.metrics_core."""
+    family = families.HistogramMetricFamily(f"chat_server_{name}_seconds", doc, labels=labels, unit="seconds")
+    for values, durations in rows:
+        buckets = [("+Inf" if bound_s == math.inf else str(float(bound_s)), count)  # as prometheus_client
+                   for bound_s, count in durations.buckets()]
+        family.add_metric(values, buckets, durations.sum_s)
+    return family
 
 
 class Metrics:

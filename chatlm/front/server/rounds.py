@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence as Seq
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -16,23 +17,25 @@ from types import MappingProxyType
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
+from chatlm.common.jsontext import as_json
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.common.request_ids import id_of_part
+from chatlm.front.admission.questions import before_question, questions_in
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.additions import ToolCall
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.rules import (
-    CHANGED, CUT_OFF, PICTURES_OF_RESULTS, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
+    CHANGED, CUT_OFF, PICTURES_OF_RESULTS, QUESTION, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
     why_not_run)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
-    from chatlm.common.messages.tool_rounds import ApprovedCall, ToolPlan
+    from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool, ToolPlan
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answers, Ask
     from chatlm.front.server.approvals import Approvals
@@ -157,6 +160,10 @@ class Loop:
         self.turns: list[Turn] = []     # those whose calls have results
         self.ended: list[Finished] = []  # the ends of the rounds
         self.approved: list[Call] = []
+        self.first: list[Call] = []     # that were run before the model was asked
+        self.turn = Turn()              # the one whose calls run
+        self.rounds_of = Counter[str]() # in which each tool was called
+        self.own_turn = asyncio.Lock()  # the server's own tools know the results of the calls before theirs
 
     def cancel(self) -> bool:
         """Stop the answer, its calls too. Its reader gets RequestError 'cancelled'."""
@@ -165,11 +172,12 @@ class Loop:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The first is Accepted, the last is Finished."""
-        if self.plan.approved:
+        begun = bool(self.plan.approved or self._first_names())
+        if begun:
             yield await self._accepted()
             for event in self._lists():
                 yield event
-            async with aclosing(self._run_approved()) as results:
+            async with aclosing(self._run_before()) as results:
                 async for event in results:
                     yield event
         for number in itertools.count():
@@ -181,11 +189,11 @@ class Loop:
                     raise
                 self.ended.append(NO_ROOM)  # for the results. What the calls did is not hidden by an error
                 break
-            if number == 0 and not self.plan.approved:
+            if number == 0 and not begun:
                 yield accepted
                 for event in self._lists():
                     yield event
-            turn = Turn()
+            turn = self.turn = Turn()
             async for event in answer:
                 self._check_stop()
                 if isinstance(event, Finished):
@@ -226,7 +234,14 @@ class Loop:
     def _may_call(self, number: int) -> bool:
         """Whether the model may call tools in a round."""
         most = self.plan.most_calls
-        return number < self.most_rounds and (most is None or len(self.calls) < most)
+        is_used_up = all(self._is_used_up(tool) for tool in self.plan.tools)
+        only_these = all(tool["function"]["name"] in self.tools for tool in self.request.tools)
+        return (number < self.most_rounds and (most is None or len(self.calls) < most)
+                and not (is_used_up and only_these))
+
+    def _is_used_up(self, tool: PlannedTool) -> bool:
+        """Was a tool called in as many rounds as it may be?"""
+        return bool(tool.rounds) and self.rounds_of[tool.name] >= tool.rounds
 
     async def _begin_round(self, number: int,
                            may_call: bool) -> tuple[Accepted, AsyncGenerator[Event, None]]:
@@ -241,7 +256,7 @@ class Loop:
     def _request(self, number: int, may_call: bool) -> Request:
         """What the pool is asked in a round. The first is the request itself, unless calls were approved."""
         request = replace(self.request, id=id_of_part(self.request.id, number), round=number + 1)
-        if number == 0 and not self.approved:
+        if number == 0 and not self.approved and not self.first:
             return request if request.prompt_ids is None else request.lasting()
         params = request.params if number == 0 else self.plan.later or request.params
         params = replace(params, sampling=replace(
@@ -251,7 +266,23 @@ class Loop:
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
                           messages=self._messages(), template_options=options,
                           max_tokens=self._tokens_left())
-        return request if may_call else replace(request, params=without_calls(params), tools=())
+        if may_call:
+            return request
+        found = self._found_before()
+        messages = before_question(self._asked_messages(), found) if found else self._messages()
+        return replace(request, params=without_calls(params), tools=(), messages=messages)
+
+    def _found_before(self) -> str:
+        """What all calls have found, to stand before the question, where each was one that could have been
+        made before the model was asked. In the last round small models answer that, where they would go on to
+        write calls. "": they were others."""
+        calls = [call for turn in self.turns for call in turn.calls]
+        texts = [call.result.text for call in calls if call.result and call.result.cited]
+        if not all(call.name in self.tools and self.tools[call.name].first for call in calls):
+            return ""
+        if not texts or not questions_in(self.request.messages or ()):
+            return ""
+        return "\n\n".join((*texts, "" if self.first else QUESTION))
 
     def _tokens_left(self) -> int | None:
         """The most tokens that the next round may have; None: up to the context."""
@@ -262,6 +293,14 @@ class Loop:
 
     def _messages(self) -> tuple[Message, ...]:
         """The conversation so far."""
+        messages = [*self._asked_messages()]
+        shown = self._shown_pictures()
+        for turn in self.turns:
+            messages += [turn.message, *result_messages(turn.calls, shown, blank_results(turn.calls))]
+        return tuple(messages)
+
+    def _asked_messages(self) -> Seq[Message]:
+        """The conversation that the request has, with the results of the calls before the first round."""
         shown = self._shown_pictures()
         results = {approved.id: call for approved, call in zip(self.plan.approved, self.approved)}
         messages: list[Message] = []
@@ -271,10 +310,15 @@ class Loop:
                 messages.append(message)
             else:
                 messages += result_messages([call], shown, [message])
-        for turn in self.turns:
-            blank = [Message("tool", "", {"tool_call_id": call.id, "name": call.name}) for call in turn.calls]
-            messages += [turn.message, *result_messages(turn.calls, shown, blank)]
-        return tuple(messages)
+        texts = [call.result.text for call in self.first if call.result]
+        return before_question(messages, "\n\n".join((*texts, QUESTION))) if texts else messages
+
+    def _messages_of_call(self) -> tuple[Message, ...]:
+        """The conversation as one of the server's own tools sees it: with the turn whose calls run, and the
+        results of its own tools so far."""
+        done = [call for call in self.turn.calls if call.name in self.own and call.result]
+        turn = [self.turn.message] if self.turn.calls else []
+        return (*self._messages(), *turn, *result_messages(done, set(), blank_results(done)))
 
     def _shown_pictures(self) -> set[int]:
         """The numbers of the calls whose pictures the model is shown: the newest that fit."""
@@ -328,6 +372,7 @@ class Loop:
     def _numbered(self, calls: Seq[Call]) -> list[Call]:
         """Those calls that the server runs or asks about, which get their numbers."""
         ours = [call for call in calls if call.name in self.tools]
+        self.rounds_of.update({call.name for call in ours})
         for call in ours:
             call.number = len(self.calls)
             self.calls.append(call)
@@ -342,16 +387,28 @@ class Loop:
         """Whether the client is asked about a call. It is not if the call can't be made."""
         return self.tools[call.name].asks and arguments_of(call.arguments) is not None
 
-    async def _run_approved(self) -> AsyncGenerator[Event, None]:
+    def _first_names(self) -> Seq[str]:
+        """The tools that are called before the model is asked: none if nobody asks anything."""
+        return self.plan.first if questions_in(self.request.messages or ()) else ()
+
+    async def _run_before(self) -> AsyncGenerator[Event, None]:
+        """Run the calls that come before the first round: those that the client has approved, and those that
+        the server makes."""
         calls = []
         for approved in self.plan.approved:
             call = Call(approved.name, [approved.arguments])
             calls += self._numbered([call])
             yield CallApproved(approved.name, approved.arguments, approved.id)
+        for name in self._first_names():
+            arguments = {self.tools[name].first: questions_in(self.request.messages or ())}
+            call = Call(name, [as_json(arguments)])
+            calls += self._numbered([call])
+            yield CallApproved(name, call.arguments, "")
         async with aclosing(self._run(calls, self.plan.approved)) as results:
             async for event in results:
                 yield event
-        self.approved = calls
+        approved = len(self.plan.approved)
+        self.approved, self.first = calls[:approved], calls[approved:]
 
     async def _run(self, calls: Seq[Call],
                    approvals: Seq[ApprovedCall] = ()) -> AsyncGenerator[CallEnded, None]:
@@ -369,7 +426,8 @@ class Loop:
                 await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
                 self._check_stop()
                 call.result = task.result()
-                yield CallEnded(self._number(call), call.result.text, call.result.is_error)
+                yield CallEnded(self._number(call), call.result.text, call.result.is_error, call.result.shown,
+                                call.result.cited)
         finally:
             await end_tasks([*tasks, stopped])
 
@@ -381,11 +439,16 @@ class Loop:
         refusal = why_not_run(call.name, call.arguments, earlier)
         if self.plan.most_calls is not None and self._number(call) >= self.plan.most_calls:
             refusal = TOO_MANY
+        tool = self.tools[call.name]
+        if tool.rounds and self.rounds_of[call.name] > tool.rounds:
+            refusal = TOO_MANY
         if refusal:
             return ToolResult(refusal, is_error=True)
         async with places:
             if call.name in self.own:
-                return await self._called_here(call)
+                async with self.own_turn:
+                    call.result = await self._called_here(call)
+                return call.result
             meant = approved.digest if approved else self.tools[call.name].digest
             offered = self.toolbox.offered().get(call.name)
             if offered is None or offered.digest != meant:
@@ -402,8 +465,10 @@ class Loop:
         """Call a tool that the server itself runs."""
         params = self.request.params
         tool = self.tools[call.name]
+        before = tuple(one.result for one in self.calls if one.name == call.name and one.result)
         asked = ToolCall(arguments_of(call.arguments) or {}, self.plan.options.get(tool.tool, {}),
-                         params.client, params.owner)
+                         params.client, params.owner, self.pool,
+                         replace(self.request, messages=self._messages_of_call()), before)
         return await self.toolbox.call_own(tool.label, tool.tool, params.client,
                                            lambda: self.own[call.name](asked))
 
@@ -417,6 +482,11 @@ class Loop:
         result = await self.toolbox.call(offered, arguments, client)
         await self.approvals.end(client, approved.id, use, result)
         return result
+
+
+def blank_results(calls: Seq[Call]) -> list[Message]:
+    """The messages for the results of calls, without these."""
+    return [Message("tool", "", {"tool_call_id": call.id, "name": call.name}) for call in calls]
 
 
 def seed_of_round(seed: int, number: int) -> int:

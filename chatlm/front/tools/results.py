@@ -6,7 +6,7 @@ import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 from chatlm.common.errors import ChatServerError
@@ -47,6 +47,9 @@ class ToolResult:
     pictures: tuple[ToolPicture, ...] = ()
     cut: int = 0  # characters that are missing in the middle of the text
     ms: int = 0   # that the call took
+    # of tools that the server itself runs, as of CallEnded
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    cited: tuple[Mapping, ...] = ()
 
     @property
     def packed(self) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class ToolResult:
         begin = self.text[:characters * 3 // 4]
         end = self.text[len(self.text) - (characters - len(begin)):]
         text = f"{begin}\n[{cut:,} characters are missing here: the result was too long]\n{end}"
-        return ToolResult(text, self.is_error, self.pictures, cut)
+        return replace(self, text=text, cut=cut)
 
     async def with_readable_pictures(self, decode: Decode) -> ToolResult:
         """The result without pictures that no model could be shown. Its text says why they are missing.

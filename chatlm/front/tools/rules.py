@@ -24,6 +24,8 @@ CHANGED = "Not run: the tool is not what it was any more."
 UNANSWERED = "Not run: the user has not answered whether to allow this call."
 UNKNOWN_OUTCOME = "The call was cut off, so its outcome is unknown."
 TOO_MANY = "Not run: the limit of calls is reached."
+NOT_SHOWN = "What was found is not shown here any more. Call again to read it."
+QUESTION = "Question: "  # in front of the user's, where the result of a call stands before it
 SEEN_PICTURES = "The pictures of the results above."
 UNSEEN_PICTURES = "[You are not shown the pictures of this result.]"
 

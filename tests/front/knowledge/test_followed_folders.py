@@ -1,8 +1,12 @@
 """A vector store of --knowledge has the files of a folder: all that come, change and go, and why some are not
 read. Clients search it and change nothing."""
 
+import asyncio
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -190,3 +194,65 @@ async def test_all_clients_read_it_and_none_changes_it(tmp_path, with_keys):
 def test_folders_that_cannot_be_followed_are_errors_at_the_start(words, message):
     with pytest.raises(ConfigError, match=message):
         parse_command_line(["serve", "gpt2", *words], {})
+
+
+async def test_a_file_that_was_given_up_is_read_again_when_it_is_touched(tmp_path):
+    settings = followed(tmp_path)
+    (tmp_path / "docs" / "a.txt").write_text("The pump has three valves.")
+    async with knowing(tmp_path / "k.db", settings=settings) as ask:
+        store, files = await files_of(ask)
+        await ask.place.front.store.run(lambda connection: connection.execute(
+            "UPDATE knowledge_files SET status = 'in_progress', tries = 5"))
+        ask.place.front.rooms["knowledge"].wake_up()
+        _, files = await files_of(ask)
+        assert files["a.txt"]["status"] == "failed"
+        assert "change it in its folder, or touch it" in files["a.txt"]["last_error"]["message"]
+        os.utime(tmp_path / "docs" / "a.txt", (1, 1))
+        _, files = await files_of(ask)
+        assert files["a.txt"]["status"] == "completed" and files["a.txt"]["last_error"] is None
+
+
+async def test_a_file_system_that_hangs_holds_neither_other_folders_nor_the_end(tmp_path, monkeypatch):
+    settings = followed(tmp_path)
+    (tmp_path / "docs" / "a.txt").write_text("The pump has three valves.")
+    look = following.look
+    gate = threading.Event()
+    async with knowing(tmp_path / "k.db", settings=settings) as ask:
+        store, files = await files_of(ask)
+        room = ask.place.front.rooms["knowledge"].following
+        monkeypatch.setattr(following, "look", lambda folder: gate.wait() and look(folder))
+        monkeypatch.setattr(following, "PATIENCE_S", 0.01)
+        for _ in range(2):                # the second does not ask again
+            with pytest.raises(following.Hangs):
+                await room.follow(room.followed[0])
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "folder manuals"]
+        assert thread.daemon and len(room.hung) == 1
+        gate.set()
+        await asyncio.wait([*room.hung.values()])
+        monkeypatch.setattr(following, "PATIENCE_S", 60.0)
+        assert (await files_of(ask))[1]["a.txt"]["status"] == "completed" and not room.hung
+        gate.clear()
+        monkeypatch.setattr(following, "PATIENCE_S", 0.01)
+        monkeypatch.setattr(following, "LOOKS_S", 0.01)
+        await room.close()
+        room.task = asyncio.create_task(room.run())
+        while "does not answer" not in str((await ask(ONE, f"{STORES}/{store}"))[1]["problem"]):
+            await asyncio.sleep(0.01)     # between two questions to the server
+    gate.set()
+
+
+HUNG = """
+import asyncio, threading
+from chatlm.front.aio import in_own_thread
+
+async def main():
+    await asyncio.wait([in_own_thread("folder", threading.Event().wait)], timeout=0.01)
+
+asyncio.run(main())
+print("ended")
+"""
+
+
+def test_a_program_ends_though_a_file_system_hangs():
+    done = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ended\n" and not done.stderr

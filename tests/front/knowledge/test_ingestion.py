@@ -16,6 +16,7 @@ from chatlm.front.knowledge import ingest, stores
 from chatlm.front.knowledge.tables import words_table
 from documents import docx, pdf
 from embedding_pool import EmbeddingPool, knowing, vector_of
+from fake_pool import FakePool
 
 ONE, OTHER = "A" * 22, "b-_9" * 16
 STORES = "/v1/vector_stores"
@@ -230,7 +231,7 @@ async def test_a_busy_embedder_is_waited_for(tmp_path, monkeypatch):
     async with knowing(tmp_path / "k.db", pool=pool) as ask:
         store, [file] = await ask.store(ONE, LONG)
         assert (await ask(ONE, f"{STORES}/{store}/files/{file}"))[1]["status"] == "completed"
-        assert await ask.rows("SELECT tries FROM knowledge_files") == [(1,)]
+        assert await ask.rows("SELECT tries FROM knowledge_files") == [(0,)]
 
 
 async def test_an_unexpected_error_fails_one_file(tmp_path, monkeypatch):
@@ -317,7 +318,7 @@ async def test_ingestion_goes_on_after_a_restart(tmp_path):
         await pool.until_open(1)
     async with knowing(tmp_path / "k.db") as ask:
         assert (await ask.ended(ONE, f"{STORES}/{store['id']}"))["file_counts"]["completed"] == 1
-        assert await ask.rows("SELECT tries FROM knowledge_files") == [(1,)]
+        assert await ask.rows("SELECT tries FROM knowledge_files") == [(0,)]
         await check_whole(ask)
 
 
@@ -337,6 +338,74 @@ async def test_a_file_with_which_the_server_crashes_is_given_up(tmp_path):
         await ask.ended(ONE, f"{STORES}/{store['id']}")
         _, found = await ask(ONE, f"{STORES}/{store['id']}/files/{file}")
         assert found["status"] == "failed" and "5 times" in found["last_error"]["message"]
+        assert "add it to the vector store again" in found["last_error"]["message"]
+        await ask(ONE, f"{STORES}/{store['id']}/files", {"file_id": file})
+        assert (await ask.ended(ONE, f"{STORES}/{store['id']}"))["file_counts"]["completed"] == 1
+
+
+async def test_a_death_counts_against_the_file_that_is_read_alone(tmp_path, monkeypatch):
+    """Not against one that is being embedded, nor against one that waits for its turn to be read."""
+    begun, gate = threading.Event(), threading.Event()
+    cut = ingest.cut
+
+    def hold(text, *more):
+        if "boom" in text.text:
+            begun.set()
+            gate.wait(20)
+        return cut(text, *more)
+    monkeypatch.setattr(ingest, "cut", hold)
+    pool = EmbeddingPool(gate=asyncio.Event())
+    async with knowing(tmp_path / "k.db", pool=pool) as ask:
+        files = [await ask.file(ONE, text) for text in ("Cats sleep.", "boom", "Dogs bark.")]
+        await ask(ONE, STORES, {"file_ids": files})
+        await pool.until_open(1)
+        await asyncio.to_thread(begun.wait, 20)
+        assert await ask.rows("SELECT tries FROM knowledge_files ORDER BY number") == [(0,), (1,), (0,)]
+        gate.set()
+        pool.gate.set()
+        while await ask.rows("SELECT 1 FROM knowledge_files WHERE status = 'in_progress'"):
+            await asyncio.sleep(0.01)  # between two looks
+        assert await ask.rows("SELECT tries, status FROM knowledge_files") == [(0, "completed")] * 3
+
+
+async def test_files_without_an_embedder_fail_with_a_reason_and_are_read_once_there_is_one(tmp_path):
+    pool = EmbeddingPool(gate=asyncio.Event())
+    async with knowing(tmp_path / "k.db", pool=pool) as ask:
+        file = await ask.file(ONE, LONG)
+        _, store = await ask(ONE, STORES, {"file_ids": [file]})
+        await pool.until_open(1)
+    path = f"{STORES}/{store['id']}"
+    async with knowing(tmp_path / "k.db", pool=FakePool()) as ask:
+        assert (await ask.ended(ONE, path))["file_counts"]["failed"] == 1
+        _, found = await ask(ONE, f"{path}/files/{file}")
+        assert found["last_error"]["code"] == "server_error"
+        assert "start it with --embedder. The file is read as soon as" in found["last_error"]["message"]
+    async with knowing(tmp_path / "k.db") as ask:
+        while (await ask(ONE, path))[1]["file_counts"]["completed"] == 0:
+            await asyncio.sleep(0.01)  # between two questions
+        assert (await ask(ONE, f"{path}/files/{file}"))[1]["last_error"] is None
+        await check_whole(ask)
+
+
+async def test_metrics_show_files_bytes_and_searches(tmp_path):
+    async with knowing(tmp_path / "k.db") as ask:
+        store, files = await ask.store(ONE, LONG, "Cats sleep.")
+        await ask(ONE, f"{STORES}/{store}/search", {"query": "cats"})
+        [(size,)] = await ask.rows("SELECT SUM(bytes) FROM knowledge_files")
+
+        async def shown():
+            ask.ingest.totals = await ask.place.front.store.run(stores.totals)
+            return (await ask.place.get("/metrics"))[1]
+        text = await shown()
+        assert 'chat_server_ingest_files{status="completed"} 2.0' in text
+        assert f"chat_server_store_bytes {float(size)}" in text
+        assert "chat_server_search_seconds_count 1.0" in text
+        await ask.place.client.delete(f"{ask.place.url}{STORES}/{store}/files/{files[1]}",
+                                      headers=ask.headers_of(ONE))
+        assert 'chat_server_ingest_files{status="completed"} 1.0' in await shown()
+        await ask.place.client.delete(f"{ask.place.url}{STORES}/{store}", headers=ask.headers_of(ONE))
+        await ask.swept()
+        assert "chat_server_store_bytes 0.0" in await shown()
 
 
 async def test_files_of_a_key_that_is_gone_wait_for_it(tmp_path):

@@ -168,7 +168,7 @@ def read_messages(body: dict, terms: Terms) -> ParsedBody:
     if not mcp.planned:
         return parsed
     later = later_params(values, known, messages)
-    return replace(parsed, plan=ToolPlan(tuple(mcp.planned), later=later, pauses=True))
+    return replace(parsed, plan=ToolPlan(tuple(mcp.planned), later=later, pauses=True, first=mcp.first))
 
 
 def one_format(values: Mapping) -> tuple[str, str]:
@@ -199,8 +199,8 @@ def anthropic_prompt(values: dict, known: Known, offered: Seq[Mapping] | None) -
     if has_servers or own:
         served = MCP_BLOCKS | {tool["type"] for tool in own}
         ignored = tuple(name for name in ignored if name not in served)
-    if "tool_choice" in values:
-        values["tool_choice"] = choice_among(mcp, tools, values["tool_choice"])
+    choice = choice_among(mcp, tools, values.get("tool_choice", ToolChoice()))
+    values["tool_choice"] = mcp.called_first(choice, tools, known.native_tools)
     values["tools"] = mcp.beside(tools)
     return messages, mcp, tuple(dict.fromkeys(ignored))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from chatlm.common.messages.requests import Piece
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.front.api import idle
 from chatlm.front.api.approval_ids import approval_id
+from chatlm.front.api.citations import Citations
 from chatlm.front.api.dialect import Continuing, Dialect, Form
 from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
 from chatlm.front.api.errors import response_error
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import Known, ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Message
-    from chatlm.common.messages.tool_rounds import PlannedTool
+    from chatlm.common.messages.tool_rounds import CallItem, PlannedTool
     from chatlm.front.api.dialect import Terms
     from chatlm.front.api.encode import AnswerBlock
 
@@ -138,17 +139,22 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
         raise bad_value("n", body["n"], "1 where the server runs tools: each answer would run them")
     history = None
     if runs_tools:
-        history = McpHistory(before or (), values.get("input"))
+        history = McpHistory(before or (), values.get("input"), mcp.planned, known.native_tools)
         served = MCP_ITEMS | {tool["type"] for tool in own} | ({"mcp"} if has_servers else set())
-        ignored = tuple(name for name in ignored if name not in served)
+        ignored = tuple(name for name in ignored if name not in served | {*history.own})
+        choice = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
+        values["tool_choice"] = mcp.called_first(choice, tools, known.native_tools)
         tools = mcp.beside(tools)
-        values["tool_choice"] = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
+        details |= included(body, history)
     messages = joined_turns(chat_messages(
         response_messages(values, before or (), history), known.tool_format is not None))
     values["tools"] = tools
     request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
     parsed = parsed_body("responses", values, known, request, details, ignored)
-    kept = kept_items(input_items(values, runs_tools)) if details.get("store") else ()
+    own_items = [tool.item for tool in history.own.values() if tool.item] if history else []
+    kept = ()
+    if details.get("store"):
+        kept = kept_items(input_items(values, runs_tools, own_items), own=own_items)
     plan = None
     if history and (offered is not None or history.approved):
         plan = tool_plan(values, known, mcp, history, messages)
@@ -165,7 +171,19 @@ def tool_plan(values: Mapping, known: Known, mcp: McpTools, history: McpHistory,
                           "them, and running")
     listed = tuple(label for label in mcp.labels if label not in history.listed)
     return ToolPlan(tuple(mcp.planned), listed, tuple(history.approved), values.get("max_tool_calls"),
-                    later_params(values, known, messages))
+                    later_params(values, known, messages), first=mcp.first)
+
+
+def included(body: Mapping, history: McpHistory) -> dict:
+    """The detail that says what of the items of the server's own tools was asked for."""
+    names = includable(tool for tool in history.own.values())
+    wanted = [name for name in body.get("include") or () if name in names]
+    return {"include": wanted} if wanted else {}
+
+
+def includable(tools: Iterable[PlannedTool]) -> set[str]:
+    """What `include` may name of the items of tools."""
+    return {f"{tool.item.type}.{member}" for tool in tools if tool.item for member in tool.item.asked_for}
 
 
 def kept_details(values: Mapping, known: Known) -> dict:
@@ -186,20 +204,22 @@ def kept_details(values: Mapping, known: Known) -> dict:
     return {"store": values.get("store", True), **in_background, **{name: values[name] for name in chained}}
 
 
-def input_items(values: Mapping, runs_tools: bool = False) -> list:
+def input_items(values: Mapping, runs_tools: bool = False, own: Seq[CallItem] = ()) -> list:
     """The input of a response as items. runs_tools: does the server run tools, and so understand their
-    items?"""
+    items? own: those of tools that it has itself."""
     items = values.get("input", "")
     if is_text(items):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
     others = OTHER_ITEMS - MCP_ITEMS | {"mcp_list_tools"} if runs_tools else OTHER_ITEMS
+    others -= {item.type for item in own}
     return [*without_others(items, others)]
 
 
 def idle_include(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
     """What of `include` this server cannot add."""
+    known_names = {LOGPROBS_OF_TEXT} | includable(parsed.plan.tools if parsed.plan else ())
     for name in body.get("include") or ():
-        if name != LOGPROBS_OF_TEXT:
+        if name not in known_names:
             yield f"include.{name}"
 
 
@@ -226,7 +246,9 @@ class ResponsesEncoder(BlockEncoder):
              "call": ("function_call", "fc_", "", "response.function_call_arguments"),
              "mcp": ("mcp_call", "mcp_", "", "response.mcp_call_arguments"),
              "approval": ("mcp_approval_request", "mcpr_", "", "response.mcp_call_arguments"),
-             "list": ("mcp_list_tools", "mcpl_", "", "response.mcp_list_tools")}
+             "list": ("mcp_list_tools", "mcpl_", "", "response.mcp_list_tools"),
+             "own": ("", "", "", "")}  # a call of a tool with items of its own: see CallItem
+    has_own_items = True
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -237,6 +259,7 @@ class ResponsesEncoder(BlockEncoder):
         self.tokens = TokensOfText(self.tokenizer, self.request.params.skip_special_tokens)
         self.logprobs: dict[str, list[bytes]] = {}  # id of a block -> its log-probabilities, each in JSON
         self.logprob_bytes = 0                      # of all so far
+        self.sources: list[Mapping] = []            # what numbers in its texts cite, from [1] on
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
@@ -302,6 +325,8 @@ class ResponsesEncoder(BlockEncoder):
         kind, prefix, _, _ = self.ITEMS[block.kind]
         if block.kind == "list":
             return self.item_of_list(block, begins)
+        if block.tool and block.tool.item:
+            return self.item_of_own(block, block.tool.item, begins)
         if block.tool:
             return self.item_of_tool(block, block.tool, begins)
         done = self.choices[0].done
@@ -321,6 +346,8 @@ class ResponsesEncoder(BlockEncoder):
         call is made from it."""
         if block.approval_id:
             return id_of_approved_call(block.approval_id)
+        if block.tool and block.tool.item:
+            return block.tool.item.prefix + block.id
         if block.kind == "approval" and block.tool and self.parsed.plan:
             return approval_id(self.parsed.plan.mark, block.id, block.tool.digest)
         return self.ITEMS[block.kind][1] + block.id
@@ -348,8 +375,22 @@ class ResponsesEncoder(BlockEncoder):
         return item | {"status": status, "approval_request_id": block.approval_id or None, "output": output,
                        "error": error}
 
+    def item_of_own(self, block: AnswerBlock, item: CallItem, begins: bool) -> dict:
+        """The item of a call of a tool that has items of its own."""
+        result = block.result
+        status = "in_progress" if begins else "incomplete"
+        if result:
+            status = "failed" if result.is_error else "completed"
+        shown = result.shown if result else {}
+        asked_for = self.parsed.details.get("include", ())
+        return {"id": self.id_of(block), "type": item.type, "status": status,
+                **{name: shown.get(name, []) for name in item.members},
+                **{name: shown.get(name) if f"{item.type}.{name}" in asked_for else None
+                   for name in item.asked_for}}
+
     def part(self, block: AnswerBlock, text: str) -> dict:
-        more = ({"annotations": [], "logprobs": self.place_of_logprobs(block),
+        found = [*block.citations.found] if block.citations else []
+        more = ({"annotations": found, "logprobs": self.place_of_logprobs(block),
                  **calculator_member(block.calculator)} if block.kind == "text" else {})
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
@@ -367,13 +408,15 @@ class ResponsesEncoder(BlockEncoder):
         item = self.item_event("added", block, begins=True)
         if block.kind == "mcp":
             return item + self.event("response.mcp_call.in_progress", **self.place(block))
+        if block.tool and block.tool.item:
+            return item + self.event(f"response.{block.tool.item.type}.in_progress", **self.place(block))
         if block.kind == "call":
             return item
         part = self.part(block, "")
         return item + self.event("response.content_part.added", **self.place(block), part=part)
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
-        if block.kind == "approval":
+        if block.kind in ("approval", "own"):
             self.scores(block, text)
             return b""
         if not block.frame:  # to dump a whole event takes 13 us, and 3 us to dump the text alone
@@ -383,8 +426,20 @@ class ResponsesEncoder(BlockEncoder):
         scores = self.scores(block, text) if text else b""
         logprobs = b'"logprobs": [%s], ' % scores if block.kind == "text" else b""
         more = b', "calculator": %s' % dump([call]) if call else b""
-        return b'%s"sequence_number": %d, %s"delta": %s%s}\n\n' % (
+        grown = b'%s"sequence_number": %d, %s"delta": %s%s}\n\n' % (
             block.frame, next(self.numbers), logprobs, dump(text), more)
+        return grown + self.cite(block, text) if self.sources and block.kind == "text" else grown
+
+    def cite(self, block: AnswerBlock, text: str) -> bytes:
+        """The events for what the next text of a block cites."""
+        if block.citations is None:
+            block.citations = Citations(self.sources)
+        before = len(block.citations.found)
+        block.citations.add(text)
+        return b"".join(
+            self.event("response.output_text.annotation.added", **self.place(block), annotation_index=index,
+                       annotation=annotation)
+            for index, annotation in enumerate(block.citations.found[before:], before))
 
     def close_block(self, block: AnswerBlock) -> bytes:
         if block.kind == "approval":
@@ -397,6 +452,8 @@ class ResponsesEncoder(BlockEncoder):
         text = block.text
         if block.kind == "mcp":  # its item is done once it has its result
             return self.event(event, **place, arguments=text)
+        if block.tool and block.tool.item:
+            return self.event(f"response.{block.tool.item.type}.{block.tool.item.runs}", **place)
         if block.kind == "call":
             done = self.event(event, **place, name=block.name, arguments=text)
         else:
@@ -406,6 +463,12 @@ class ResponsesEncoder(BlockEncoder):
         return done + self.item_event("done", block)
 
     def end_call(self, block: AnswerBlock) -> bytes:
+        self.sources += block.result.cited if block.result else ()
+        if block.tool and block.tool.item:
+            is_error = block.result and block.result.is_error  # of which the API has no event
+            end = b"" if is_error else self.event(f"response.{block.tool.item.type}.completed",
+                                                  **self.place(block))
+            return end + self.item_event("done", block)
         moment = "failed" if block.result and block.result.is_error else "completed"
         return self.event(f"response.mcp_call.{moment}", **self.place(block)) + self.item_event("done", block)
 
