@@ -94,8 +94,8 @@ class FileSearch:
         """The passages that fit, without those that earlier calls have found."""
         searched: Searched = call.options["searched"]
         numbers = await self.store.run(partial(left_stores, searched=searched))
-        found = await self.search.find(numbers, queries, Asker(call.client, call.owner,
-                                                               call.request.low_priority), searched.terms)
+        asker = Asker(call.client, call.owner, call.request.low_priority, call.request.params.temporary)
+        found = await self.search.find(numbers, queries, asker, searched.terms)
         if found.words_only:
             REQUEST_LOG.get().headers["X-Search"] = "words"
         known = [(each["file_id"], each["start"]) for before in call.before
