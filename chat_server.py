@@ -77,7 +77,7 @@ Life of a request
         > Intake.opened > open_body > Intake.resolve > Intake.decode_pictures > read_answer > read_native
         > native_messages > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
-        > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
+        > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerRunner.start
         > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Delta > Piece > Stepped                     worker process
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
@@ -114,14 +114,14 @@ Glossary: what a word means, its class, and the module where that lives
     part        of an engine, imported when a flag or a request asks for it: `EnginePart`,
                 chatlm/worker/engine/part.py
     rank, stage  one of the processes that compute a replica together; the ranks that have the same layers:
-                `RankZero`, chatlm/worker/ranks/ranks.py; `Stage`, chatlm/worker/ranks/steps.py
+                `RankZero`, chatlm/worker/ranks/ranks.py; `Stage`, chatlm/worker/ranks/runners.py
     kernels     the ops a worker uses, each either compiled or the reference, and how a step runs on them:
-                `Kernels` and `Steps`, chatlm/worker/kernels/kernels.py
+                `Kernels` and `StepRunner`, chatlm/worker/kernels/kernels.py
     model       what a Transformer computes: `Model`, chatlm/worker/model/blocks/model.py
     served model  a model of a server, with its names and its workers: `ServedModel`,
                 chatlm/front/pool/models.py
-    version     of a model's files: no answer goes on with others. `FilesVersion`,
-                chatlm/front/pool/files_version.py
+    revision    of a model's files: no answer goes on with others. `FilesRevision`,
+                chatlm/front/pool/files_revision.py
     checkpoint  of a training run, by the number of its training step: `CheckpointFiles`,
                 chatlm/common/hub/run_checkpoints.py
     layout      how a picture is cut into tiles and stands in a prompt: `PictureLayout`,

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choosing import load_kernels    # noqa: E402
 from chatlm.worker.arrays.rotary import Rope    # noqa: E402
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms    # noqa: E402
 from chatlm.worker.model.blocks.feed_forward import FeedForward    # noqa: E402
@@ -34,7 +34,7 @@ from chatlm.worker.model.blocks.model import Model    # noqa: E402
 from chatlm.worker.model.blocks.norms import RmsNorm    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
-from chatlm.worker.kernels.cuda_steps import GraphSteps  # noqa: E402
+from chatlm.worker.kernels.cuda_runner import GraphRunner  # noqa: E402
 
 PLAIN, NORM = RmsNorm(1e-5, weights=False), RmsNorm(1e-5)
 D32 = Layer(Attention(16, 16, 128, 128, Rope(128, direction=-1), norms=HeadNorms("after_rope", 1e-5, weights=False)),
@@ -119,7 +119,7 @@ def seconds_per_replay(steps, batch, replays=50, draws=True):
 def make_steps(model, kernels, device, dtype, batch, length, queue=None):
     pages = -(-length // PAGE_SIZE)
     transformer = random_model(model, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
-    steps = GraphSteps(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
+    steps = GraphRunner(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
     steps.prepare(lambda fraction: None)
     return steps
 

@@ -37,7 +37,7 @@ def step_s(engine, rows, context):
     params = SamplingParams(seed=1)
     draws = [SampleRow(params, context + row, (), context) for row in range(rows)]
     begun_s = time.perf_counter()
-    engine.steps.finish(engine.steps.start(batch, draws))
+    engine.runner.finish(engine.runner.start(batch, draws))
     return time.perf_counter() - begun_s
 
 

@@ -45,7 +45,7 @@ from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker import build    # noqa: E402
 from chatlm.worker.arrays.kinds import floats    # noqa: E402
-from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choosing import load_kernels    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402

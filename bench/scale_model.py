@@ -137,13 +137,13 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.worker.engine.sequence import Assignment
     from chatlm.worker.engine.warm_up import WarmUp
     from chatlm.worker.ranks.messages import RANK_PIPE
-    from chatlm.worker.ranks.steps import rank_step
+    from chatlm.worker.ranks.runners import rank_step
     import torch
     torch.set_num_threads(threads)
     settings = Settings(model=model or str(fetch_default_model()), kv_cache_memory=512 << 20, drafts="none")
     model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     WarmUp(engine).complete(lambda fraction: None)
-    start, orders = engine.steps.start, {}
+    start, orders = engine.runner.start, {}
 
     def noted(batch, each):
         orders[len(each)] = RANK_PIPE.packed(rank_step(batch, each)), batch, each
@@ -160,9 +160,9 @@ def measured_steps(model, threads, rows, context, steps):
             began = time.perf_counter()
             engine.step()
             times.append(1e3 * (time.perf_counter() - began))
-        engine.steps.start = noted
+        engine.runner.start = noted
         engine.step()
-        engine.steps.start = start
+        engine.runner.start = start
         while engine.busy:
             engine.step()
         found[count], broadcast[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
@@ -174,7 +174,7 @@ def telling_ms(batch, rows):
     """Median ms from when rank 0 packs a step until another rank has read it, without the time to wake that process."""
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.ranks.messages import RANK_PIPE
-    from chatlm.worker.ranks.steps import rank_step
+    from chatlm.worker.ranks.runners import rank_step
     times, (ours, theirs) = [], socket.socketpair()
     with ours, theirs:
         channel = Channel(theirs, RANK_PIPE)

@@ -25,7 +25,7 @@ from chatlm.worker.arrays.kinds import Norm    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
 core = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
-from chatlm.worker.kernels import cuda_experts, cuda_steps, devices  # noqa: E402
+from chatlm.worker.kernels import cuda_experts, cuda_runner, devices  # noqa: E402
 from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 H, Hkv, D, PAGE, BF16 = 32, 8, 128, 16, torch.bfloat16         # Llama 8B's attention
@@ -44,7 +44,7 @@ def ops():
 
 def captured(work):
     """`work` as one graph; calling it also waits for it."""
-    queue = cuda_steps.CudaQueue(torch.device("cuda"))
+    queue = cuda_runner.CudaQueue(torch.device("cuda"))
     replay = queue.capture(work)
 
     def run():

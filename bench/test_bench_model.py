@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from chatlm.common.config import PAGE_SIZE, Settings    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from chatlm.common.messages.requests import ModelSource, SamplingParams    # noqa: E402
-from chatlm.worker.kernels.choice import load_kernels    # noqa: E402
+from chatlm.worker.kernels.choosing import load_kernels    # noqa: E402
 from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.basic import fastest_dtype    # noqa: E402

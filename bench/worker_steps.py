@@ -58,7 +58,7 @@ class PythonParts:
         return run
 
     def watch(self, engine, channel):
-        for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch", "sample_rows")), (engine.steps, ("start", "finish")),
+        for owner, names in ((engine.scheduler, ("schedule",)), (engine_module, ("make_batch", "sample_rows")), (engine.runner, ("start", "finish")),
                              (engine, ("_advance",)), (engine.drawn, ("_accept",)), (channel, ("send",))):
             for name in names:
                 setattr(owner, name, self.timed(name, getattr(owner, name)))
@@ -120,7 +120,7 @@ def run_round(engine, channel, streams, tokens, dice, phases):
         step()
         steps += 1
         if phases and steps % 16 == 0:  # a program remembers 16
-            phases.note(engine.steps.program.times()[1:])
+            phases.note(engine.runner.program.times()[1:])
     spent_s = time.thread_time() - begun_s
     while engine.busy:
         step()

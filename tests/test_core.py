@@ -43,10 +43,10 @@ ABSENT_IN_WORKER = """
     chatlm.worker.engine.embedding chatlm.worker.engine.grammar chatlm.worker.engine.grammars
     chatlm.worker.engine.model_drafts chatlm.worker.engine.sight chatlm.worker.other_rank
     chatlm.worker.kernels.check chatlm.worker.kernels.cpu_proof chatlm.worker.kernels.cuda_backend
-    chatlm.worker.kernels.cuda_steps chatlm.worker.kernels.product_proof
+    chatlm.worker.kernels.cuda_runner chatlm.worker.kernels.product_proof
     chatlm.worker.kernels.proof chatlm.worker.kernels.random_blocks
     chatlm.worker.kernels.report chatlm.worker.kernels.timing
-    chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.steps
+    chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.runners
     chatlm.worker.survey chatlm.worker.weights.loaded.shards llguidance ssl torch
 """.split()
 # and the modules of families other than the default model's, of other kinds of files and of models

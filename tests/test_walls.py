@@ -107,7 +107,7 @@ PLANTED = [  # module, import, the contract that it breaks
     ),
     ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
     ("terminal/chat", "import chat_server", "Nothing imports the script"),
-    ("front/pool/dispatcher", "from chatlm.front.pool import files_version", "What a pool is made of is a line"),
+    ("front/pool/dispatcher", "from chatlm.front.pool import files_revision", "What a pool is made of is a line"),
     (
         "worker/engine/limits",
         "from chatlm.worker.engine import planners",

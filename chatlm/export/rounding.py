@@ -9,7 +9,7 @@ import numpy
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.transformer import Transformer

@@ -14,7 +14,7 @@ from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.pieces import open_for_answers
-from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.kernels.choosing import choose_backend
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefill_chunk
 from chatlm.worker.model.transformer import Transformer

@@ -18,7 +18,7 @@ from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
-from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.choosing import choose_backend, load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
@@ -169,7 +169,7 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
     own = of_draft_model(settings)
     source = resolve_model(own, progress)
     if terms.stamp is not None:
-        refuse_other_version(source, own, terms.stamp)
+        refuse_other_revision(source, own, terms.stamp)
     model = open_model(source, own, device)
     longest = target.architecture.max_positions
     if model.architecture.max_positions > longest:  # it needs no longer context
@@ -184,7 +184,7 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         settings=own, source=source)
 
 
-def refuse_other_version(source: ModelSource, own: Settings, stamp: Stamp):
+def refuse_other_revision(source: ModelSource, own: Settings, stamp: Stamp):
     """ConfigError unless the files of a draft model are those with which the memory was measured."""
     if not stamp:
         raise ConfigError(f"{source.path} has come since the memory was measured, without it")

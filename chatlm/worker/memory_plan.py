@@ -16,7 +16,7 @@ from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.device import gpu_memory
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import page_layout
 from chatlm.worker.weights.loaded.sizes import is_float, weight_bytes

@@ -17,13 +17,13 @@ from chatlm.worker.build import build_transformer
 from chatlm.worker.device import bind_to_node, prepare_device
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank
-from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
+from chatlm.worker.ranks.runners import DrawnTokens, RankRunner, Stage, follow, follow_stage
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.arrays.kinds import Device
-    from chatlm.worker.kernels.kernels import Steps
+    from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.messages import RankConfig
 
@@ -35,12 +35,12 @@ def run_rank(channel: Channel, config: RankConfig):
     device = prepare_device(config)
     ranks = OtherRank(channel, config)
     bind_to_node(config, config.rank)
-    transformer, steps = load_shard(channel, config, device, ranks)
+    transformer, runner = load_shard(channel, config, device, ranks)
     give_memory_back()
     channel.send(Ready({}))
     try:
         with transformer.arrays.computing():
-            follow_rank_zero(channel, ranks, transformer, steps)
+            follow_rank_zero(channel, ranks, transformer, runner)
     except (RuntimeError, EOFError) as error:
         raise RanksFailed(f"rank {ranks.rank}: {error or 'another rank has ended'}") from error
 
@@ -55,7 +55,7 @@ def adopt_environment(config: RankConfig):
 
 
 def load_shard(channel: Channel, config: RankConfig, device: Device, ranks: OtherRank
-               ) -> tuple[Transformer, Steps]:
+               ) -> tuple[Transformer, StepRunner]:
     def progress(activity: str, fraction: float):
         channel.send(Loading(activity, fraction))
 
@@ -68,17 +68,17 @@ def load_shard(channel: Channel, config: RankConfig, device: Device, ranks: Othe
     built = build_transformer(model, source, settings, device, progress, ranks)
     refuse_changed(source, settings)
     backend = built.transformer.kernels.backend
-    steps = backend.make_steps(built.transformer, settings.max_batch, built.context_length)
-    return built.transformer, steps
+    runner = backend.make_runner(built.transformer, settings.max_batch, built.context_length)
+    return built.transformer, runner
 
 
-def follow_rank_zero(channel: Channel, ranks: OtherRank, transformer: Transformer, steps: Steps):
+def follow_rank_zero(channel: Channel, ranks: OtherRank, transformer: Transformer, runner: StepRunner):
     """Compute step after step, and report checksums of what they draw."""
     def report(checksum: int):
         channel.send(RankDrew(checksum))
 
-    steps.prepare(lambda fraction: None)
+    runner.prepare(lambda fraction: None)
     if ranks.stages > 1:
-        follow_stage(channel, Stage(steps, transformer, ranks), DrawnTokens(report))
+        follow_stage(channel, Stage(runner, transformer, ranks), DrawnTokens(report))
     else:
-        follow(channel, RankSteps(steps, transformer, lambda step: None, report))
+        follow(channel, RankRunner(runner, transformer, lambda step: None, report))

@@ -21,7 +21,7 @@ from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
 from chatlm.worker.arrays.resize import resized
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.feed_forward import FeedForward, halves
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.pages import KvType, group_layers
 from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm, rms_norm
 from chatlm.worker.model.tensors import Unread, rounded_up

@@ -14,8 +14,8 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.kernels import choice
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels import choosing
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
@@ -28,7 +28,7 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-from chatlm.worker.kernels import cuda, cuda_experts, cuda_steps, random_blocks  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_experts, cuda_runner, random_blocks  # noqa: E402
 from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
@@ -257,7 +257,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(model) if backend else Backend("cpu"))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: backend(model) if backend else Backend("cpu"))
         return open_model(resolve_model(settings), settings)
 
 
@@ -288,7 +288,7 @@ def test_a_file_s_experts_stay_packed(emulated, expert_files, monkeypatch, name,
 def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch, name, prompt, count, rows, num_pages):
     """Steps that are begun ahead, with preemption where pages are few, else with a row of padding."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: backends.HostQueue())
     works = [assignment(f"w{i}", tuple(range(10 + i, 10 + prompt)), SamplingParams(seed=i), count + i % 3, ignore_eos=True) for i in range(min(rows, 3))]
     results, kernels = [], emulated.kernels(model.architecture)
     for prepare in (False, True):
@@ -296,10 +296,10 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=rows, context_length=64, prefill_chunk=48)
         if prepare:
             with torch.inference_mode():
-                engine.steps.prepare(lambda fraction: None)
+                engine.runner.prepare(lambda fraction: None)
         results.append(tokens_of(engine, works))
         assert (engine.queue.preemptions > 0) is (num_pages < 10)
-        assert (engine.steps.queue.replays > 3) is prepare and kernels.backend.faults == {}
+        assert (engine.runner.queue.replays > 3) is prepare and kernels.backend.faults == {}
     assert [len(tokens) for tokens in results[1].values()] == [count + i % 3 for i in range(len(works))]
     assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= len(works) - 1       # padding may move a near tie
 
@@ -325,7 +325,7 @@ def test_wrong_experts_become_bfloat16(emulation_library, expert_files, monkeypa
 def test_answers_of_experts_go_on_on_another_gpu(emulated, expert_files, monkeypatch, name):
     """Drafts are off: a row's last bits depend on its batch there. The same decides near ties when ids are computed again, in one chunk."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: backends.HostQueue())
     works = [assignment(f"w{i}", (5, 6, 7, 8, 10 + i) * 3, SamplingParams(temperature=i / 2, seed=i), 10, ignore_eos=True) for i in range(3)]
 
     def told(works, graphs):
@@ -334,9 +334,9 @@ def test_answers_of_experts_go_on_on_another_gpu(emulated, expert_files, monkeyp
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=12, max_batch=3, context_length=64, prefill_chunk=48)
         if graphs:
             with torch.inference_mode():
-                engine.steps.prepare(lambda fraction: None)
+                engine.runner.prepare(lambda fraction: None)
         tokens = tokens_of(engine, works)
-        assert (engine.steps.queue.replays > 3) is graphs and engine.drafts is False and engine.drafting.drafted.total == 0
+        assert (engine.runner.queue.replays > 3) is graphs and engine.drafts is False and engine.drafting.drafted.total == 0
         return tokens
 
     tokens = told(works, graphs=False)

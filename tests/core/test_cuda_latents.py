@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import left_to_torch, not_compiled
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.ops.latent import absorb_reference, append_latents_reference, by_head_reference
@@ -250,7 +250,7 @@ def test_families_of_latents_answer_as_references(emulation_library, nanochat_fi
     engine = cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=2, max_rows=rows, prefill_chunk=12)
     assert OURS <= {op for op in engine.kernels.names} and engine.kernels.backend.latents
     same_answers(expected, answers(engine, works, [0, 2, 2, 9][:len(works)]))
-    assert engine.steps.queue.replays > 8
+    assert engine.runner.queue.replays > 8
 
 
 @torch.inference_mode()
@@ -258,7 +258,7 @@ def test_graphs_of_latents_have_each_row_s_bits(emulation_library, nanochat_fixt
     """So drafts are on for dense models, and off where a kernel failed, over pages of 8 bits, and where experts mix rows."""
     model = latent_model("youtu", nanochat_fixtures)
     engine = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, max_rows=2, context_length=64)
-    steps, backend = engine.steps, engine.kernels.backend
+    steps, backend = engine.runner, engine.kernels.backend
     for length in (1, 2):
         together = logits_of(steps, [0, 1], length)
         assert torch.equal(logits_of(steps, [1], length), together[1:])
@@ -282,7 +282,7 @@ def test_latents_in_8_bits_are_computed_by_torch(emulation_library, nanochat_fix
     reference = engine_on(load_kernels("cpu"), model, **options)
     assert engine.kernels.backend.latents.packed
     for length in (1, 2, 3):
-        got, want = logits_of(engine.steps, [0, 1], length), logits_of(reference.steps, [0, 1], length)
+        got, want = logits_of(engine.runner, [0, 1], length), logits_of(reference.runner, [0, 1], length)
         assert (got - want).norm() < 2e-2 * want.norm()
     works = some_works(spec.vocab_size, 2, 6)
     assert all(len(tokens) >= 6 for tokens in answers(engine, works).values())
@@ -301,7 +301,7 @@ def test_wrong_kernels_of_latents_give_way(emulation_library, nanochat_fixtures,
     engine = cuda_engine(backends.Emulated(emulation_library, wrong, faults=[op]), model, monkeypatch, max_batch=2, max_rows=2)
     assert f"decode_core's {op} on cpu: raises RuntimeError: CUDA: no kernel image" in caplog.text
     same_answers(expected, answers(engine, works))
-    assert engine.steps.queue.replays > 3
+    assert engine.runner.queue.replays > 3
 
 
 def test_long_prompts_are_attended_in_parts(emulation_library, monkeypatch):

@@ -15,8 +15,8 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.kernels import choice
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels import choosing
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import Backend
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
@@ -32,7 +32,7 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no
 gguf = pytest.importorskip("gguf")
 compiled = backends.compiled
 import tiny_gguf  # noqa: E402
-from chatlm.worker.kernels import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_runner, cuda_weights, proof, random_blocks  # noqa: E402
 from chatlm.worker.kernels.cuda_weights import PackedMatrix  # noqa: E402
 
 KINDS = list(cuda.BLOCKS)
@@ -297,7 +297,7 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: backend(model))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: backend(model))
         return open_model(resolve_model(settings), settings)
 
 
@@ -346,7 +346,7 @@ def test_a_file_s_matrices_stay_packed(emulated, mixed_file, monkeypatch):
 def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypatch):
     """With 16 rows: graphs of 1 to 8 rows use the kernel, and the last one panels."""
     model = opened(mixed_file[0], monkeypatch, emulated.backend)
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: backends.HostQueue())
     works = [assignment(f"w{i}", tuple(range(10 + i, 40)), SamplingParams(seed=i), 6 + i % 3, ignore_eos=True) for i in range(12)]
     results = []
     for prepare in (False, True):
@@ -356,9 +356,9 @@ def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypa
                         prefill_chunk=48)
         if prepare:
             with torch.inference_mode():
-                engine.steps.prepare(lambda fraction: None)
+                engine.runner.prepare(lambda fraction: None)
         results.append(tokens_of(engine, works))
-        assert (engine.steps.queue.replays > 3) is prepare
+        assert (engine.runner.queue.replays > 3) is prepare
     assert [len(tokens) for tokens in results[1].values()] == [6 + i % 3 for i in range(12)]
     assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= 9     # padding to 16 rows may move a near tie
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned

@@ -15,8 +15,8 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import WarmUp
-from chatlm.worker.kernels import choice
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels import choosing
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
@@ -24,7 +24,7 @@ from pools import collect, greedy
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
-from chatlm.worker.kernels import cuda, cuda_steps, proof  # noqa: E402
+from chatlm.worker.kernels import cuda, cuda_runner, proof  # noqa: E402
 from chatlm.worker.kernels.library import _core  # noqa: E402
 
 MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
@@ -59,7 +59,7 @@ def small_blocks(monkeypatch):
 
 def engine_of(kernels, fixture, monkeypatch, queue=None):
     """An engine of a nanochat fixture on the CPU, as a worker builds it."""
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: queue or backends.HostQueue())
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: queue or backends.HostQueue())
     with torch.inference_mode():
         transformer = Transformer(fixture.architecture, dict(fixture.tensors), kernels, num_pages=40, dtype="float32",
                                   max_tokens=40, max_rows=4)
@@ -104,7 +104,7 @@ def test_a_wrong_kernel_gives_way_to_its_reference(
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patching.patch(patch, choice, "choose_backend", lambda device, model, *ranks: emulated.backend(model))
+        patching.patch(patch, choosing, "choose_backend", lambda device, model, *ranks: emulated.backend(model))
         kernels = load_kernels("cuda", fixture.architecture)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     ours = {"pack", "make_cache", "plan_attention"} | {name for name, (has, _) in _core.OPS.items() if has == "CUDA"} - {"by_head", "append_latents"}
@@ -133,9 +133,9 @@ def test_several_kernels_may_be_wrong_at_once(emulation_library, nanochat_fixtur
     fixture, wrong = engines.load(nanochat_fixtures / "gen3"), ("rope_append", "paged_attention")
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**dict.fromkeys(wrong, refuse)), faults=wrong)
     engine = engine_of(emulated.kernels(fixture.architecture), fixture, monkeypatch)
-    assert engine.steps.graphs          # references are captured too
+    assert engine.runner.graphs          # references are captured too
     assert_reference_answers(engine, fixture, monkeypatch)
-    assert engine.steps.queue.replays > 5
+    assert engine.runner.queue.replays > 5
 
 
 class FailingQueue(backends.HostQueue):
@@ -160,7 +160,7 @@ def test_steps_without_a_graph_run_op_by_op(emulation_library, nanochat_fixtures
     engine = engine_of(backends.Emulated(emulation_library).kernels(fixture.architecture), fixture, monkeypatch, queue)
     fault = engine.kernels.backend.faults["graphs"]
     assert fault == f"{failed} of 3 cannot be captured (RuntimeError: operation not permitted when stream is capturing)"
-    assert caplog.text.count(fault) == 1 and {rows for rows, _ in engine.steps.graphs} == {1, 2, 4} & {*range(most + 1)}
+    assert caplog.text.count(fault) == 1 and {rows for rows, _ in engine.runner.graphs} == {1, 2, 4} & {*range(most + 1)}
     assert_reference_answers(engine, fixture, monkeypatch)
     assert (queue.replays > 0) is (most > 0)
 

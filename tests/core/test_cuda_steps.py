@@ -36,7 +36,7 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import RmsNorm
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
@@ -51,7 +51,7 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 compiled = backends.compiled
-from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_steps, devices, proof  # noqa: E402
+from chatlm.worker.kernels import compiled, cuda_backend, cuda_prompts, cuda_runner, devices, proof  # noqa: E402
 from chatlm.worker.kernels.proof import prove_prompts  # noqa: E402
 from attention_kinds import blocks_of
 from cuda_engines import MARGIN, answers, cuda_engine, decode_batch, engine_on, logits_of, same_answers, some_works  # noqa: E402
@@ -137,7 +137,7 @@ def test_adapters_answer_as_on_the_reference_engine(backend, nanochat_fixtures, 
     engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9]))
     same_answers(expected, answers(engine, works[1:2]))
-    assert engine.steps.queue.replays > 20 and any(engine.steps.adapted.values())
+    assert engine.runner.queue.replays > 20 and any(engine.runner.adapted.values())
 
 
 @torch.inference_mode()
@@ -145,7 +145,7 @@ def test_graphs_with_adapters_have_each_row_s_bits(nanochat_fixtures, emulation_
     """Adapters may come and go: the graphs stay. Where the kernels cannot, torch adds the same."""
     model = some_model("llama", nanochat_fixtures)
     engine = adapted(cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, max_batch=2, max_rows=2, context_length=64), model[0])
-    steps, adapters, by_op = engine.steps, engine.transformer.adapters, []
+    steps, adapters, by_op = engine.runner, engine.transformer.adapters, []
     with monkeypatch.context() as patch:
         patch.setattr(steps, "_run_ops", lambda *rest, **more: by_op.append(1))
         together, plain = logits_of(steps, [0, 1], adapters=[1, 0]), logits_of(steps, [1])
@@ -167,8 +167,8 @@ def test_an_adapter_graph_is_captured_once_or_never(
     """A graph that cannot be captured is tried once, and its steps run op by op."""
     model, tries = some_model("llama", nanochat_fixtures), []
     engine = adapted(cuda_engine(backends.Emulated(emulation_library), model, monkeypatch, max_batch=3), model[0])
-    monkeypatch.setattr(engine.steps.queue, "capture", lambda work: tries.append(1) or 1 / 0)
-    drawn = [engine.steps.finish(engine.steps.start(decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]])._replace(adapters=[1, 0, 2]),
+    monkeypatch.setattr(engine.runner.queue, "capture", lambda work: tries.append(1) or 1 / 0)
+    drawn = [engine.runner.finish(engine.runner.start(decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]])._replace(adapters=[1, 0, 2]),
                                                     sampled_rows([1] * 3))) for _ in range(2)]
     assert tries == [1] and drawn[0] == drawn[1]
     assert "the CUDA graph of 3 rows with adapters cannot be captured (ZeroDivisionError: division by zero); its steps run op by op" in caplog.text
@@ -197,7 +197,7 @@ def test_coming_and_going_answers_match_references(backend, name, nanochat_fixtu
     expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
-    assert engine.steps.queue.replays > 30
+    assert engine.runner.queue.replays > 30
 
 
 @pytest.mark.parametrize("name", by_day(HYBRIDS, "mamba"))
@@ -207,7 +207,7 @@ def test_layers_with_states_answer_as_the_reference(backend, name, nanochat_fixt
     works = some_works(model[0].vocab_size, 4, 9)
     expected, engine = run(engine_on(load_kernels("cpu"), model), works), cuda_engine(backend, model, monkeypatch, max_batch=3)
     same_answers(expected, answers(engine, works, [0, 2, 2, 5]))
-    assert engine.steps.queue.replays > 20 and engine.pool.states.snapshots and not engine.drafts
+    assert engine.runner.queue.replays > 20 and engine.pool.states.snapshots and not engine.drafts
     same_answers(expected, answers(engine, works))
 
 
@@ -266,8 +266,8 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
     for drafts in (False, True):
         engine = cuda_engine(backend, model, monkeypatch, max_batch=8)
         assert engine.drafts and not engine.kernels.row_invariant
-        engine.drafts, start, by_op = drafts, engine.steps._run_ops, []
-        engine.steps._run_ops = lambda batches, *rest, **more: by_op.append(len(batches[0].token_ids)) or start(batches, *rest, **more)
+        engine.drafts, start, by_op = drafts, engine.runner._run_ops, []
+        engine.runner._run_ops = lambda batches, *rest, **more: by_op.append(len(batches[0].token_ids)) or start(batches, *rest, **more)
         tokens[drafts] = answers(engine, works, [0, 0, 12])
         assert min(by_op) > 8 and (engine.drafting.drafted.total > 5) is drafts
     assert tokens[True] == tokens[False] and engine.drafting.accepted.total > 0
@@ -310,10 +310,10 @@ def test_penalties_and_biases_apply_on_the_device(backend, nanochat_fixtures, mo
     expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works))
-    replays = engine.steps.queue.replays
+    replays = engine.runner.queue.replays
     assert replays >= 19
     # and larger than the memory reserved for a step
-    monkeypatch.setattr(cuda_steps, "LIST_CAPACITY", 20)
+    monkeypatch.setattr(cuda_runner, "LIST_CAPACITY", 20)
     tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
     same_answers(expected, answers(tight, works))
     assert tight.steps.queue.replays == 0
@@ -332,7 +332,7 @@ def test_steps_for_logits_replay_drawless_graphs(backend, nanochat_fixtures, mon
     got, want = pieces(engine, works), pieces(reference, works)
     found, expected = ({name: [token for piece in its for token in piece.tokens] for name, its in answer.items()} for answer in (got, want))
     # "plain" draws its first two tokens in steps with prompts; the other 18 steps replay
-    assert found == expected and by_op and all(by_op) and engine.steps.queue.replays >= 18
+    assert found == expected and by_op and all(by_op) and engine.runner.queue.replays >= 18
     for ours, theirs in zip(got["looked at"], want["looked at"], strict=True):
         for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=MARGIN)
@@ -406,7 +406,7 @@ def sampled_rows(lengths):
 
 def steps_on(backend, model, monkeypatch, **sizes):
     engine = cuda_engine(backend, model, monkeypatch, **sizes)
-    return engine.steps
+    return engine.runner
 
 
 def test_start_leaves_all_work_to_the_device(backend, nanochat_fixtures, monkeypatch):
@@ -500,7 +500,7 @@ def test_the_smallest_fitting_graph_is_replayed(backend, nanochat_fixtures, monk
     steps = steps_on(backend, some_model("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
     most = steps.max_rows               # 6, or 8 where drafts are rows of a step
     assert most in (6, 8) and sorted(steps.graphs) == [(1, 32), (2, 32), (4, 32), (most, 32)]
-    assert (cuda_steps.doubling(1, 64, 2), cuda_steps.doubling(64, 600, 4), cuda_steps.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
+    assert (cuda_runner.doubling(1, 64, 2), cuda_runner.doubling(64, 600, 4), cuda_runner.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
     sampling = SimpleNamespace(count_ids=[], bias_ids=[])
     for rows, expected in ((1, 1), (2, 2), (3, 4), (4, 4), (5, most), (6, most)):
         batch = decode_batch([0] * rows, [0] * rows, [1] * rows, [[0]] * rows)
@@ -515,7 +515,7 @@ def test_warming_up_captures_every_graph(backend, nanochat_fixtures, monkeypatch
     shares = []
     with torch.inference_mode():
         WarmUp(engine).complete(shares.append)
-    assert set(engine.steps.graphs) == {(rows, 32) for rows in cuda_steps.doubling(1, engine.steps.max_rows, 2)}
+    assert set(engine.runner.graphs) == {(rows, 32) for rows in cuda_runner.doubling(1, engine.runner.max_rows, 2)}
     assert shares == sorted(shares) and engine.pool.available == engine.pool.num_pages
 
 

@@ -20,8 +20,8 @@ from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.interface import INTERFACE
 from chatlm.common.invocation import pip_command
-from chatlm.worker.kernels.choice import choose_backend, load_kernels
-from chatlm.worker.kernels.kernels import Backend, EagerSteps, Steps
+from chatlm.worker.kernels.choosing import choose_backend, load_kernels
+from chatlm.worker.kernels.kernels import Backend, EagerRunner, StepRunner
 from flat_models import ModelSpec, model_of
 from chatlm.worker.ops.references import REFERENCES
 from real_server import ask, events, get, post, server
@@ -45,14 +45,14 @@ def test_importing_the_compiled_kernels_needs_no_torch():
 @needs_core
 def test_every_backend_has_what_the_references_have():
     """A backend has what the references' backend has."""
-    from chatlm.worker.kernels.cpu_backend import CpuBackend, ProgramSteps
+    from chatlm.worker.kernels.cpu_backend import CpuBackend, ProgramRunner
     from chatlm.worker.kernels.cuda_backend import CudaBackend
-    from chatlm.worker.kernels.cuda_steps import GraphSteps
+    from chatlm.worker.kernels.cuda_runner import GraphRunner
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
     sizes = model_of(SPEC)
-    for backend, runner in ((CpuBackend(sizes), ProgramSteps), (CudaBackend(sizes, None), GraphSteps)):
+    for backend, runner in ((CpuBackend(sizes), ProgramRunner), (CudaBackend(sizes, None), GraphRunner)):
         assert [name for name in names if not hasattr(backend, name)] == []
-        steps = {name for name in vars(EagerSteps) if not name.startswith("__")}
+        steps = {name for name in vars(EagerRunner) if not name.startswith("__")}
         assert [name for name in steps if not hasattr(runner, name)] == []
         assert backend.converted({}, {}) == "" if backend.as_stored else True
 
@@ -322,8 +322,8 @@ def test_file_matrices_are_kept_unchanged():
 
 @needs_core
 def test_every_runner_has_what_the_engine_calls():
-    from chatlm.worker.kernels.cpu_backend import ProgramSteps
-    from chatlm.worker.kernels.cuda_steps import GraphSteps
-    wanted = {*Steps.__annotations__, "prepare", "start", "finish"}
-    for steps in (EagerSteps, ProgramSteps, GraphSteps):
+    from chatlm.worker.kernels.cpu_backend import ProgramRunner
+    from chatlm.worker.kernels.cuda_runner import GraphRunner
+    wanted = {*StepRunner.__annotations__, "prepare", "start", "finish"}
+    for steps in (EagerRunner, ProgramRunner, GraphRunner):
         assert wanted <= set(dir(steps)), steps

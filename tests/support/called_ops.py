@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from chatlm.worker.arrays.kinds import AdapterMatrix
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import OPS
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.tensors import MappedRows

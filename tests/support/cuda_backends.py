@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.blocks.model import Model
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.ops.basic import linear_reference
 from flat_models import ModelSpec
 from attention_kinds import blocks_of
@@ -25,7 +25,7 @@ from nightly import WHOLE
 compiled = pytest.importorskip("chatlm.worker.kernels.compiled", exc_type=ImportError)
 from chatlm.worker.kernels import devices, proof  # noqa: E402
 from chatlm.worker.kernels.cuda_backend import CudaBackend, current_stream  # noqa: E402, F401
-from chatlm.worker.kernels.cuda_steps import CudaQueue  # noqa: E402
+from chatlm.worker.kernels.cuda_runner import CudaQueue  # noqa: E402
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
 

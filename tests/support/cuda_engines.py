@@ -11,7 +11,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.kernels import cuda_steps
+from chatlm.worker.kernels import cuda_runner
 from attention_kinds import blocks_of
 from engine_parts import parts_of
 from engines import step_pieces
@@ -34,12 +34,12 @@ def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, max_r
 
 
 def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):
-    """An engine as a worker builds it on CUDA; the queue of its steps is `engine.steps.queue`."""
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backend.queue())
+    """An engine as a worker builds it on CUDA; the queue of its steps is `engine.runner.queue`."""
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: backend.queue())
     engine = engine_on(backend.kernels(model[0]), model, backend.device, **sizes)
-    assert isinstance(engine.steps, cuda_steps.GraphSteps)
+    assert isinstance(engine.runner, cuda_runner.GraphRunner)
     if prepare:
-        engine.steps.prepare(lambda fraction: None)
+        engine.runner.prepare(lambda fraction: None)
     return engine
 
 

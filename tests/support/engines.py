@@ -15,8 +15,8 @@ from chatlm.worker.engine.drafts import Draft, Drafting
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.kernels.choice import load_kernels
-from chatlm.worker.kernels.kernels import EagerSteps
+from chatlm.worker.kernels.choosing import load_kernels
+from chatlm.worker.kernels.kernels import EagerRunner
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.tensors import MappedRows
@@ -75,7 +75,7 @@ class Run:
         return Traced(self.tokens[name], self.gaps[name])
 
 
-class TracedSteps(EagerSteps):
+class TracedRunner(EagerRunner):
     """Draws on the host and shows the logits to `on_draw`; with `ahead` the engine starts steps as early as
     it can."""
 
@@ -109,7 +109,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
         result.gaps[names[i]][drawn:] = [draw_gap(logits, row)]
 
     lengths = {work.id: len(work.prompt_ids) + len(work.resumed_ids) for work in works}
-    steps, schedule = engine.steps, engine.scheduler.schedule
+    runner, schedule = engine.runner, engine.scheduler.schedule
 
     def watched_schedule():
         plan = schedule()
@@ -117,7 +117,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
         on_step(plan)
         return plan
 
-    engine.steps = TracedSteps(engine.transformer, ahead, on_draw)
+    engine.runner = TracedRunner(engine.transformer, ahead, on_draw)
     engine.scheduler.schedule = watched_schedule
     try:
         while engine.busy:
@@ -130,7 +130,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
             if check:
                 check_integrity(engine)
     finally:
-        engine.steps, engine.scheduler.schedule = steps, schedule
+        engine.runner, engine.scheduler.schedule = runner, schedule
     assert engine.pool.available == engine.pool.num_pages
     return result
 
@@ -212,7 +212,7 @@ def step_pieces(engine):
 def pieces(engine, works, ahead=False, checked=True):
     """Run `works` -> {id: Pieces}. checked: the integrity after each step."""
     if ahead:
-        engine.steps = TracedSteps(engine.transformer, ahead=True)
+        engine.runner = TracedRunner(engine.transformer, ahead=True)
     found = {work.id: Pieces() for work in works}
     for work in works:
         engine.add(work)

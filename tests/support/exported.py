@@ -6,7 +6,7 @@ import chat_server
 from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits

@@ -13,7 +13,7 @@ import torch
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters.serving import adapter_reader

@@ -85,9 +85,9 @@ def played_pool(worker_class=PlayedWorker, memory=OwnMemory, shared=None, **sett
     shared = shared or SharedResources(Prefixes(settings))
     pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=shared.prefixes), shared, memory)
     pool.workers[:] = [worker_class(pool)]
-    pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
+    pool.supervisor.revision.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)
-    pool.supervisor.version.note_opened()
+    pool.supervisor.revision.note_opened()
     pool.supervisor.became_ready.set()
     return pool
 

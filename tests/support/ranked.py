@@ -15,7 +15,7 @@ from chatlm.common.processes import start
 from chatlm.worker.build import build_engine
 from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
-from chatlm.worker.ranks.steps import COMPARED_STEPS
+from chatlm.worker.ranks.runners import COMPARED_STEPS
 from patching import patch
 
 
@@ -39,7 +39,7 @@ class Group:
         _, engine = build_engine(source, settings, torch.device("cpu"), ranks=ranks)
         if ranks:
             ranks.wait_ready(no_progress)
-            self.steps = engine.steps
+            self.runner = engine.runner
         return engine
 
     def settle(self):
@@ -47,7 +47,7 @@ class Group:
 
         A rank finishes its last step when the next one comes, so what it drew in that one is never compared."""
         ours = self.ranks.checksums[0]
-        unfinished = self.steps.drawn.steps % COMPARED_STEPS == 0
+        unfinished = self.runner.drawn.steps % COMPARED_STEPS == 0
         while len(ours) > unfinished:
             self.ranks.check()
         ours.clear()

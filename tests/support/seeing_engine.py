@@ -80,7 +80,7 @@ def logits_of(engine, ids, pictures, rows=16):
     if model.picture_pad is not None:
         previous = pad_ids(shown, model.picture_pad, model.vocab_size)
     batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.model.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
-    made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
+    made = engine.transformer.arrays.numpy(engine.runner.forward(batch)).copy()
     transformer.show_pictures(())
     return made
 

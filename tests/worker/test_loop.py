@@ -39,7 +39,7 @@ def run(front, engine, warm_up=None):
 
 def broken(engine, monkeypatch, times):
     """The next steps of the engine fail, so many of them."""
-    start, left = engine.steps.start, [times]
+    start, left = engine.runner.start, [times]
 
     def fail(batch, rows):
         if left[0]:
@@ -47,7 +47,7 @@ def broken(engine, monkeypatch, times):
             raise ValueError("a bad step")
         return start(batch, rows)
 
-    monkeypatch.setattr(engine.steps, "start", fail)
+    monkeypatch.setattr(engine.runner, "start", fail)
 
 
 def test_a_failed_step_costs_only_its_answer(engine, monkeypatch):
@@ -71,21 +71,21 @@ def test_a_worker_survives_three_failed_steps(engine, monkeypatch):
 
 def test_a_computed_step_forgives_failed_ones(engine, monkeypatch):
     front = Front(*(asking(str(number)) for number in range(6)))
-    start = engine.steps.start
+    start = engine.runner.start
 
     def fail_first(batch, rows):
         if len(front.batches) % 2 and batch.lengths[0] == 3:
             raise ValueError("a bad step")
         return start(batch, rows)
 
-    monkeypatch.setattr(engine.steps, "start", fail_first)
+    monkeypatch.setattr(engine.runner, "start", fail_first)
     loop = run(front, engine)
     ends = dict(front.events)
     assert [isinstance(ends[str(number)], Failed) for number in range(6)] == [True, False] * 3 and loop.failures == 0
 
 
 def test_an_error_of_the_gpu_ends_the_worker_at_once(engine, monkeypatch):
-    monkeypatch.setattr(engine.steps, "start", lambda batch, rows: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal access")))
+    monkeypatch.setattr(engine.runner, "start", lambda batch, rows: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal access")))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="illegal access"):
         WorkerLoop(Front(asking("a")), engine, CONFIG).run()
 

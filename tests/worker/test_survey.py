@@ -8,7 +8,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.protocol import SurveyConfig
 from chatlm.worker.build import build_transformer
-from chatlm.worker.kernels import choice
+from chatlm.worker.kernels import choosing
 from chatlm.worker.ranks.alone import PlannedRank
 from chatlm.worker.survey import surveyed
 from chatlm.worker.weights.load import open_model
@@ -30,7 +30,7 @@ def survey(settings, budget=1 << 30, **more):
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_the_bytes_of_all_ranks_are_counted(folder, tp, pp, monkeypatch):
     """Among four ranks two have the same head of keys, and each has its own buffers."""
-    monkeypatch.setattr(choice, "decode_core", lambda: None)   # it would record steps, for which the ranks have to meet
+    monkeypatch.setattr(choosing, "decode_core", lambda: None)   # it would record steps, for which the ranks have to meet
     settings = Settings(model=str(folder), dtype="float32", kv_cache_memory=1 << 20, tensor_parallel_size=tp, pipeline_parallel_size=pp)
     found, source = survey(settings), resolve_model(settings)
     ranks = [build_transformer(open_model(source, settings, CPU), source, settings, CPU, lambda *progress: None, PlannedRank(settings, rank))[1]

@@ -20,7 +20,7 @@ class DraftTerms(NamedTuple):
     """What a worker does if it cannot have what drafts for its model."""
 
     needed: bool = True  # its start fails then; else it goes without, because answers stay the same
-    stamp: tuple[tuple[str, int, int], ...] | None = None  # of the only version of --draft-model that has
+    stamp: tuple[tuple[str, int, int], ...] | None = None  # of the only revision of --draft-model that has
                          # room; (): none has, None: any may have
     failed: str = ""     # why it goes without from the start: with them its last process could not begin
 
@@ -150,7 +150,7 @@ class CacheEmptied:
 class LoadAdapter:
     """Front to worker: serve an adapter along with the model. `AdapterLoaded` comes back."""
 
-    id: str      # new for each version of its files
+    id: str      # new for each revision of its files
     folder: str  # peft's
     stamp: tuple[tuple[str, int, int], ...] = ()  # of these files; () where the front does not see them
     digest: str = ""  # as reported by another worker

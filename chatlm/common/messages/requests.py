@@ -312,7 +312,7 @@ class Request:
     round: int = 0                 # of an answer in rounds, from 1. That holds a place, so neither a full
                                    # queue nor a drain refuses its rounds. 0: it is not in rounds
     unset: tuple[str, ...] = ()    # of the sampling, what a server at --url decides
-    version: int | None = None     # of the model's files, for which it was read
+    revision: int | None = None     # of the model's files, for which it was read
     infill: Infill | None = None   # of raw completions that fill a gap
     retrieval: Retrieval | None = None  # of texts that are embedded or ranked
     pictures: tuple[Picture, ...] = ()  # of its messages, as far as the prompt has them; set at admission

@@ -97,7 +97,7 @@ class Intake:
         added = opened_body.added
         [parsed] = await self._read(opened_body, served, "answer", opened_body.caller.route, added.changed_by)
         reading.give_back_beyond(0)  # first, or a large body would be refused for its own size
-        request = with_pixels(served.with_versions(parsed.request), opened_body.pictures)
+        request = with_pixels(served.with_revisions(parsed.request), opened_body.pictures)
         parsed = replace(parsed, request=request,
                          added=added.fields,
                          plan=parsed.plan and replace(parsed.plan, options=added.tools))
@@ -138,7 +138,7 @@ class Intake:
         [parsed] = await self._read(opened_body, served, "line")
         if not opened_body.is_here:
             holding.keep(parsed.size)
-        request = with_pixels(served.with_versions(parsed.request), opened_body.pictures)
+        request = with_pixels(served.with_revisions(parsed.request), opened_body.pictures)
         return replace(parsed, request=request)
 
     async def check_lines(self, caller: Caller, lines: Seq[NumberedLine]) -> list[CheckedLine]:
@@ -280,8 +280,8 @@ class Intake:
         pool = served.pool
         if served.adapter:
             holding.resources.enter_context(pool.adapters.holding(served.adapter.id))
-        await pool.version.current()
-        return served._replace(version=pool.version.number)
+        await pool.revision.current()
+        return served._replace(revision=pool.revision.number)
 
     def _models_that_see(self) -> list[ServedModel]:
         return [model for model in self.catalogue.registry.models

@@ -16,12 +16,12 @@ T = TypeVar("T", bound=FoundFiles)
 
 
 class FolderScanner(Generic[T]):
-    """The models, checkpoints or adapters below a folder. A stamp identifies a version of an entry's files. A
-    version that has not changed between two scans is offered to the caller, at each scan until the caller
-    serves or refuses it.
+    """The models, checkpoints or adapters below a folder. A stamp identifies a revision of an entry's files.
+    One that has not changed between two scans is offered to the caller, at each scan until the caller serves
+    or refuses it.
 
-    An entry without a stamp is being written, or cannot be read now, so its version is unknown. Neither the
-    entry nor anything below it counts as removed: the version that was seen last stays in `there`. If a scan
+    An entry without a stamp is being written, or cannot be read now, so its revision is unknown. Neither the
+    entry nor anything below it counts as removed: the revision that was seen last stays in `there`. If a scan
     fails as a whole, everything stays."""
 
     OLD_S = 5.0       # the first scan offers files that are older than this
@@ -30,14 +30,14 @@ class FolderScanner(Generic[T]):
     def __init__(self, find: Callable[[], Iterable[T]], taken: Callable[[], Collection[Stamp]],
                  watch_s: float):
         """find: scans the folder, in a thread; raises ConfigError or OSError if it cannot be read. taken:
-        returns the versions that the caller serves. watch_s: seconds between two scans."""
+        returns the revisions that the caller serves. watch_s: seconds between two scans."""
         self.find = find
         self.taken = taken
         self.watch_s = watch_s
         self.there: dict[Path, T] = {}         # as last seen, in order
         self.looked = False
-        self.refused: dict[Stamp, bool] = {}   # versions that cannot be served; True: for good
-        self.whole: set[Stamp] = set()         # refused versions that are complete: nobody writes them
+        self.refused: dict[Stamp, bool] = {}   # revisions that cannot be served; True: for good
+        self.whole: set[Stamp] = set()         # refused revisions that are complete: nobody writes them
         self.troubles: dict[str, Mapping] = {}  # topic -> what -> trouble
 
     async def run(self, update: Callable[[list[T]], Awaitable], pause=asyncio.sleep):
@@ -57,8 +57,8 @@ class FolderScanner(Generic[T]):
         return self.compare(await asyncio.to_thread(self.find))
 
     def compare(self, found: Iterable[T]) -> list[T]:
-        """Compare the result of a scan with that of the last one. Returns what is offered: versions that have
-        not changed since, and that are neither served nor refused for good."""
+        """Compare the result of a scan with that of the last one. Returns what is offered: revisions that
+        have not changed since, and that are neither served nor refused for good."""
         found = [*found]
         before = [*self.there.values()]
         self.note("files", {each.path: each.trouble for each in found if each.trouble})
@@ -83,12 +83,12 @@ class FolderScanner(Generic[T]):
         return [each for each in readable if each.stamp in unchanged - done]
 
     def is_final(self, seen: T) -> bool:
-        """Has a version been refused, and is nobody writing its files any more? A writer may pause."""
+        """Has a revision been refused, and is nobody writing its files any more? A writer may pause."""
         return seen.stamp in self.refused and (
             seen.stamp in self.whole or time.time() - seen.changed_s > self.WRITTEN_S)
 
     def refuse(self, stamp: Stamp, for_good: bool = True, is_whole: bool = False) -> bool:
-        """Note that a version cannot be served. Returns whether this is news, for the caller to log.
+        """Note that a revision cannot be served. Returns whether this is news, for the caller to log.
 
         for_good: do not offer it again. is_whole: its files are complete, and not the reason."""
         if is_whole:

@@ -110,7 +110,7 @@ class FolderWatch:
         return pool
 
     async def _open(self, entry: ModelEntry, files: ModelFiles, old: ServedModel | None):
-        """Serve a new model, or the new version of an old one."""
+        """Serve a new model, or the new revision of an old one."""
         model = await self._resolve(entry, files)
         if model is None:
             return

@@ -195,7 +195,7 @@ class ManyModels:
                     more = [each for each in (name, *aliases) if not model.fits(each)]
                     model.rename(model.name, (*model.entry.aliases, *more))
                     return ""
-                if model in self.taken_in and model.name == name:  # an older version, or one that failed
+                if model in self.taken_in and model.name == name:  # an older revision, or one that failed
                     self.taken_in.remove(model)
                     self.dismiss(model)
             entry = self.registry.renamed(ModelEntry(str(path), name, aliases=tuple(aliases)))

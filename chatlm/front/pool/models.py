@@ -11,7 +11,7 @@ from chatlm.common.config import ModelEntry
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
 from chatlm.front.pool.pool import known_about
-from chatlm.front.pool.files_version import NO_CARD
+from chatlm.front.pool.files_revision import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -164,7 +164,7 @@ class ModelOrAdapter(NamedTuple):
 
     model: ServedModel
     adapter: Adapter | None = None
-    version: int | None = None  # of the model's files, if this is for one request
+    revision: int | None = None  # of the model's files, if this is for one request
 
     @property
     def _one(self) -> ServedModel | Adapter:
@@ -226,10 +226,10 @@ class ModelOrAdapter(NamedTuple):
                                code="model_failed", param="model")
         return self.model.pool
 
-    def with_versions(self, request: Request) -> Request:
-        """The request with the versions of the model's files and of the adapter."""
+    def with_revisions(self, request: Request) -> Request:
+        """The request with the revisions of the model's files and of the adapter."""
         adapter = self.adapter.id if self.adapter else ""
-        return replace(request, version=self.version, params=replace(request.params, adapter=adapter))
+        return replace(request, revision=self.revision, params=replace(request.params, adapter=adapter))
 
 
 class Registry:

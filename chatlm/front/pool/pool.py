@@ -29,9 +29,9 @@ from chatlm.front.pool.memory import OwnMemory
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.places import QueuePlace
 from chatlm.front.pool.prefixes import Prefixes
-from chatlm.front.pool.served_version import ServedVersion
+from chatlm.front.pool.served_revision import ServedRevision
 from chatlm.front.pool.supervisor import Supervisor
-from chatlm.front.pool.files_version import NO_CARD
+from chatlm.front.pool.files_revision import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -113,7 +113,7 @@ class WorkerPool:
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
-        self.version = ServedVersion(self.supervisor)
+        self.revision = ServedRevision(self.supervisor)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
         self.started_s = time.monotonic()
@@ -191,13 +191,13 @@ class WorkerPool:
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full,
         shutdown) and EngineFailure (workers died too often)."""
         arrived_s = time.monotonic()
-        version = self.version.number if request.version is None else request.version
+        revision = self.revision.number if request.revision is None else request.revision
         with self.adapters.holding(request.params.adapter):
             goes_on = request.round > 0
             is_new = request.prompt_ids is None
             if is_new:  # it holds its place in the queue meanwhile
                 request = await self.admission.admit(request)
-            if version != self.version.number:
+            if revision != self.revision.number:
                 raise Overloaded("the model's files have changed while this request was read",
                                  retry_after_s=2)
             if is_new:
@@ -225,7 +225,7 @@ class WorkerPool:
     def rename(self, name: str, source: ModelSource | None):
         self.memory.rename(name)
         self.placement.source = source
-        self.supervisor.version.rename(name)
+        self.supervisor.revision.rename(name)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request. Its reader gets RequestError 'cancelled' instead of Finished."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Adapter:
-    """One version of an adapter's files."""
+    """One revision of an adapter's files."""
 
     id: str
     files: AdapterFiles
@@ -61,7 +61,7 @@ class PoolAdapters:
     """The adapters of a pool. Every worker loads all of them when it starts, and each new one when it comes.
     Pipes keep their order, so an answer with the adapter may follow at once.
 
-    A new version of an adapter replaces the old one once it is loaded. Running answers finish with the old
+    A new revision of an adapter replaces the old one once it is loaded. Running answers finish with the old
     one, which is dropped after them."""
 
     def __init__(self, settings: Settings, workers: Seq[Worker],
@@ -110,7 +110,7 @@ class PoolAdapters:
 
     def serve(self, files: AdapterFiles, required: bool = False, watched: bool = False):
         """Have all workers load an adapter. Answers use it once a worker has it; or at once, if there is no
-        older version that they could use."""
+        older revision that they could use."""
         adapter = Adapter(f"{files.name}#{next(self.numbers)}", files, required, watched)
         self.all[adapter.id] = adapter
         ready = [worker for worker in self.workers if worker.state is WorkerState.READY]
@@ -141,7 +141,7 @@ class PoolAdapters:
 
     @contextmanager
     def holding(self, adapter_id: str) -> Iterator[None]:
-        """A request uses this version, from when its model is looked up until its answers have ended."""
+        """A request uses this revision, from when its model is looked up until its answers have ended."""
         self.uses[adapter_id] += 1
         try:
             yield
@@ -241,14 +241,14 @@ class AdapterWatch:
 
     def __init__(self, adapters: PoolAdapters):
         self.adapters = adapters
-        self.scanner = FolderScanner(lambda: adapters_in(*adapters.folders), self._versions, self.WATCH_S)
+        self.scanner = FolderScanner(lambda: adapters_in(*adapters.folders), self._revisions, self.WATCH_S)
         if adapters.folders:
             self.scanner.compare(adapters_in(*adapters.folders))
         for files in self.scanner.there.values():
             if files.name not in adapters.serving:
                 adapters.serve(files, watched=True)
 
-    def _versions(self) -> list[Stamp]:
+    def _revisions(self) -> list[Stamp]:
         return [adapter.files.stamp for adapter in self.adapters.all.values()
                 if not adapter.retired and (adapter.loaded or not adapter.problems)]
 
@@ -270,7 +270,7 @@ class AdapterWatch:
                 adapters.serve(files, watched=True)
 
     def follow(self, adapter: Adapter) -> bool:
-        """Serve an adapter's current files, if they are not the version that a worker was told to load.
+        """Serve an adapter's current files, if they are not the revision that a worker was told to load.
         Returns whether they are served."""
         adapters = self.adapters
         now = adapter_at(adapter.files.path, adapter.name)

@@ -60,8 +60,8 @@ class RunWatch:
     new one is loaded first, if memory holds both; otherwise requests wait for it. The old one leaves memory
     once its answers have ended and it has had no request for a while.
 
-    A model belongs to one complete version of its files, which a stamp identifies. Workers refuse other
-    versions. So an overwritten checkpoint becomes a new model, and the old one ends with its answers."""
+    A model belongs to one complete revision of its files, which a stamp identifies. Workers refuse other
+    revisions. So an overwritten checkpoint becomes a new model, and the old one ends with its answers."""
 
     WATCH_S = 2.0    # between two scans
     AT_ONCE = 8      # this many checkpoints are opened between two scans, the newest first

@@ -18,7 +18,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import stamp_at_start, why_outdated
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.pool.files_version import FilesVersion, has_other_files
+from chatlm.front.pool.files_revision import FilesRevision, has_other_files
 from chatlm.front.pool.worker import Launcher, Worker, WorkerState
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Supervisor:
         self.report = report
         self.expect = expect
         stamp_at_start()  # the first pool notes it
-        self.version = FilesVersion(workers, dispatcher)
+        self.revision = FilesRevision(workers, dispatcher)
         self.closing = False
         self.asleep = False                  # True: unloaded, and not loaded again yet
         self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
@@ -100,7 +100,7 @@ class Supervisor:
         """Note that start-up has failed."""
         self.failure = self.failure or error
         self.closing = True
-        self.version.close()
+        self.revision.close()
         self.became_ready.set()
         self.tell_failure(self.failure)
 
@@ -128,7 +128,7 @@ class Supervisor:
             ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
                 return
-            if error := await self.version.may_read(worker):
+            if error := await self.revision.may_read(worker):
                 return self.leave_out(worker, error)
             await self._live(worker)
             if worker.state is WorkerState.LEFT_OUT:
@@ -266,7 +266,7 @@ class Supervisor:
             if has_other_files(card, known):  # on a node of Ray's
                 self._refuse(worker)
             return
-        self.version.note_card(card)
+        self.revision.note_card(card)
         lengths = card.context_length, card.scored_length
         if not self.prepared or lengths != (known.context_length, known.scored_length):
             # build our tokenizer while the workers warm up
@@ -299,15 +299,15 @@ class Supervisor:
 
     @property
     def card(self) -> ModelCard:
-        return self.version.card
+        return self.revision.card
 
     @property
     def prepared(self) -> bool:
-        """Is there a tokenizer for the version of the files that the workers have or will read?"""
-        return self.version.opened.is_set()
+        """Is there a tokenizer for the revision of the files that the workers have or will read?"""
+        return self.revision.opened.is_set()
 
     def _refuse(self, worker: Worker):
-        if error := self.version.refuse(worker):
+        if error := self.revision.refuse(worker):
             self.leave_out(worker, error)
             worker.kill()
 
@@ -315,15 +315,15 @@ class Supervisor:
         try:
             await self.prepare(self.card)
         except ChatServerError as error:
-            self.version.note_unusable(str(error))
+            self.revision.note_unusable(str(error))
             raise
-        self.version.note_opened()
+        self.revision.note_opened()
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
         """Begin without workers. `card` has what the headers of the files say: enough to admit requests."""
         self.wanted.clear()
-        self.version.note_card(card)
+        self.revision.note_card(card)
         self.asleep = True
         for worker in self.workers:
             worker.become(WorkerState.UNLOADED)
@@ -386,7 +386,7 @@ class Supervisor:
     async def close(self):
         """End every worker, and wait until it has ended."""
         self.closing = True
-        self.version.close()
+        self.revision.close()
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()

@@ -263,7 +263,7 @@ class Launcher(typing.Protocol):
         ...
 
     def changed_source(self) -> ModelSource | None:
-        """The source with the current version of its files; None if unchanged, or if they cannot be read."""
+        """The source with the current revision of its files; None if unchanged, or if they cannot be read."""
 
     def is_gone(self) -> bool:
         """Do the files of its source no longer exist?"""

@@ -72,7 +72,7 @@ async def compared_models_of(intake: Intake, opened_body: OpenedBody,
     for same in indices.values():
         read = await intake.variants(opened_body, holding, all_served[same[0]], same, wanted["seed"])
         requests |= {index: parsed.request for index, parsed in zip(same, read)}
-    return [ComparedModel(served.name, served.pool, served.with_versions(requests[index]))
+    return [ComparedModel(served.name, served.pool, served.with_revisions(requests[index]))
             for index, served in enumerate(all_served)], ignored
 
 

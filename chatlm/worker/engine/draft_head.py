@@ -75,7 +75,7 @@ class DraftHead:
         self.prefill_chunk = prefill_chunk
         self.max_rows = len(transformer.buffers["logits"])
         self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
-        self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
+        self.runner = transformer.kernels.backend.make_runner(transformer, max_batch, self.longest)
         self.hidden: dict[Sequence, KnownRows] = {}
         self.computed = 0
         self.gaps = itertools.count()
@@ -203,4 +203,4 @@ class DraftHead:
         states = numpy.concatenate([part.states for part in parts])
         given[:, :states.shape[1]] = states
         given[:, states.shape[1]:] = 0.0
-        return self.steps.finish(self.steps.start(batch, rows))
+        return self.runner.finish(self.runner.start(batch, rows))

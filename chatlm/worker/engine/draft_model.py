@@ -127,7 +127,7 @@ class DraftModel:
         self.prefill_chunk = prefill_chunk
         self.max_rows = len(transformer.buffers["logits"])
         self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
-        self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
+        self.runner = transformer.kernels.backend.make_runner(transformer, max_batch, self.longest)
         self.computed = 0  # tokens in the first step of the last draft
 
     def line(self) -> str:
@@ -208,19 +208,19 @@ class DraftModel:
         """Compute the chunks, then a token at a time of those that draft; returns what each of these drew.
 
         A step starts before the one before it is finished, where the kernels can do that."""
-        steps = self.steps
+        runner = self.runner
         drawn = [[] for _ in drafting]
         waiting: list[tuple[list[int], object]] = []  # (who draws in it, its ticket) of steps under way
 
         def finish(most: int):
             while len(waiting) > most:
                 members, ticket = waiting.pop(0)
-                for member, token in zip(members, steps.finish(ticket)):
+                for member, token in zip(members, runner.finish(ticket)):
                     drawn[member].append(token)
 
         members = [*range(len(drafting))]
         rows = [sample_row(own, self.stop_tokens) for own, _ in drafting]
-        waiting.append((members, steps.start(make_batch(plan), rows)))
+        waiting.append((members, runner.start(make_batch(plan), rows)))
         for chunk in plan:
             self.followers.tables.advance(chunk.sequence, chunk.count)
         for ahead in range(1, max((length for _, length in drafting), default=0)):
@@ -238,7 +238,7 @@ class DraftModel:
                 batch.tables.append(own.pages)
                 batch.logit_rows.append(len(batch.logit_rows))
             rows = [sample_row(drafting[i][0], self.stop_tokens, ahead) for i in members]
-            waiting.append((members, steps.start(batch, rows)))
+            waiting.append((members, runner.start(batch, rows)))
         finish(0)
         return drawn
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.embedding import Pooler
     from chatlm.worker.engine.part import LatePart
     from chatlm.worker.engine.sequence import Chunk, Sequence
+    from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
 
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 class HostSteps:
     """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
 
-    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker, texts: LatePart[Pooler] | None,
-                 emit: Callable[[Sequence, WorkerEvent], None]):
+    def __init__(self, transformer: Transformer, runner: StepRunner, answers: AnswerMaker,
+                 texts: LatePart[Pooler] | None, emit: Callable[[Sequence, WorkerEvent], None]):
         self.transformer = transformer
-        self.steps = steps
+        self.runner = runner
         self.answers = answers
         self.late_texts = texts
         self.emit = emit
@@ -48,7 +49,7 @@ class HostSteps:
         batch = make_batch(plan, self.transformer.model)
         if self.transformer.model.token_types:
             batch.previous_token_ids[:] = self._token_types(plan)
-        logits = self.steps.forward(batch)
+        logits = self.runner.forward(batch)
         self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.sequence import Sequence
-    from chatlm.worker.kernels.kernels import Steps
+    from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -29,7 +29,7 @@ class Drafter(Protocol):
     followers: Followers
     computed: int       # tokens in the first step of the last draft
     longest: int        # tokens of a sequence that it can follow
-    steps: Steps
+    runner: StepRunner
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
     def end(self, sequence: Sequence): ...
@@ -105,7 +105,7 @@ class ModelDrafts(EnginePart):
 
     def prepare_steps(self):
         """Record the model's steps, where they can be recorded before they run."""
-        self.drafter.steps.prepare(lambda fraction: None)
+        self.drafter.runner.prepare(lambda fraction: None)
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()

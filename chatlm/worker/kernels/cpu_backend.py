@@ -186,8 +186,8 @@ class CpuBackend:
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         return self.program.adapters.pack(matrices)
 
-    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> ProgramSteps:
-        return ProgramSteps(self.program, transformer)
+    def make_runner(self, transformer: Transformer, max_batch: int, context_length: int) -> ProgramRunner:
+        return ProgramRunner(self.program, transformer)
 
 
 def adapters_of(batch: Batch, transformer: Transformer) -> list:
@@ -195,7 +195,7 @@ def adapters_of(batch: Batch, transformer: Transformer) -> list:
     return [transformer.adapters.get(slot) for slot in batch.adapters]
 
 
-class ProgramSteps:
+class ProgramRunner:
     """Runs steps as a Program, on its threads. A second step may start before the first is finished."""
 
     ahead = True

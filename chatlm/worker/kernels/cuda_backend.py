@@ -17,9 +17,9 @@ from chatlm.worker.kernels.cuda_latents import LatentOps, latents_of
 from chatlm.worker.kernels.cuda_packed_kv import PackedPages, gathered, halves, turned
 from chatlm.worker.kernels.cuda_prompts import PromptAttention, prompts_of
 from chatlm.worker.kernels.cuda_references import CudaReferences
-from chatlm.worker.kernels.cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
+from chatlm.worker.kernels.cuda_runner import LISTS, CudaPlan, GraphRunner, record_words
 from chatlm.worker.kernels.cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
-from chatlm.worker.kernels.kernels import EagerSteps, Steps
+from chatlm.worker.kernels.kernels import EagerRunner, StepRunner
 from chatlm.worker.kernels.proof import prove_cuda
 from chatlm.worker.kernels.sampling import SampleBatch
 from chatlm.worker.kernels.weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
@@ -117,7 +117,7 @@ class CudaBackend:
         kernels.
 
         Then each op of such a step is a kernel of ours, or an op of torch that computes row by row. `sample`
-        must be ours too, because only GraphSteps makes each draft a row of its own.
+        must be ours too, because only GraphRunner makes each draft a row of its own.
         """
         model = self.model
         needed = {"linear", "rope_append", "paged_attention", "sample", "append_latents", "absorb", "by_head"}
@@ -131,7 +131,7 @@ class CudaBackend:
         return NORMS_ROW_BY_ROW or not (isinstance(first.norm, RmsNorm) or norms_after)
 
     def record(self, transformer: Transformer) -> None:
-        """Nothing is recorded: GraphSteps captures whole steps as graphs."""
+        """Nothing is recorded: GraphRunner captures whole steps as graphs."""
 
     def pause_while(self, lease: AnswerLease, most_s: float) -> None:
         """Nothing pauses: what a GPU computes takes no CPU from others."""
@@ -139,10 +139,10 @@ class CudaBackend:
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: Any) -> dict[str, Any]:
         return self.adapters.pack(matrices, device)
 
-    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
+    def make_runner(self, transformer: Transformer, max_batch: int, context_length: int) -> StepRunner:
         if "sample" in self.faults:         # a graph cannot draw on the host
-            return EagerSteps(transformer)
-        return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
+            return EagerRunner(transformer)
+        return GraphRunner(transformer, self, max_batch=max_batch, context_length=context_length)
 
     def pack(self, name: str, *parts: torch.Tensor | PackedMatrix) -> Any:
         """The matrix that `linear`, `embed` and `experts` read.

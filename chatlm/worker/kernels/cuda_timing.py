@@ -27,7 +27,7 @@ from chatlm.worker.ops.tensors import rope_tables
 
 if TYPE_CHECKING:
     from chatlm.worker.kernels.cuda_backend import CudaBackend
-    from chatlm.worker.kernels.cuda_steps import CudaQueue
+    from chatlm.worker.kernels.cuda_runner import CudaQueue
     from chatlm.worker.model.blocks.model import Model
 
 MIXTURE: dict[str, Any] = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has

@@ -1,5 +1,5 @@
 """The ops that were chosen for a model (`Kernels`), what computes them (`Backend`), and how steps run
-(`Steps`)."""
+(`StepRunner`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from chatlm.worker.ops.rows import SampleRow
 
 
-class Steps(typing.Protocol):
-    """How steps run: EagerSteps here; decode_core has ProgramSteps (threads) and GraphSteps (CUDA graphs)."""
+class StepRunner(typing.Protocol):
+    """Runs steps: EagerRunner here; decode_core has ProgramRunner (threads) and GraphRunner (CUDA graphs)."""
 
     ahead: bool  # may a step start before the previous one is finished?
 
@@ -48,7 +48,7 @@ class Steps(typing.Protocol):
         ...
 
 
-class EagerSteps:
+class EagerRunner:
     """Runs a transformer op by op, on any device. `start` computes and draws; `finish` returns the tokens."""
 
     ahead = False
@@ -116,8 +116,8 @@ class Backend:
         opens, another stage writes the buffers transformer.passed_on(0) before a step. There are no logits
         unless it closes, nor if it is of texts."""
 
-    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
-        return EagerSteps(transformer)
+    def make_runner(self, transformer: Transformer, max_batch: int, context_length: int) -> StepRunner:
+        return EagerRunner(transformer)
 
     def pause_while(self, lease: AnswerLease, most_s: float):
         """From now on the op `pause` waits while by the lease answers are written, at most `most_s`."""

@@ -71,7 +71,7 @@ class Report:
         there."""
         import torch
         from chatlm.worker.kernels.cuda_backend import CudaBackend
-        from chatlm.worker.kernels.cuda_steps import CudaQueue
+        from chatlm.worker.kernels.cuda_runner import CudaQueue
         from chatlm.worker.kernels.cuda_timing import LATENTS, MIXTURE, latent_model
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"

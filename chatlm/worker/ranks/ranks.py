@@ -29,14 +29,14 @@ from chatlm.common.messages.protocol import Ready, Unusable
 from chatlm.common.processes.launch import torchrun
 from chatlm.worker.ranks.alone import RankAlone
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
-from chatlm.worker.ranks.steps import RankSteps, Stage, StagedSteps, join_ranks, rank_device
+from chatlm.worker.ranks.runners import RankRunner, Stage, StagedRunner, join_ranks, rank_device
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.wire import Channel
-    from chatlm.worker.kernels.kernels import Steps
+    from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.links import Links
 
@@ -169,12 +169,12 @@ class RankZero(RankAlone):
         """The rank that sends rank 0 the results of the last stage."""
         return self.tp * (self.stages - 1)
 
-    def steps(self, steps: Steps, transformer: Transformer) -> RankSteps | StagedSteps:
+    def runner(self, own: StepRunner, transformer: Transformer) -> RankRunner | StagedRunner:
         """Steps that all ranks compute."""
         note = partial(self.note, 0)
         if self.stages == 1:
-            return RankSteps(steps, transformer, self.broadcast, note)
-        return StagedSteps(Stage(steps, transformer, self), self, note)
+            return RankRunner(own, transformer, self.broadcast, note)
+        return StagedRunner(Stage(own, transformer, self), self, note)
 
     def from_last_stage(self, expected: type):
         """The last stage's next message about the oldest step under way."""

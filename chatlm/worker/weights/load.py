@@ -15,7 +15,7 @@ from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.kernels.choosing import choose_backend
 from chatlm.worker.weights.formats.sources import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.formats.stored_model import Adaptable, Merged
 from chatlm.worker.weights.loaded.model import LoadedModel

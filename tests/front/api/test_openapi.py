@@ -83,7 +83,7 @@ def port(nanochat_fixtures):
         text = read_nanochat_tokenizer(source.path, 284)
         pool = make_pool(Settings())
         pool.workers[:] = [EchoWorker(pool)]
-        pool.supervisor.version.note_card(ModelCard(text, "fake", 64, (), {}, False))
+        pool.supervisor.revision.note_card(ModelCard(text, "fake", 64, (), {}, False))
         await pool.supervisor._prepare()
         pool.supervisor.unload = lambda: None       # there is no process to start again
         async with serving(pool, Settings(downloads=False)) as url:         # no request may ask a hub

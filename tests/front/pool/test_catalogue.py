@@ -20,7 +20,7 @@ async def test_the_health_of_an_only_model_is_its_server_s(state):
     catalogue, pool = only_model()
     if state == "loading":
         pool.supervisor.became_ready.clear()
-        pool.supervisor.version.opened.clear()
+        pool.supervisor.revision.opened.clear()
         pool.supervisor.loading = ("weights", 0.25)
     if state == "crashing":
         pool.workers[0].crashes_in_row = 2

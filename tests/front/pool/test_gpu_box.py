@@ -143,7 +143,7 @@ def test_one_of_several_gpus_is_told(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
         pool = make_pool(Settings(**changes))
-        pool.supervisor.version.note_card(ModelCard(None, "m", 64, (), {}, False))
+        pool.supervisor.revision.note_card(ModelCard(None, "m", 64, (), {}, False))
         pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")
         assert any(line == "One of 3 GPUs is used; --num-gpus auto uses all" for line in pool.describe()) is told

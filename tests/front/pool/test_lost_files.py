@@ -20,7 +20,7 @@ from sight_qwen import make_qwen, write_qwen
 
 pytestmark = pytest.mark.timeout(170)
 TINY = {"dtype": "float32", "kv_cache_memory": 8 << 20, "max_batch": 8}
-WAIT_S = 30.0   # less than ServedVersion.PATIENCE_S
+WAIT_S = 30.0   # less than ServedRevision.PATIENCE_S
 
 
 @dataclass

@@ -211,7 +211,7 @@ async def test_idle_workers_are_unloaded_once():
     supervisor, dispatcher, _ = supervisor_of(placement)
     memory = OwnMemory(SimpleNamespace(supervisor=supervisor, dispatcher=dispatcher, workers=placement.workers,
                                        settings=Settings(idle_unload=1.0)))
-    supervisor.version.note_opened()
+    supervisor.revision.note_opened()
     memory.unload_when_idle()
     assert worker.state is WorkerState.LOADING and not supervisor.asleep
     await placement.open(worker)

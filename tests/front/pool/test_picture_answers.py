@@ -153,7 +153,7 @@ async def test_a_picture_s_answer_keeps_its_mmproj(seeing_pool, tmp_path):
     assert (await collect(pool, warm("old", PHOTO)))[1] == before
     with pytest.raises(EngineFailure, match="the model's files have changed since this answer began"):
         await collect(pool, warm("kill-decode-1", PHOTO))
-    await pool.version.current()
+    await pool.revision.current()
     await all_ready(pool)
     after = (await collect(pool, warm("after", PHOTO)))[1]
     again = await seeing_pool(model=str(model))

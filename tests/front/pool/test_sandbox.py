@@ -112,7 +112,7 @@ async def open_pool(chat_text):
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
         pool.workers[:] = [EchoWorker(pool)]
-        pool.supervisor.version.note_card(
+        pool.supervisor.revision.note_card(
             ModelCard(replace(text, **changes), "fake", context_length, (), {}, False)
         )
         pools.append(pool)

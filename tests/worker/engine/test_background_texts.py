@@ -7,7 +7,7 @@ import pytest
 
 from chatlm.common import answering
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.kernels import choice, kernels
+from chatlm.worker.kernels import choosing, kernels
 from chatlm.worker.process import share_lease
 from engines import make_engine, pieces
 import encoders
@@ -72,7 +72,7 @@ def test_child_processes_find_the_word():
 
 
 def test_without_decode_core_layers_wait_too(lease, monkeypatch, tmp_path):
-    monkeypatch.setattr(choice, "decode_core", lambda: None)
+    monkeypatch.setattr(choosing, "decode_core", lambda: None)
     encoders.save_folder(tmp_path, "bert", encoders.make_encoder("bert"))
     _, engine = encoders.engine_of(tmp_path)
     waits = []

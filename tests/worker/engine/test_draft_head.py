@@ -226,7 +226,7 @@ def test_a_head_sees_rows_of_the_text_before_pictures(tmp_path, one_thread, monk
     draft_always(monkeypatch, 2)
     folder, picture = save_qwen_with_head(tmp_path, make_qwen("qwen3_5")), picture_of_size(60, 40)
     engine = open_engine(folder, prefill_chunk=256, drafts="mtp")
-    assert engine.steps.ahead
+    assert engine.runner.ahead
     seen = {}
 
     def read(sequence, first, count, rows, original=engine.draft_models[0].drafter.read_hidden):

@@ -154,14 +154,14 @@ def test_a_failed_step_leaves_no_draft_behind(folder_of, four_at_a_time, one_thr
     expected = tokens_of(engine, works)
     engine.drafts = True
     drafter, found = engine.draft_models[0].drafter, {work.id: [] for work in works}
-    start, steps = drafter.steps.start, itertools.count()
+    start, steps = drafter.runner.start, itertools.count()
 
     def failing(batch, rows):
         if next(steps) == 9:
             raise RuntimeError("a step of the draft model failed")
         return start(batch, rows)
 
-    monkeypatch.setattr(drafter.steps, "start", failing)
+    monkeypatch.setattr(drafter.runner, "start", failing)
     for work in works:
         engine.add(work)
     failed = 0

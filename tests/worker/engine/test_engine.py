@@ -16,7 +16,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Ended, Message, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
-from engines import TracedSteps, chat_work, draft_eagerly, load, make_engine, run, step_pieces
+from engines import TracedRunner, chat_work, draft_eagerly, load, make_engine, run, step_pieces
 from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
 from families import make_model, save
@@ -181,7 +181,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
     smollm.pool.forget_cached()
     got = run(smollm, works, ahead=True)
     smollm.pool.forget_cached()
-    if smollm.steps.ahead:
+    if smollm.runner.ahead:
         drawn_by_the_program = answers(smollm, works)
         assert drawn_by_the_program == expected.tokens
     for work in works:
@@ -291,7 +291,7 @@ def test_every_limit_ends_answers_as_it_says(smollm, gen5):
     assert len(full.tokens["a"]) == 10 and full.end["a"].stop_reason == "context_length"
 
 
-class ScriptedSteps(TracedSteps):
+class ScriptedRunner(TracedRunner):
     """Dictates the token of every position, so that a test can drive tool use exactly."""
 
     def draw(self, logits, rows):
@@ -307,8 +307,8 @@ def test_nanochat_s_calculator_is_forced_into_answers(gen5, expression, answer, 
     forced = [ids.output_start, *gen5.tokenizer.encode(answer), ids.output_end] if answer else []
     after_call = script.index(ids.python_end) + 1
     expected = script[:after_call] + forced + script[after_call:]
-    gen5.steps = ScriptedSteps(gen5.transformer, ahead)
-    gen5.steps.script = [1, 2, 3, *expected, 0, 0]
+    gen5.runner = ScriptedRunner(gen5.transformer, ahead)
+    gen5.runner.script = [1, 2, 3, *expected, 0, 0]
     gen5.add(assignment("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
     tokens, text, calls = [], "", []
     with torch.inference_mode():
@@ -326,7 +326,7 @@ def test_nanochat_s_calculator_is_forced_into_answers(gen5, expression, answer, 
 def test_random_requests_leave_nothing_behind(gen5, ahead):
     """Requests that come and go at random moments leave nothing behind."""
     generator = random.Random(11)
-    gen5.steps = TracedSteps(gen5.transformer, ahead)
+    gen5.runner = TracedRunner(gen5.transformer, ahead)
     alive = set()
     with torch.inference_mode():
         for number in range(200 if WHOLE else 100):
@@ -367,8 +367,8 @@ def test_the_chosen_sampler_draws_as_the_reference(gen5):
 @torch.inference_mode()
 def test_a_step_reports_once_the_next_has_started(gen5):
     """A step lets its caller report when the next one has started, and never twice."""
-    happened, start = [], gen5.steps.start
-    gen5.steps.start = lambda batch, rows: happened.append("start") or start(batch, rows)
+    happened, start = [], gen5.runner.start
+    gen5.runner.start = lambda batch, rows: happened.append("start") or start(batch, rows)
     gen5.add(assignment("plain", (5, 6, 7), SamplingParams(seed=1), 4))
     steps = 0
     while gen5.busy:

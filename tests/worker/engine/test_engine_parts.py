@@ -16,7 +16,7 @@ from chatlm.worker import parts
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.parts import PARTS, PartRow
 from engine_parts import SERVING
-from engines import TracedSteps, make_engine, pieces, tokens_of
+from engines import TracedRunner, make_engine, pieces, tokens_of
 from toy_part import LENS, STEERING
 from works import assignment
 
@@ -246,7 +246,7 @@ def test_an_answer_that_is_cancelled_while_its_part_is_made_leaves_nothing(path)
 
 def test_a_step_whose_input_a_part_changes_is_alone(path):
     engine = engine_with(path, STEERING)
-    engine.steps = TracedSteps(engine.transformer, ahead=True)
+    engine.runner = TracedRunner(engine.transformer, ahead=True)
     steering = lens_of(engine)
     steering.engine = engine
     pieces(engine, [work("plain"), work("steered", stop_token_ids=(300,))], ahead=True)

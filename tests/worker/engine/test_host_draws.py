@@ -39,8 +39,8 @@ def test_host_draws_are_the_same_in_any_batch(gen5):
 
 
 def test_a_step_without_such_a_row_is_compiled(gen5):
-    forward, seen = gen5.steps.forward, []
-    gen5.steps.forward = lambda batch: seen.append(batch) or forward(batch)
+    forward, seen = gen5.runner.forward, []
+    gen5.runner.forward = lambda batch: seen.append(batch) or forward(batch)
     tokens_of(gen5, [work for work in works() if work.id not in ON_HOST])
     assert not seen
     tokens_of(gen5, works())

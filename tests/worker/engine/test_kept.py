@@ -308,7 +308,7 @@ def test_a_failed_first_step_leaves_pages_kept(nanochat_fixtures, memory, monkey
         raise MemoryError
 
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(engine.steps, "start", fail)
+        patched.setattr(engine.runner, "start", fail)
         warm_up.more()
     engine.give_up()
     assert engine.queue.gates == [engine.keeper.awaits] and engine.drafts

@@ -14,7 +14,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.memory_plan import layers_of_floats
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.kernels import Kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer

@@ -67,14 +67,14 @@ class Watched:
     ahead = False
 
     def __init__(self, engine):
-        self.transformer, self.steps, self.logits = engine.transformer, engine.steps, {}
+        self.transformer, self.runner, self.logits = engine.transformer, engine.runner, {}
 
     def start(self, batch, rows):
         self.rows = rows
-        return self.steps.start(batch, rows)
+        return self.runner.start(batch, rows)
 
     def finish(self, ticket):
-        tokens = self.steps.finish(ticket)
+        tokens = self.runner.finish(ticket)
         for line, row in zip(self.transformer.buffers["logits"], self.rows):
             self.logits[row.params.seed, row.position] = line.tobytes()     # of a wrong draft: until the right one is drawn there
         return tokens
@@ -90,8 +90,8 @@ class Found(NamedTuple):
 
 def answers(engine, works, ahead=False):
     """With steps begun ahead, as in a server, nobody sees the logits."""
-    steps, tokens, cached = engine.steps, {work.id: list(work.resumed_ids) for work in works}, []
-    engine.steps = steps if ahead else Watched(engine)
+    steps, tokens, cached = engine.runner, {work.id: list(work.resumed_ids) for work in works}, []
+    engine.runner = steps if ahead else Watched(engine)
     for work in works:
         engine.add(work)
     while engine.busy:
@@ -100,7 +100,7 @@ def answers(engine, works, ahead=False):
                 tokens[name] += event.tokens
             elif isinstance(event, Ended):
                 cached.append(event.usage.cached_tokens)
-    logits, engine.steps = {} if ahead else engine.steps.logits, steps
+    logits, engine.runner = {} if ahead else engine.runner.logits, steps
     return Found(tokens, logits, cached)
 
 

@@ -141,9 +141,9 @@ def test_random_traffic_with_few_pages_leaks_nothing(windows):
 def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     """The kernels in their emulation, op by op and as graphs."""
     backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
-    from chatlm.worker.kernels import cuda_steps
+    from chatlm.worker.kernels import cuda_runner
     emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
-    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    monkeypatch.setattr(cuda_runner, "CudaQueue", lambda device: backends.HostQueue())
     folder, cases = made_model(name)
     model = load(folder)
     groups = group_layers(model.architecture.by_layer, 512)
@@ -154,11 +154,11 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
                     parts=parts_of(transformer, open_tokenizer(model.text), model))
     works = [replace(work, max_tokens=12) for work in works_of(cases)[1:]]
     with torch.inference_mode():
-        engine.steps.prepare(lambda fraction: None)
+        engine.runner.prepare(lambda fraction: None)
     found = pieces(engine, works)
     for work, case in zip(works, cases[1:]):
         assert [token for piece in found[work.id] for token in piece.tokens] == case.tokens[:12]
-    assert engine.steps.queue.replays > 3 and engine.pool.available == engine.pool.num_pages
+    assert engine.runner.queue.replays > 3 and engine.pool.available == engine.pool.num_pages
 
 
 def test_the_oldest_unseen_contents_go_first():

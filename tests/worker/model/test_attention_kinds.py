@@ -8,7 +8,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer

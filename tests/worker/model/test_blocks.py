@@ -9,7 +9,7 @@ import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms
 from chatlm.worker.model.blocks.axes import Run, TensorAxes, matrix, padded_places, rank_part
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.tensors import Cut
 from chatlm.worker.model.transformer import Transformer

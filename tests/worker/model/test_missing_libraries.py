@@ -6,7 +6,7 @@ import pytest
 
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
-from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.kernels.choosing import choose_backend
 from flat_models import ModelSpec, model_of
 from patching import patch
 

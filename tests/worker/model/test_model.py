@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from flat_models import ModelSpec

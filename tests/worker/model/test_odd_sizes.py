@@ -10,7 +10,7 @@ import torch
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.kernels import attention, cuda, program, tiles
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import MOST_ON_CPU, MOST_ON_GPU, not_compiled
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer

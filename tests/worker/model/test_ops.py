@@ -12,7 +12,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.ops import attention
 from chatlm.worker.ops.basic import GATES
 from chatlm.worker.ops.rows import SampleRow

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.kernels.limits import left_to_torch, not_compiled
 from chatlm.worker.weights.families.table import FAMILIES
 from chatlm.worker.weights.loaded.shards import refuse_ranks

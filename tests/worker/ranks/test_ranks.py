@@ -51,7 +51,7 @@ def folders(tmp_path_factory, nanochat_fixtures):
 
 
 def forward(engine, *sequences):
-    return forward_logits((engine.steps if engine.ranks else engine.transformer), make_batch(*sequences))
+    return forward_logits((engine.runner if engine.ranks else engine.transformer), make_batch(*sequences))
 
 
 def logits_of(engine):

@@ -29,7 +29,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.arrays.gguf_types import ROWS, TYPES, WITHOUT_VALUES, block_of
 from chatlm.worker.arrays.kinds import kind_of
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of

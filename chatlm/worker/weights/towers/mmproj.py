@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.packed import dequantized
-from chatlm.worker.kernels.choice import choose_backend
+from chatlm.worker.kernels.choosing import choose_backend
 from chatlm.worker.weights.formats.gguf.file import check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.formats.gguf.tensors import GgufTensors, file_shape
 from chatlm.worker.weights.formats.sources import check_names_and_shapes

@@ -16,7 +16,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed
 from chatlm.worker.engine.sequence import Assignment
-from chatlm.worker.kernels import choice
+from chatlm.worker.kernels import choosing
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.weights.formats.folder.description import hf_blocks
 import encoders
@@ -47,7 +47,7 @@ def made():
 @pytest.fixture
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(choice, "decode_core", lambda: None)
+        monkeypatch.setattr(choosing, "decode_core", lambda: None)
     return request.param
 
 

@@ -17,7 +17,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.build import build_engine
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.memory_plan import plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.blocks.experts import Router

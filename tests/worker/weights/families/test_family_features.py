@@ -15,7 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales
-from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.choosing import choose_backend, load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
 from chatlm.worker.model.blocks.extras import LayerInput

@@ -25,7 +25,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.gauges import Gauges
-from chatlm.worker.kernels.choice import choose_backend, load_kernels
+from chatlm.worker.kernels.choosing import choose_backend, load_kernels
 from chatlm.worker.kernels.limits import not_compiled
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.weights.formats.folder.description import hf_blocks

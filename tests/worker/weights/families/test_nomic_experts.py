@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chatlm.common.errors import ConfigError
-from chatlm.worker.kernels import choice
+from chatlm.worker.kernels import choosing
 from encoders import TEXTS, cosine, engine_of, framed, vectors
 import nomic_experts
 from retrieval import write_json
@@ -20,7 +20,7 @@ def state():
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(choice, "decode_core", lambda: None)
+        monkeypatch.setattr(choosing, "decode_core", lambda: None)
     return request.param
 
 

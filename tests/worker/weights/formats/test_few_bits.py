@@ -13,7 +13,7 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.arrays.gguf_types import TYPES
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.formats.gguf.file import read_gguf, read_gguf_file

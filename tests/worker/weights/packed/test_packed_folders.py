@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.kernels.choice import load_kernels
+from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.loaded.shards import shard_model
 from engines import forward_logits, make_batch, tensors_of

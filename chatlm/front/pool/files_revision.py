@@ -1,4 +1,4 @@
-"""Keeps a pool's workers and the front's tokenizer and template on one version of the model's files."""
+"""Keeps a pool's workers and the front's tokenizer and template on one revision of the model's files."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
-class FilesVersion:
-    """Which version of the model's files a pool serves. Files may change at any time, but no answer ever
+class FilesRevision:
+    """Which revision of the model's files a pool serves. Files may change at any time, but no answer ever
     continues with other weights, and no prompt is rendered for files that the workers do not have.
 
-    So before a worker reads the model, its files are compared with the version of the other workers. These
-    keep the old version until no answer is left. Then all workers and the front switch to the new one. If no
-    worker has the old version any more, its answers end with an error.
+    So before a worker reads the model, its files are compared with the revision of the other workers. These
+    keep the old revision until no answer is left. Then all workers and the front switch to the new one. If no
+    worker has the old revision any more, its answers end with an error.
 
     With several models, a model whose files have changed gets a new pool instead, since it may need more
     memory."""
 
-    LOOK_S = 0.5  # between two checks whether other workers still need the old version
+    LOOK_S = 0.5  # between two checks whether other workers still need the old revision
 
     def __init__(self, workers: Seq[Worker], dispatcher: Dispatcher):
         self.workers = workers
         self.dispatcher = dispatcher
         self.number = 0
         self.card = NO_CARD
-        self.opened = asyncio.Event()  # set while there is a tokenizer for this version
+        self.opened = asyncio.Event()  # set while there is a tokenizer for this revision
         self.cannot_open = ""          # why the workers' files give no tokenizer; "": they do
         self.closed = False            # True: no worker starts any more
 
@@ -105,8 +105,8 @@ class FilesVersion:
                 worker.kill()
 
     def refuse(self, worker: Worker) -> ConfigError | None:
-        """A worker has read another version: the files changed meanwhile, or a Ray node has other files.
-        Returns why the worker is left out; None if all others switch to its version."""
+        """A worker has read another revision: the files changed meanwhile, or a Ray node has other files.
+        Returns why the worker is left out; None if all others switch to its revision."""
         placement = worker.placement
         if not placement.renews and placement.source:
             return Changed(which_changed(placement.source))

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -26,7 +26,7 @@ from chatlm.worker.weights.adapters.serving import reading_thread
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
-    from chatlm.worker.kernels.kernels import Steps
+    from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
@@ -99,37 +99,37 @@ def rank_step(batch: Batch, rows: Seq[SampleRow]) -> RankStep:
     return RankStep(batch, sent)
 
 
-class RankSteps:
-    """The steps of a rank. `broadcast` passes each on to the other ranks."""
+class RankRunner:
+    """Runs the steps of a rank. `broadcast` passes each on to the other ranks."""
 
-    def __init__(self, steps: Steps, transformer: Transformer, broadcast: Callable[[RankStep], None],
+    def __init__(self, runner: StepRunner, transformer: Transformer, broadcast: Callable[[RankStep], None],
                  note: Callable[[int], None]):
-        self.steps = steps
+        self.runner = runner
         self.transformer = transformer
         self.broadcast = broadcast
-        self.ahead = steps.ahead
-        self.prepare = steps.prepare
+        self.ahead = runner.ahead
+        self.prepare = runner.prepare
         self.drawn = DrawnTokens(note)
 
     def start(self, batch: Batch, rows: Seq[SampleRow]):
         self.broadcast(rank_step(batch, rows))
-        return self.steps.start(batch, rows)
+        return self.runner.start(batch, rows)
 
     def finish(self, ticket) -> list[int]:
-        return self.drawn.add(self.steps.finish(ticket))
+        return self.drawn.add(self.runner.finish(ticket))
 
     def forward(self, batch: Batch):
         """Compute a batch whose logits rank 0 uses."""
         self.broadcast(RankStep(batch, None))
-        return self.steps.forward(batch)
+        return self.runner.forward(batch)
 
 
 class Stage:
     """A rank's part of a step if the layers are divided into stages. It receives what the previous stage has
     computed, and passes its own result on; the last stage draws."""
 
-    def __init__(self, steps: Steps, transformer: Transformer, ranks: RankAlone):
-        self.steps = steps
+    def __init__(self, runner: StepRunner, transformer: Transformer, ranks: RankAlone):
+        self.runner = runner
         self.transformer = transformer
         self.ranks = ranks
 
@@ -159,12 +159,12 @@ class Stage:
                     transformer.arrays.numpy(transformer.buffers[name][:T]).tobytes())
             return None
         if rows is None:
-            return self.steps.forward(batch)
-        return self.steps.finish(self.steps.start(batch, rows))
+            return self.runner.forward(batch)
+        return self.runner.finish(self.runner.start(batch, rows))
 
 
-class StagedSteps:
-    """Rank 0's steps if the layers are divided into stages: a thread computes the first stage of each."""
+class StagedRunner:
+    """Runs rank 0's steps where layers are divided into stages: a thread computes the first stage of each."""
 
     ahead = True
 
@@ -225,18 +225,18 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
             yield replace(step, rows=rows)
 
 
-def follow(channel: Channel, steps: RankSteps):
+def follow(channel: Channel, runner: RankRunner):
     """Compute the steps that rank 0 sends, starting one ahead as it does."""
     finish = None  # finishes the step under way
-    for step in received_steps(channel, steps.transformer):
+    for step in received_steps(channel, runner.transformer):
         following = None
         if step.rows is not None:
-            following = functools.partial(steps.finish, steps.start(step.batch, step.rows))
+            following = functools.partial(runner.finish, runner.start(step.batch, step.rows))
         if finish:
             finish()
         finish = following
         if step.rows is None:
-            steps.forward(step.batch)
+            runner.forward(step.batch)
 
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -241,7 +241,7 @@ class Ticket(NamedTuple):
     done: Any
 
 
-class GraphSteps:
+class GraphRunner:
     """Runs steps on CUDA. A second step may start before the first is finished.
 
     start(batch, rows) -> ticket; finish(ticket) -> a token for each row. `start` waits for nothing. ~i in
