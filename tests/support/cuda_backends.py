@@ -14,10 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.ops.basic import linear_reference
-from flat_models import ModelSpec
 from attention_kinds import blocks_of
 from emulated_core import EmulatedCore
 from nightly import WHOLE
