@@ -79,6 +79,7 @@ def test_words_are_in_no_profile_and_on_no_server(browser, kept, tmp_path):
         ask(page, SECRET)
         expect_answered(page)
         page.wait_for_function("Store.flushing === null")
+        page.wait_for_function("() => Store.get('nodes', Chat.path[0].id).then(node => Boolean(node?.rev))")      # the server has it
 
     profile(browser, tmp_path / "usual", url, say)
     assert found_below(tmp_path / "usual", WORDS) and found_below(folder, WORDS), "the search finds what is kept"
