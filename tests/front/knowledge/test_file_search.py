@@ -11,7 +11,9 @@ import pytest
 import knowledge_rows as rows
 from annex_place import Place
 from chatlm.common.config import Settings
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.common.errors import RequestError
+from chatlm.front.annexes import ANNEXES, additions_of, database_of
+from chatlm.front.api.additions import Additions, Asked
 from chatlm.front.knowledge.file_search import NO_ROOM, NOTHING, NOTHING_ELSE
 from chatlm.front.tools.rules import NOT_SHOWN, TOO_MANY
 from scripted_pool import ScriptedPool
@@ -425,3 +427,10 @@ async def test_elsewhere_it_is_left_out_and_named(serve):
         status, headers, _ = await place.post(path, {
             "messages": [{"role": "user", "content": "x"}], "tools": [place.tool()], "stream": False})
         assert status == 200 and headers["X-Ignored-Tools"] == "file_search"
+
+
+def test_a_line_of_a_batch_cannot_have_it():
+    additions = Additions(additions_of(ANNEXES, ANNEXES))
+    entry = {"type": "file_search", "vector_store_ids": ["vs_1"]}
+    with pytest.raises(RequestError, match="a batch can't run tools"):
+        additions.read(RESPONSES, Asked({}, [(0, entry)]), in_batch=True)
