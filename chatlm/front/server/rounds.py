@@ -269,17 +269,21 @@ class Loop:
         if may_call:
             return request
         found = self._found_before()
-        messages = before_question(self._asked_messages(), found) if found else self._messages()
+        messages = self._messages()
+        if found:
+            messages = before_question(self._asked_messages(), found)
+        elif self.first and found is not None:  # what was found first stands there already
+            messages = tuple(self._asked_messages())
         return replace(request, params=without_calls(params), tools=(), messages=messages)
 
-    def _found_before(self) -> str:
+    def _found_before(self) -> str | None:
         """What all calls have found, to stand before the question, where each was one that could have been
         made before the model was asked. In the last round small models answer that, where they would go on to
-        write calls. "": they were others."""
+        write calls. None: they were others."""
         calls = [call for turn in self.turns for call in turn.calls]
         texts = [call.result.text for call in calls if call.result and call.result.cited]
         if not all(call.name in self.tools and self.tools[call.name].first for call in calls):
-            return ""
+            return None
         if not texts or not questions_in(self.request.messages or ()):
             return ""
         return "\n\n".join((*texts, "" if self.first else QUESTION))
