@@ -41,7 +41,7 @@ ABSENT_IN_WORKER = """
     chatlm.worker.engine.adapter_slots chatlm.worker.engine.calculator
     chatlm.worker.engine.draft_head chatlm.worker.engine.draft_model
     chatlm.worker.engine.embedding chatlm.worker.engine.grammar chatlm.worker.engine.grammars
-    chatlm.worker.engine.model_drafts chatlm.worker.engine.sight chatlm.worker.other_rank
+    chatlm.worker.engine.model_drafts chatlm.worker.engine.encoded_pictures chatlm.worker.other_rank
     chatlm.worker.kernels.check chatlm.worker.kernels.cpu_proof chatlm.worker.kernels.cuda_backend
     chatlm.worker.kernels.cuda_runner chatlm.worker.kernels.product_proof
     chatlm.worker.kernels.proof chatlm.worker.kernels.random_blocks

@@ -92,7 +92,7 @@ def plan_model(model: LoadedModel, whole: Model, settings: Settings, device: Dev
     groups = group_layers((whole if ranks.stages == 1 else own).by_layer, own.max_positions, apart, kv)
     limits = {"max_tokens": max_tokens, "max_rows": max_rows}
     memory = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
-    memory = memory._replace(tower=model.eyes.nbytes if model.eyes else 0)
+    memory = memory._replace(tower=model.tower.nbytes if model.tower else 0)
     for draft in drafts:  # as many tokens fit in its pages
         memory = memory._replace(draft_model=memory.draft_model + draft.nbytes,
                                  page_bytes=memory.page_bytes + draft.page_share(groups))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.lookup import Lookup
     from chatlm.worker.engine.model_drafts import Drafter, ModelDrafts
     from chatlm.worker.engine.sequence import Assignment
-    from chatlm.worker.engine.sight import Pictures
+    from chatlm.worker.engine.encoded_pictures import Pictures
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.loaded.model import LoadedModel
@@ -47,7 +47,7 @@ class Making(NamedTuple):
 
     def lasting(self) -> Making:
         """The same for parts that are made later: nothing of it holds tensors of files."""
-        model = replace(self.model, tensors={}, adaptable=None, vocabulary=None, draft_head=None, eyes=None)
+        model = replace(self.model, tensors={}, adaptable=None, vocabulary=None, draft_head=None, tower=None)
         return self._replace(model=model, drafters=(), draft_texts=())
 
 
@@ -99,7 +99,7 @@ def load_adapters() -> Callable[[Making], AdapterSlots]:
 
 
 def load_pictures() -> Callable[[Making], Pictures]:
-    from chatlm.worker.engine.sight import Pictures, make_tower
+    from chatlm.worker.engine.encoded_pictures import Pictures, make_tower
     return lambda making: Pictures(
         make_tower(making.model, making.transformer, making.settings, making.device, making.prefill_chunk),
         making.transformer)
@@ -132,7 +132,7 @@ ADAPTERS = PartRow(
     "adapters", load_adapters, lambda making: making.settings.takes_adapters,
     lambda work: bool(work.params.adapter),
     "this worker serves no adapters: start the server with --adapter NAME=FOLDER")
-PICTURES = PartRow("pictures", load_pictures, lambda making: making.model.eyes is not None,
+PICTURES = PartRow("pictures", load_pictures, lambda making: making.model.tower is not None,
                    lambda work: bool(work.pictures), "this model cannot see images")
 TEXTS = PartRow("texts", load_texts, lambda making: making.model.text.embedder is not None, is_text)
 GRAMMARS = PartRow("grammars", load_grammars, asked=has_grammar)

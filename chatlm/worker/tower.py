@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.blocks.model import Model
 
 
-class Eyes(NamedTuple):
+class StoredTower(NamedTuple):
     """How a model sees pictures. The weights are still in its files."""
 
     vision: Vision
@@ -137,28 +137,29 @@ def whole_text(count: int) -> Batch:
 
 
 class Tower:
-    """The packed weights of a model's eyes. `encode` is a generator: others can compute between its parts."""
+    """A model's tower with packed weights. `encode` is a generator: others can compute between its parts."""
 
-    def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
+    def __init__(self, stored: StoredTower, device: Device, *, dtype: str | None, quantize: str | None,
+                 part: float):
         """quantize: the type that float matrices of layers become. part: the most work between two pauses, as
         `layer_work` counts it; a single layer may have more."""
-        self.eyes = eyes
-        model = eyes.architecture
-        tensors = dict(eyes.tensors)
+        self.stored = stored
+        model = stored.architecture
+        tensors = dict(stored.tensors)
         self.eps = model.norm.eps if model.norm else 0.0
-        self.projector = PROJECTORS[eyes.projector]
-        self.square = eyes.shuffle**2
-        self.rows = eyes.patches
+        self.projector = PROJECTORS[stored.projector]
+        self.square = stored.shuffle**2
+        self.rows = stored.patches
         names = [*self.projector.values]
-        names += ["places"] if eyes.places else []
-        names += ["first_norm"] if eyes.first_norm else []
-        for i in range(len(eyes.deep)):
+        names += ["places"] if stored.places else []
+        names += ["first_norm"] if stored.first_norm else []
+        for i in range(len(stored.deep)):
             names += deep_norm(i)
         self.values = {name: values_of(tensors.pop(name)) for name in names}
         self.first = None if self.projector.start else Product(
-            model, device, self.rows, "patch", tensors, dtype, None, adds=bool(eyes.places))
+            model, device, self.rows, "patch", tensors, dtype, None, adds=bool(stored.places))
         self.products = {}
-        for deep in ("", *(f"_{i}" for i in range(len(eyes.deep)))):
+        for deep in ("", *(f"_{i}" for i in range(len(stored.deep)))):
             for each, activation in self.projector.products.items():
                 name = f"{each}{deep}"
                 self.products[name] = Product(model, device, self.rows // self.square, name, tensors, dtype,
@@ -167,7 +168,7 @@ class Tower:
         self.turned = (0, 0)
         layers = len(model.layers)
         step = max(1, min(int(part / layer_work(model, self.rows, bool(quantize))), layers))
-        self.ends = {*range(step, layers, step), *(layer + 1 for layer in eyes.deep), layers}
+        self.ends = {*range(step, layers, step), *(layer + 1 for layer in stored.deep), layers}
         for begin, end in () if self.projector.start else pairwise((0, *sorted(self.ends))):
             own = model.of_layers(range(begin, end))
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
@@ -188,13 +189,13 @@ class Tower:
         made = []
         for tile in tiles:
             patches, places = self.patches_of(tile)
-            if self.eyes.angles:
-                self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
+            if self.stored.angles:
+                self._turn(tile.shape[0] // self.stored.patch, tile.shape[1] // self.stored.patch)
             rows = list[numpy.ndarray]()  # those of deeper layers, beside the last layer's
             if self.first:
                 first = self.first(patches, places)
-                if self.eyes.first_norm:
-                    first = rms_norm(first, self.values["first_norm"], self.eyes.first_norm)
+                if self.stored.first_norm:
+                    first = rms_norm(first, self.values["first_norm"], self.stored.first_norm)
                 seen = yield from self._through_layers(first, rows)
             else:
                 assert self.projector.start and places is not None
@@ -215,7 +216,7 @@ class Tower:
         for end, stage in zip(sorted(self.ends), self.stages):
             stage.forward(whole_text(count))
             yield
-            if end - 1 in self.eyes.deep:
+            if end - 1 in self.stored.deep:
                 number = len(rows)
                 weight, bias = (self.values[name] for name in deep_norm(number))
                 seen = arrays.numpy(x[:count, :width]).reshape(count // self.square, -1)
@@ -233,7 +234,8 @@ class Tower:
             return
         self.turned = (rows, columns)
         rope = self.stages[0].unpadded.attentions[0].rope
-        angles = by_squares(ANGLES[self.eyes.angles](rope, rows, columns), rows, columns, self.eyes.shuffle)
+        turned = ANGLES[self.stored.angles](rope, rows, columns)
+        angles = by_squares(turned, rows, columns, self.stored.shuffle)
         for table in {id(table): table for stage in self.stages for table in stage.rope_tables}.values():
             for values, part in zip((numpy.cos(angles), numpy.sin(angles)), table):
                 self.stages[0].arrays.put(values.astype(numpy.float32), part[:len(angles)])
@@ -241,18 +243,18 @@ class Tower:
     def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray | None]:
         """uint8 (H, W, 3) -> (patches, numbers of a patch) float32, and what is added to their rows, if
         anything is."""
-        eyes = self.eyes
-        p = self.eyes.patch
+        stored = self.stored
+        p = self.stored.patch
         rows = tile.shape[0] // p
         columns = tile.shape[1] // p
         values = tile * numpy.float32(1 / 255)
-        values = (values - numpy.array(eyes.mean, numpy.float32)) / numpy.array(eyes.std, numpy.float32)
+        values = (values - numpy.array(stored.mean, numpy.float32)) / numpy.array(stored.std, numpy.float32)
         patches = values.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
-        patches = by_squares(patches, rows, columns, eyes.shuffle)
-        if not eyes.places:
+        patches = by_squares(patches, rows, columns, stored.shuffle)
+        if not stored.places:
             return patches, None
-        places = PLACES[eyes.places](self.values["places"], rows, columns)
-        return patches, by_squares(places, rows, columns, eyes.shuffle)
+        places = PLACES[stored.places](self.values["places"], rows, columns)
+        return patches, by_squares(places, rows, columns, stored.shuffle)
 
 
 def deep_norm(number: int) -> tuple[str, str]:

@@ -345,10 +345,10 @@ class Model:
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        self.routers = {}, {"sigmoids": True, "choice_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4, "jitter": 0.3}
+        self.routers = {}, {"sigmoids": True, "correction_bias": normal(self.E) / 4}, {"scales": 1 + normal(self.E) / 4, "jitter": 0.3}
         if name == "groups":
-            self.routers = [{"sigmoids": True, "choice_bias": normal(self.E) / 4, "groups": groups, "share_scale": 2.5} for groups in ((4, 2), (3, 1))]
-            self.routers.append({"choice_bias": normal(self.E) / 4, "share_scale": 2.5})
+            self.routers = [{"sigmoids": True, "correction_bias": normal(self.E) / 4, "groups": groups, "share_scale": 2.5} for groups in ((4, 2), (3, 1))]
+            self.routers.append({"correction_bias": normal(self.E) / 4, "share_scale": 2.5})
         self.taps, self.conv_bias = {l: normal(size * self.C) for l, size in ((0, 3), (2, 5))}, normal(self.C)
         self.file = FileTable(self.V, 3 * self.P, generator)
         self.positions, self.norm_bias = normal(PAGES * PAGE, self.C), normal(self.C)
@@ -1074,7 +1074,7 @@ def wrong_ops(p, m):
     for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
                             ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "silu"), ("activation", None),
                             ("groups", (2, 1)), ("groups", (7, 2)), ("groups", (1, 0)),
-                            ("choice_bias", np.ones(8, np.float32)), ("norm", (np.ones(3, np.float32), 0.0)),
+                            ("correction_bias", np.ones(8, np.float32)), ("norm", (np.ones(3, np.float32), 0.0)),
                             ("biases", (np.ones(3, np.float32), None)), ("out", logits)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 

@@ -223,7 +223,7 @@ def test_experts_without_gates_match_their_reference(gpu, rows):
     wide = [torch.from_numpy(values).float().to(gpu.device) for values in (wide_up, wide_down)]
     random = torch.Generator().manual_seed(rows)
     x, logits, bias = (torch.randn(*shape, generator=random).to(gpu.device) for shape in ((rows, C), (rows, E), (E,)))
-    options = dict(norm=None, biases=(None, None), activation="relu2", chosen=2, sum_to_one=True, sigmoids=True, choice_bias=bias, groups=(3, 1),
+    options = dict(norm=None, biases=(None, None), activation="relu2", chosen=2, sum_to_one=True, sigmoids=True, correction_bias=bias, groups=(3, 1),
                    share_scale=2.5, residual=False)
     ours, want, got = cuda_experts.ExpertOps(gpu.ops, gpu.stream), torch.empty_like(x), torch.zeros_like(x)
     experts_reference(x, logits, *wide, want, **options)

@@ -80,11 +80,11 @@ def llama_like(head_size=16):
 
 
 NORM = RmsNorm(1e-5)
-EXPERTS = Experts(6, 32, Router(2, "sigmoid", sum_to_one=False, choice_bias=True, groups=(3, 2), scale=2.5), "relu2", latent=16,
+EXPERTS = Experts(6, 32, Router(2, "sigmoid", sum_to_one=False, correction_bias=True, groups=(3, 2), scale=2.5), "relu2", latent=16,
                   shared=FeedForward(64, "relu2", prefix="shared_"))
 HYBRIDS = {
     "short convolutions": dict(mixers=(ShortConv(3), None, ShortConv(4, bias=True)), experts=6, experts_per_token=2, ffn_size=32, dense_layers=(0,),
-                               dense_size=64, sigmoid_router=True, choice_bias=True, qk_norm="before_rope", qk_norm_weights=True),
+                               dense_size=64, sigmoid_router=True, correction_bias=True, qk_norm="before_rope", qk_norm_weights=True),
     "delta rules": dict(mixers=(DeltaRule(4, 2, 4, 16, 24, alternating=True), None, DeltaRule(3, 2, 4, 16, 24, gates_by_key=True, heads_by_key=True)),
                         output_gate=True, experts=6, experts_per_token=2, ffn_size=32, shared_size=64, shared_gate=True, rope_size=8),
     "one part each": dict(own_layers=(

@@ -13,7 +13,7 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Chunk, SequenceOutput, Sequence
-from chatlm.worker.engine.sight import Sight
+from chatlm.worker.engine.encoded_pictures import Placeholders
 from chatlm.worker.engine.states import StatePool
 from works import assignment
 
@@ -129,7 +129,7 @@ class Traffic:
         limit = length if pooled else min(length + most, self.longest)
         sequence = Sequence(work, tokens, limit, output=SequenceOutput(scored=scored))
         if not pooled and not self.states and dice.random() < 0.12:
-            sequence.sight = self.some_sight(length)
+            sequence.placeholders = self.some_placeholders(length)
         if dice.random() < 0.1:
             sequence.output.preparing = Future()
         if dice.random() < 0.2:
@@ -137,7 +137,7 @@ class Traffic:
         if dice.random() < 0.2:
             sequence.restoration = SimpleNamespace(over=False)
         self.add(sequence)
-        if not params and not sequence.sight and dice.random() < 0.3:
+        if not params and not sequence.placeholders and dice.random() < 0.3:
             self.add_twin(sequence, f"t{number}")
 
     def add_twin(self, sequence, name):
@@ -163,7 +163,7 @@ class Traffic:
             params["progress"] = True
         return params
 
-    def some_sight(self, length):
+    def some_placeholders(self, length):
         """Up to three pictures in a prompt, of which some are encoded later."""
         dice, places, owners, seen = self.dice, [], [], []
         at = dice.randrange(0, 30)
@@ -174,7 +174,7 @@ class Traffic:
             rows = object() if dice.random() < 0.5 else None
             seen.append(SimpleNamespace(layout=SimpleNamespace(tokens=count, grid=None), turns=0, rows=rows))
             at += count + dice.randrange(2, 40)
-        return Sight(10**6, places, owners, seen, two_sided=dice.random() < 0.6) if seen else None
+        return Placeholders(10**6, places, owners, seen, two_sided=dice.random() < 0.6) if seen else None
 
     def make_ready(self):
         """Some of what sequences wait for comes: their preparation, pictures, kept pages."""
@@ -182,8 +182,8 @@ class Traffic:
             preparing = sequence.output.preparing
             if preparing and not preparing.done() and self.dice.random() < 0.3:
                 preparing.set_result(None)
-            if sequence.sight and self.dice.random() < 0.3:
-                missing = [seen for seen in sequence.sight.pictures if seen.rows is None]
+            if sequence.placeholders and self.dice.random() < 0.3:
+                missing = [seen for seen in sequence.placeholders.pictures if seen.rows is None]
                 for seen in missing[:1]:
                     seen.rows = object()
         for name in sorted(self.gated):

@@ -58,7 +58,7 @@ class ModelSpec:
     shared_gate: bool = False
     router_bias: bool = False
     sigmoid_router: bool = False
-    choice_bias: bool = False
+    correction_bias: bool = False
     mixers: tuple[Mixer | None, ...] = ()  # of each layer; None, (): attention
     own_layers: tuple[Layer, ...] = ()  # instead of all that is said of layers
 
@@ -100,7 +100,7 @@ def feed_of(spec: ModelSpec, number: int) -> FeedForward | Experts:
     if not spec.experts or number in spec.dense_layers:
         return FeedForward(spec.dense_size if spec.experts else spec.ffn_size, spec.activation, spec.ffn_bias)
     kind = "sigmoid" if spec.sigmoid_router else "softmax"
-    router = Router(spec.experts_per_token, kind, bias=spec.router_bias, choice_bias=spec.choice_bias)
+    router = Router(spec.experts_per_token, kind, bias=spec.router_bias, correction_bias=spec.correction_bias)
     shared = None
     if spec.shared_size:
         shared = FeedForward(spec.shared_size, spec.activation, prefix="shared_")

@@ -113,12 +113,12 @@ def sum_of_exps(x, largest):
     return tree(lanes)[:, None]
 
 
-def route(logits, chosen, sum_to_one, choice_bias=None, share_scale=1.0):
+def route(logits, chosen, sum_to_one, correction_bias=None, share_scale=1.0):
     """(ids, shares) (T, chosen) of each row's experts. A bias is added to their softmax where they are chosen."""
     scores = logits
-    if choice_bias is not None:
+    if correction_bias is not None:
         top = logits.max(1, keepdims=True)
-        scores = exp_negative(logits - top) / sum_of_exps(logits, top) + choice_bias
+        scores = exp_negative(logits - top) / sum_of_exps(logits, top) + correction_bias
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :chosen]
     best = np.take_along_axis(logits, ids, 1)
     among = best if sum_to_one else logits
@@ -126,9 +126,9 @@ def route(logits, chosen, sum_to_one, choice_bias=None, share_scale=1.0):
     return ids, exp_negative(best - largest) / sum_of_exps(among, largest) * np.float32(share_scale)
 
 
-def route_sigmoids(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):
+def route_sigmoids(logits, chosen, sum_to_one, correction_bias=None, groups=(1, 1), share_scale=1.0):
     """The same by their sigmoids, to which a bias is added where they choose, in some of the groups."""
-    scores, (count, kept) = sigmoid(logits) + (np.float32(0) if choice_bias is None else choice_bias), groups
+    scores, (count, kept) = sigmoid(logits) + (np.float32(0) if correction_bias is None else correction_bias), groups
     if kept < count:
         grouped = scores.reshape(len(scores), count, -1)
         pairs = -np.sort(-grouped, axis=2)[..., :2]

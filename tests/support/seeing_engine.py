@@ -68,18 +68,18 @@ def run(generator):
 def logits_of(engine, ids, pictures, rows=16):
     """The logits of a prompt's last rows, computed in one step."""
     transformer = engine.transformer
-    sight, _ = engine.pictures.sight_of(Assignment("x", ids, AnswerParams(), 1, pictures=pictures))
-    for seen in sight.pictures:
-        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
-    shown = sight.as_one_id(ids)
-    transformer.show_pictures(sight.rows(0, len(ids)))
+    placeholders, _ = engine.pictures.placeholders_of(Assignment("x", ids, AnswerParams(), 1, pictures=pictures))
+    for seen in placeholders.pictures:
+        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.tower.filter)))
+    shown = placeholders.as_one_id(ids)
+    transformer.show_pictures(placeholders.rows(0, len(ids)))
     ahead = [0] * len(ids)
-    for begin, end in sight.spans(0, len(ids)) if sight.two_sided else ():
+    for begin, end in placeholders.spans(0, len(ids)) if placeholders.two_sided else ():
         ahead[begin:end] = [end] * (end - begin)
     model, previous = transformer.model, [-1, *shown[:-1]]
     if model.picture_pad is not None:
         previous = pad_ids(shown, model.picture_pad, model.vocab_size)
-    batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.model.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
+    batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.model.state_bytes), ahead=ahead if any(ahead) else [], turns=placeholders.turned(0, len(ids), 0) if placeholders.turns else [])
     made = engine.transformer.arrays.numpy(engine.runner.forward(batch)).copy()
     transformer.show_pictures(())
     return made

@@ -44,7 +44,7 @@ def deepseek_blocks(config):
     rms = RmsNorm(config.rms_norm_eps)
     attention = Mla(config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, rms,
                     Rope(config.qk_rope_head_dim, config.rope_parameters["rope_theta"]), config.q_lora_rank or 0)
-    router = Router(config.num_experts_per_tok, "sigmoid", config.norm_topk_prob, choice_bias=True, groups=(config.n_group, config.topk_group),
+    router = Router(config.num_experts_per_tok, "sigmoid", config.norm_topk_prob, correction_bias=True, groups=(config.n_group, config.topk_group),
                     scale=config.routed_scaling_factor)
     shared = FeedForward(config.moe_intermediate_size * config.n_shared_experts, "swiglu", prefix="shared_")
     experts = Experts(config.n_routed_experts, config.moe_intermediate_size, router, shared=shared)
@@ -84,7 +84,7 @@ def deepseek_tensors(model):
             tensors |= {"gate_up": torch.cat([own(f"mlp.{part}_proj.weight") for part in ("gate", "up")]), "down": own("mlp.down_proj.weight")}
         else:
             tensors |= {
-                "router": own("mlp.gate.weight"), "choice_bias": own("mlp.gate.e_score_correction_bias"),
+                "router": own("mlp.gate.weight"), "correction_bias": own("mlp.gate.e_score_correction_bias"),
                 "expert_gate_up": torch.cat([part.flatten(0, 1) for part in own("mlp.experts.gate_up_proj").chunk(2, 1)]), "expert_down": own("mlp.experts.down_proj").flatten(0, 1),
                 "shared_gate_up": torch.cat([own(f"mlp.shared_experts.{part}_proj.weight") for part in ("gate", "up")]),
                 "shared_down": own("mlp.shared_experts.down_proj.weight")}

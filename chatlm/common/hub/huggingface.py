@@ -348,7 +348,7 @@ def can_see_with(hub, repository: str, mmproj: str, plan: DownloadPlan) -> bool:
         reason = "images are read with the Python package Pillow, which is not installed"
     else:
         path = hub_path(hub, repository, plan.names, plan.revision)
-        reason = preview(path, str(path.stat().st_size), "eyes")[1].replace(str(path), "its file")
+        reason = preview(path, str(path.stat().st_size), "tower")[1].replace(str(path), "its file")
     if reason:
         log.info("%s reads texts alone, and %s is not downloaded: %s", repository, mmproj, reason)
     return not reason

@@ -118,7 +118,7 @@ def chosen_experts(logits: numpy.ndarray, options: Mapping[str, Any]) -> numpy.n
     """bool (T, E): the experts that each row of logits chooses, as in the op `experts` with these options."""
     scores = logits.astype(numpy.float32)
     groups, kept = options.get("groups", (1, 1))
-    bias = options.get("choice_bias")
+    bias = options.get("correction_bias")
     if options.get("sigmoids"):
         scores = sigmoid(scores)
     elif kept < groups or bias is not None:  # which count with an expert's part in a softmax

@@ -94,8 +94,8 @@ class Capturing:
         def experts(x, logits, up, down, *given, norm, activation, **options):
             name = self.names[id(up)]
             if name not in self.mixtures:
-                bias = options.get("choice_bias")
-                routing = {**options, "choice_bias": bias if bias is None else arrays.numpy(bias)}
+                bias = options.get("correction_bias")
+                routing = {**options, "correction_bias": bias if bias is None else arrays.numpy(bias)}
                 mixture = ExpertLayer(name, self.names[id(down)], activation, routing)
                 self.mixtures[name] = CapturedExperts(mixture, buffer_for(x, norm), buffer_for(logits))
             captured = self.mixtures[name]

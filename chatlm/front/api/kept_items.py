@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode

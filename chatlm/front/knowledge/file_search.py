@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.jsontext import is_text

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from chatlm.common.config import FOLDER, FOLDERS_CLIENT
 from chatlm.common.errors import ConfigError, Overloaded, RequestError

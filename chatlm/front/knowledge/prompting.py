@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatlm.common.client_words import TOO_LONG
 from chatlm.common.errors import RequestError, invalid

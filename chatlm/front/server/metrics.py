@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Seq
 from itertools import accumulate
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Finished, Piece

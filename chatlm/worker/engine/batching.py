@@ -60,15 +60,15 @@ def pad_ids(token_ids: Iterable[int], pad: int, vocab_size: int) -> list[int]:
 
 def turns_of(plan: Seq[Chunk]) -> list[int]:
     """Batch.turns, of models whose positions are not those of tokens where pictures are."""
-    if not any(chunk.sequence.sight and chunk.sequence.sight.turns for chunk in plan):
+    if not any(chunk.sequence.placeholders and chunk.sequence.placeholders.turns for chunk in plan):
         return []
     turns = list[int]()
     for chunk in plan:
         first = chunk.sequence.computed
         count = len(chunk.ids) - 1
-        sight = chunk.sequence.sight
-        if sight and sight.turns:
-            turns += sight.turned(first, count, len(turns))
+        placeholders = chunk.sequence.placeholders
+        if placeholders and placeholders.turns:
+            turns += placeholders.turned(first, count, len(turns))
         else:
             turns += range(first, first + count)
     return turns
@@ -96,8 +96,8 @@ def picture_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarr
     found = []
     begin = 0
     for chunk in plan:
-        if sight := chunk.sequence.sight:
+        if placeholders := chunk.sequence.placeholders:
             found += [(begin + first, *rows)
-                      for first, *rows in sight.rows(chunk.sequence.computed, chunk.count)]
+                      for first, *rows in placeholders.rows(chunk.sequence.computed, chunk.count)]
         begin += chunk.count + len(chunk.draft)
     return found

@@ -109,7 +109,7 @@ class ModelDrafts(EnginePart):
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
-        if sequence.sight:
+        if sequence.placeholders:
             self.resting[sequence] = sys.maxsize  # it sees no pictures, and drafts nothing after them
         else:
             self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
@@ -131,7 +131,7 @@ class ModelDrafts(EnginePart):
 
     def wants_hidden(self, sequence: Sequence) -> bool:
         """Not while drafts have not paid for long."""
-        if not sequence.drafts or not self.drafter.reads_hidden or sequence.sight:
+        if not sequence.drafts or not self.drafter.reads_hidden or sequence.placeholders:
             return False
         return (self.rest <= self.LONGEST_WATCHED
                 or len(sequence.tokens) + self.REST >= self.resting[sequence])

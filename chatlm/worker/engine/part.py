@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.grammars import Grammars
     from chatlm.worker.engine.model_drafts import ModelDrafts
     from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
-    from chatlm.worker.engine.sight import Pictures
+    from chatlm.worker.engine.encoded_pictures import Pictures
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.answer import Answer
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.keeper import Restoration
-    from chatlm.worker.engine.sight import Sight
+    from chatlm.worker.engine.encoded_pictures import Placeholders
 
 
 @record
@@ -119,7 +119,7 @@ class Sequence:
     filled: int = 0                      # table rows in which layers with a window have been given pages
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
     states: HeldStates = field(default_factory=HeldStates)
-    sight: Sight | None = None           # of the pictures of its prompt
+    placeholders: Placeholders | None = None           # of the pictures of its prompt
     restoration: Restoration | None = None  # of kept pages of its prompt, once they were looked up
     output: SequenceOutput = field(default_factory=SequenceOutput)
 
@@ -185,24 +185,25 @@ class Sequence:
         """The tokens that penalties count, and how many of them are of the prompt. Rows of pictures do not
         count: they are no tokens that could be drawn."""
         prompt = len(self.work.prompt_ids)
-        if not self.sight or not self.work.needs_tokens:
+        if not self.placeholders or not self.work.needs_tokens:
             return self.tokens, prompt
-        return self.sight.without_rows(self.tokens), prompt - len(self.sight.places)
+        return self.placeholders.without_rows(self.tokens), prompt - len(self.placeholders.places)
 
     @property
     def encoded(self) -> int:
         """How many of its pending tokens come before the first row of a picture that is not encoded yet."""
-        return self.sight.known(self.computed, self.pending) if self.sight else self.pending
+        return self.placeholders.known(self.computed, self.pending) if self.placeholders else self.pending
 
     def spans(self, first: int, end: int) -> list[tuple[int, int]]:
         """(begin, end) of each two-sided picture with rows among the tokens [first, end). The rows of such a
         picture see each other, so that one step must compute them all."""
-        return self.sight.spans(first, end) if self.sight and self.sight.two_sided else []
+        placeholders = self.placeholders
+        return placeholders.spans(first, end) if placeholders and placeholders.two_sided else []
 
     def uncut(self, count: int, most: int) -> int:
         """Shrink `count` so that no two-sided picture is split. A chunk that starts inside one, since cached
         pages have its first rows, takes all of the rest if `most` allows, else nothing."""
-        if not self.sight:
+        if not self.placeholders:
             return count
         end = self.computed + count
         for begin, last in self.spans(self.computed, end):
@@ -244,7 +245,7 @@ class Chunk(NamedTuple):
         first = self.sequence.computed
         tokens = self.sequence.tokens
         ids = [tokens[first - 1] if first else -1, *tokens[first:first + self.count], *self.draft]
-        return self.sequence.sight.as_one_id(ids) if self.sequence.sight else ids
+        return self.sequence.placeholders.as_one_id(ids) if self.sequence.placeholders else ids
 
     @property
     def rows(self) -> int:

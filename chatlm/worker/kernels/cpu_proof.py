@@ -260,8 +260,8 @@ class Chain:
         routers: list[tuple[str, dict[str, Any]]] = [
             ("swiglu", {"sum_to_one": False}),
             ("clamped_swiglu", {"sum_to_one": True}),
-            ("swiglu", {"sum_to_one": True, "sigmoids": True, "choice_bias": dice.normal(E) / 4}),
-            ("swiglu", {"sum_to_one": True, "choice_bias": dice.normal(E) / 4}),
+            ("swiglu", {"sum_to_one": True, "sigmoids": True, "correction_bias": dice.normal(E) / 4}),
+            ("swiglu", {"sum_to_one": True, "correction_bias": dice.normal(E) / 4}),
             ("geglu", {"sum_to_one": True, "scales": 1 + dice.normal(E) / 4}),
             ("relu2", {"sum_to_one": False, "sigmoids": True, "groups": (3, 2), "share_scale": 2.5}),
             ("swiglu", {"sum_to_one": True, "jitter": 0.3})]

@@ -42,7 +42,7 @@ class ExpertOps:
         self.slots: torch.Tensor | None = None
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0,
+                residual=True, sigmoids=False, correction_bias=None, groups=(1, 1), share_scale=1.0,
                 group_best=2) -> None:
         T, E = logits.shape
         C = x.shape[1]
@@ -53,10 +53,10 @@ class ExpertOps:
         many = pairs > FEW_PAIRS * E and "float32" not in kinds
         if sigmoids:
             ids, shares = self.route_by_torch(sigmoid_routes, logits, chosen, sum_to_one,
-                                              choice_bias, groups, share_scale, group_best)
-        elif choice_bias is not None or groups != (1, 1) or share_scale != 1:
+                                              correction_bias, groups, share_scale, group_best)
+        elif correction_bias is not None or groups != (1, 1) or share_scale != 1:
             ids, shares = self.route_by_torch(routes, logits, chosen, sum_to_one, groups,
-                                              share_scale, group_best, choice_bias)
+                                              share_scale, group_best, correction_bias)
         else:
             ids, shares = self.route(logits, chosen, sum_to_one)
         shares, routed = self.group(ids, shares, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)

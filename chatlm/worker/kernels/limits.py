@@ -23,7 +23,7 @@ def left_to_torch(model: Model, device) -> list[str]:
     if any(experts.router.kind == "sigmoid" for experts in feeds_of(model, Experts)):
         ops["router of sigmoids"] = None
     routers = [experts.router for experts in feeds_of(model, Experts)]
-    if any(router.kind == "softmax" and router.choice_bias for router in routers):
+    if any(router.kind == "softmax" and router.correction_bias for router in routers):
         ops["router with a bias"] = None
     if any(isinstance(attn, Attention) and attn.gates for attn in model.attentions):
         ops["gates of heads"] = None

@@ -289,7 +289,7 @@ class Program:
                      activation=code, residual=residual_at, adapted=number, fine=self.fine, out=out_at)
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int,
-                sum_to_one: bool, residual: bool = True, sigmoids: bool = False, choice_bias=None,
+                sum_to_one: bool, residual: bool = True, sigmoids: bool = False, correction_bias=None,
                 groups: tuple[int, int] = (1, 1), share_scale: float = 1.0, group_best: int = 2, scales=None,
                 jitter=None) -> None:
         """x + the sum over a row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) ->
@@ -300,8 +300,9 @@ class Program:
         Which experts a row has, and their shares:
         logits      (max_tokens, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are
                     the softmax over the logits of these, or over all E unless `sum_to_one`
-        choice_bias None, or (E): added to an expert's part of the softmax over all, or to its sigmoid, when
-        it is chosen
+        correction_bias
+                    None, or (E): added to an expert's part of the softmax over all, or to its sigmoid, when
+                    it is chosen
         groups      (n, k): experts are chosen from k of n groups, those whose `group_best` best experts have
                     the largest sum
         share_scale a factor of all shares
@@ -347,12 +348,12 @@ class Program:
         norm_at = vector_or_none("norm", weight, "float32", C)
         up_bias_at = vector_or_none("biases", up_bias, "float32", gate_up.rows)
         down_bias_at = vector_or_none("biases", down_bias, "float32", down.rows)
-        choice_bias_at = vector_or_none("choice_bias", choice_bias, "float32", E)
+        correction_bias_at = vector_or_none("correction_bias", correction_bias, "float32", E)
         scales_at = vector_or_none("scales", scales, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
         routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
-        kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
-        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=choice_bias_at,
+        kept = x, logits, gate_up, down, out, weight, *biases, correction_bias, scales, routing
+        self._record("route", TOKENS, kept, logits=logits_at, routing=routing, bias=correction_bias_at,
                      scales=scales_at, sparse=jitter is not None, farthest=2 * float(jitter or 0),
                      groups=count, kept_groups=kept_groups, group_best=group_best, scale=float(share_scale))
         self._record("group", TOKENS, routing=routing)

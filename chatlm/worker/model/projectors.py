@@ -1,7 +1,8 @@
 """What differs between the towers of families: what is added to patches, how layers rotate, and how rows
 become the model's.
 
-Each is a row of a table, which `Eyes` names. In every array here the patches of a square that becomes one row
+Each is a row of a table, which `StoredTower` names. In every array here the patches of a square that becomes
+one row
 are neighbours, row by row within the square. The squares are in raster order."""
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def finish_linear(y, out, activation, residual):
 
 
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
-                      residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0,
+                      residual=True, sigmoids=False, correction_bias=None, groups=(1, 1), share_scale=1.0,
                       group_best=2, scales=None, jitter=None):
     """x + the sum over a row's experts of share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
@@ -176,8 +176,9 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     groups      (n, k): experts are chosen from k of n equally large groups, those whose `group_best` best
                 experts have the largest sum of shares (DeepSeek-V3 technical report, 2024)
     share_scale a factor of all shares
-    choice_bias None, or (E): added to an expert's part of the softmax over all E when experts are chosen
-    sigmoids    experts and shares are those of `sigmoid_routes`, with choice_bias
+    correction_bias
+                None, or (E): added to an expert's part of the softmax over all E when experts are chosen
+    sigmoids    experts and shares are those of `sigmoid_routes`, with correction_bias
     jitter      None, or a row has the two experts that `sparse_routes` chooses
     scales      None, or (E): each share is multiplied by the expert's
 
@@ -190,9 +191,10 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     if jitter is not None:
         ids, shares = sparse_routes(logits, jitter)
     elif sigmoids:
-        ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale, group_best)
+        ids, shares = sigmoid_routes(logits, chosen, sum_to_one, correction_bias, groups, share_scale,
+                                     group_best)
     else:
-        ids, shares = routes(logits, chosen, sum_to_one, groups, share_scale, group_best, choice_bias)
+        ids, shares = routes(logits, chosen, sum_to_one, groups, share_scale, group_best, correction_bias)
     if scales is not None:
         shares = shares * scales[ids]
     y = normed(x, norm) if norm else x
@@ -215,13 +217,13 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     torch.add(x if residual else torch.zeros_like(x), total, out=out)
 
 
-def routes(logits, chosen, sum_to_one, groups=(1, 1), share_scale=1.0, group_best=2, choice_bias=None):
+def routes(logits, chosen, sum_to_one, groups=(1, 1), share_scale=1.0, group_best=2, correction_bias=None):
     """Ids and shares (T, chosen) of each row's experts, as experts_reference says."""
     scores = logits
-    if choice_bias is not None:
-        scores = torch.softmax(logits, -1) + choice_bias
+    if correction_bias is not None:
+        scores = torch.softmax(logits, -1) + correction_bias
     if groups[1] < groups[0]:
-        parts = torch.softmax(logits, -1) if choice_bias is None else scores
+        parts = torch.softmax(logits, -1) if correction_bias is None else scores
         scores = of_best_groups(parts, groups, group_best)
     ids = largest_first(scores, chosen)
     largest = logits.gather(1, ids)
@@ -239,16 +241,16 @@ def of_best_groups(scores, groups, group_best):
     return scores.masked_fill(out.repeat_interleave(scores.shape[1] // count, 1), -math.inf)
 
 
-def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0,
+def sigmoid_routes(logits, chosen, sum_to_one, correction_bias=None, groups=(1, 1), share_scale=1.0,
                    group_best=2):
-    """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid(logit) + choice_bias.
+    """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid + correction_bias.
 
-    choice_bias     None, or (E)
+    correction_bias None, or (E)
     sum_to_one      shares are the experts' sigmoids over their sum; else the sigmoids themselves
     share_scale, groups, group_best     as experts_reference says"""
     scores = torch.sigmoid(logits)
-    if choice_bias is not None:
-        scores = scores + choice_bias
+    if correction_bias is not None:
+        scores = scores + correction_bias
     if groups[1] < groups[0]:
         scores = of_best_groups(scores, groups, group_best)
     ids = largest_first(scores, chosen)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.weights.formats.sources import Sources
     from chatlm.worker.weights.formats.stored_model import Storage, StoredModel
 
@@ -38,7 +38,7 @@ def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> 
     with form.readable(source.path):
         stored = form.read(source, settings)
         model = load(stored, settings, device)
-    add_eyes(model, source, settings, device)
+    add_tower(model, source, settings, device)
     set_context(model, source.path, settings.context_length)
     return model
 
@@ -158,39 +158,40 @@ def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
     return gguf_model(source, settings, metadata, stored)
 
 
-def add_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str):
+def add_tower(model: LoadedModel, source: ModelSource, settings: Settings, device: str):
     """Give a model what it sees pictures with, if its files have that. Without it, and where towers are not
     computed, it reads texts alone."""
     if model.text.embedder:
         return
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     try:
-        eyes = eyes_of(model, source, settings, device)
-        if eyes and (several or Device(device).type != "cpu"):
+        tower = stored_tower_of(model, source, settings, device)
+        if tower and (several or Device(device).type != "cpu"):
             raise ConfigError("models see images only on a CPU, in one process")
     except ConfigError as error:
         if settings.mmproj:
             raise
         log.warning("%s reads texts alone: %s", model.name, error)
         return
-    if eyes:
+    if tower:
         model.architecture = model.architecture.with_sight(
-            len(eyes.deep), eyes.axes, eyes.two_sided, eyes.pad)
-        model.text = replace(model.text, vision=eyes.vision)
-        model.eyes = eyes
+            len(tower.deep), tower.axes, tower.two_sided, tower.pad)
+        model.text = replace(model.text, vision=tower.vision)
+        model.tower = tower
 
 
-def eyes_of(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> Eyes | None:
+def stored_tower_of(model: LoadedModel, source: ModelSource, settings: Settings,
+                    device: str) -> StoredTower | None:
     """What a folder or a GGUF model sees pictures with. Other formats have nothing of the kind."""
     if source.kind == "gguf":
         path = mmproj_of(source.path, settings)
         if path is None:
             return None
-        from chatlm.worker.weights.towers.mmproj import gguf_eyes
-        return gguf_eyes(path, source.path, settings, model, device)
+        from chatlm.worker.weights.towers.mmproj import gguf_tower
+        return gguf_tower(path, source.path, settings, model, device)
     if source.kind == "hf":
-        from chatlm.worker.weights.towers.folder import folder_eyes
-        return folder_eyes(source.path, settings, model.architecture, model.dtype or "float32")
+        from chatlm.worker.weights.towers.folder import folder_tower
+        return folder_tower(source.path, settings, model.architecture, model.dtype or "float32")
     return None
 
 

@@ -35,7 +35,7 @@ def preview_gguf(path: Path, size: int):
         gguf_text(path, metadata)
 
 
-def preview_eyes(path: Path, size: int):
+def preview_tower(path: Path, size: int):
     """ConfigError if no known mmproj file fits the model of a GGUF file of `size` bytes."""
     with readable(path):
         metadata = read_gguf_file(path, size)[0]
@@ -48,12 +48,12 @@ def preview_eyes(path: Path, size: int):
 
 
 def preview_main(arguments: Seq[str]) -> int:
-    """The role `preview PATH SIZE`, perhaps with `eyes`, or `preview FOLDER`. Exit status 1: stdout says what
-    is wrong. 2: not known yet."""
+    """The role `preview PATH SIZE`, perhaps with `tower`, or `preview FOLDER`. Exit status 1: stdout says
+    what is wrong. 2: not known yet."""
     path, *size = arguments
     try:
         if size:
-            look = preview_eyes if size[1:] == ["eyes"] else preview_gguf
+            look = preview_tower if size[1:] == ["tower"] else preview_gguf
             look(Path(path), int(size[0]))
         else:
             preview_folder(Path(path))

@@ -186,7 +186,7 @@ def test_the_experts_of_a_token_are_those_of_the_reference(options, ties):
     else:
         ids, _ = basic.routes(logits, options["chosen"], True, options.get("groups", (1, 1)), group_best=options.get("group_best", 2))
     expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
-    found = experts.chosen_experts(logits.numpy(), options | {"choice_bias": None if bias is None else bias.numpy()})
+    found = experts.chosen_experts(logits.numpy(), options | {"correction_bias": None if bias is None else bias.numpy()})
     assert np.array_equal(found, expected.numpy())
 
 

@@ -14,7 +14,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.front.annexes import ANNEXES, additions_of, database_of
 from chatlm.front.api.additions import Additions, Asked
-from chatlm.front.knowledge.file_search import NO_ROOM, NOTHING, NOTHING_ELSE
+from chatlm.front.knowledge.file_search import NOTHING, NOTHING_ELSE, NO_ROOM
 from chatlm.front.tools.rules import NOT_SHOWN, TOO_MANY
 from scripted_pool import ScriptedPool
 from tool_rounds import calls

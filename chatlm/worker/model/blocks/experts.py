@@ -23,7 +23,7 @@ class Router:
     kind: str = "softmax"    # "sigmoid": as the reference `sigmoid_routes` says; "jitter": as `sparse_routes`
     sum_to_one: bool = True  # shares are the softmax over the chosen experts' logits; else over all logits
     bias: bool = False
-    choice_bias: bool = False  # a bias counts in the choice, but not in the shares
+    correction_bias: bool = False  # a bias counts in the choice, but not in the shares
     groups: tuple[int, int] = (1, 1)  # (groups, how many of them experts are chosen from), without jitter
     scale: float = 1.0       # of the shares, without jitter
     jitter: float = 0.0
@@ -34,8 +34,8 @@ class Router:
         found = {"router": router}
         if self.bias:
             found["router_bias"] = router.bias
-        if self.choice_bias:
-            found["choice_bias"] = vector(experts)
+        if self.correction_bias:
+            found["correction_bias"] = vector(experts)
         return found
 
     def options(self, w: dict[str, Any]) -> dict[str, Any]:
@@ -44,12 +44,12 @@ class Router:
         if self.kind == "jitter":
             options["jitter"] = self.jitter
         if self.kind == "sigmoid":
-            options |= {"sigmoids": True, "choice_bias": w.get("choice_bias"), "groups": self.groups,
+            options |= {"sigmoids": True, "correction_bias": w.get("correction_bias"), "groups": self.groups,
                         "share_scale": self.scale}
         if self.kind == "softmax" and (self.groups != (1, 1) or self.scale != 1):
             options |= {"groups": self.groups, "share_scale": self.scale, "group_best": self.group_best}
-        if self.kind == "softmax" and self.choice_bias:
-            options["choice_bias"] = w["choice_bias"]
+        if self.kind == "softmax" and self.correction_bias:
+            options["correction_bias"] = w["correction_bias"]
         return options
 
 

@@ -267,7 +267,7 @@ GGUF_NAMES = {
     "qkv": "attn_q.weight attn_k.weight attn_v.weight",
     "output": "attn_output.weight", "output_norm": "post_attention_norm.weight",
     "gate_up": "ffn_gate.weight ffn_up.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
-    "down_norm": "post_ffw_norm.weight", "router": "ffn_gate_inp.weight", "choice_bias": "exp_probs_b",
+    "down_norm": "post_ffw_norm.weight", "router": "ffn_gate_inp.weight", "correction_bias": "exp_probs_b",
     "expert_gate_up": "ffn_gate_exps.weight ffn_up_exps.weight", "expert_up": "ffn_up_exps.weight",
     "expert_down": "ffn_down_exps.weight",
     "shared_gate_up": "ffn_gate_shexp.weight ffn_up_shexp.weight", "shared_down": "ffn_down_shexp.weight",

@@ -14,7 +14,7 @@ from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import EXPERTS, Family, Gguf, Header, expert_tensors
-from chatlm.worker.weights.families.mixtures import CHOICE_BIAS, GGUF_KEYS
+from chatlm.worker.weights.families.mixtures import CORRECTION_BIAS, GGUF_KEYS
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, SHARE_SCALE, Rule, check_divides, checked)
 
@@ -66,7 +66,7 @@ def laguna(facts: Facts) -> Model:
         attention = replace(facts.attention(number, facts.head_norms()), heads=heads, gates=gates)
         if attention.window:
             attention = replace(attention, rope=Rope(size, attention.rope.base))
-        feed = facts.feed(number, kind="sigmoid", choice_bias=True, scale=config["routed_scaling_factor"])
+        feed = facts.feed(number, kind="sigmoid", correction_bias=True, scale=config["routed_scaling_factor"])
         layers.append(Layer(attention, feed, norm, norm))
     return facts.decoder(layers, norm)
 
@@ -127,13 +127,14 @@ FAMILIES = {"laguna": Family(
     laguna,
     expert_tensors("experts.{}", "gate") | {
         "head_gates": ("model.layers.{}.self_attn.g_proj.weight",),
-        "choice_bias": ("model.layers.{}.mlp.experts.e_score_correction_bias",)},
+        "correction_bias": ("model.layers.{}.mlp.experts.e_score_correction_bias",)},
     has_window=lambda config, layer: False,
     keys={"moe_routed_scaling_factor": SHARE_SCALE, "routed_scaling_factor": SHARE_SCALE,
           "moe_router_logit_softcapping": Rule(float, 0, 10**6)},
     aliases={"moe_routed_scaling_factor": "routed_scaling_factor"},
     restated=of_layer_kinds,
-    gguf=Gguf("laguna", names=CHOICE_BIAS | {"head_gates": ("blk.{}.attn_gate.weight",)}, layers=gguf_layers,
+    gguf=Gguf("laguna", names=CORRECTION_BIAS | {"head_gates": ("blk.{}.attn_gate.weight",)},
+              layers=gguf_layers,
               keys={**GGUF_KEYS, "rope.dimension_count_swa": Rule(int, 2, MOST_CHANNELS),
                     "leading_dense_block_count": Rule(int, 0, MOST_LAYERS),
                     "rope.freq_base_swa": ROPE_BASE}))}

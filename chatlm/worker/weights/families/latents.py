@@ -20,7 +20,7 @@ from chatlm.worker.weights.families import minicpm, mixtures
 from chatlm.worker.weights.families.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, separate_experts, without_draft_heads)
 from chatlm.worker.weights.families.mixtures import (
-    CHOICE_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED, shared_tensors, shared_width)
+    CORRECTION_BIAS, DENSE_FIRST, DRAFTS, GROUPS, KEYS, SHARED, shared_tensors, shared_width)
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, check_divides, checked, router_groups
 
 # Of the norms of latents and of what makes queries, whatever rms_norm_eps says: as in transformers and in
@@ -46,7 +46,7 @@ TENSORS = {
         "kv_in": "kv_a_proj_with_mqa.weight", "kv_in_bias": "kv_a_proj_with_mqa.bias",
         "kv_norm": "kv_a_layernorm.weight", "k_up": "kv_b_proj.weight", "v_up": "kv_b_proj.weight"}.items()}
 MIXTURE_TENSORS = TENSORS | expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
-    "choice_bias": (f"{LAYER}.mlp.gate.e_score_correction_bias",)}
+    "correction_bias": (f"{LAYER}.mlp.gate.e_score_correction_bias",)}
 
 
 # ---- what a config says
@@ -115,7 +115,7 @@ def routing_of(facts: Facts) -> dict[str, Any]:
     config = facts.config
     found: dict[str, Any] = {"scale": config["routed_scaling_factor"]}
     if config["scoring_func"] == "sigmoid":
-        found |= {"kind": "sigmoid", "choice_bias": True}
+        found |= {"kind": "sigmoid", "correction_bias": True}
     else:
         found |= {"sum_to_one": False, "group_best": 1}
     if config["topk_method"] != "greedy":
@@ -157,7 +157,7 @@ GGUF_TENSORS = {ours: (f"blk.{{}}.{theirs}",) for ours, theirs in {
     "queries": "attn_q.weight", "queries_in": "attn_q_a.weight", "queries_in_bias": "attn_q_a.bias",
     "queries_norm": "attn_q_a_norm.weight", "queries_up": "attn_q_b.weight",
     "kv_in": "attn_kv_a_mqa.weight", "kv_in_bias": "attn_kv_a_mqa.bias", "kv_norm": "attn_kv_a_norm.weight",
-    "k_up": "attn_k_b.weight", "v_up": "attn_v_b.weight"}.items()} | CHOICE_BIAS
+    "k_up": "attn_k_b.weight", "v_up": "attn_v_b.weight"}.items()} | CORRECTION_BIAS
 BOTH = ("blk.{}.attn_kv_b.weight",)  # of older files, and of MiniCPM3
 GGUF_KEYS = mixtures.GGUF_KEYS | {
     "attention.q_lora_rank": SIZE._replace(optional=True), "attention.kv_lora_rank": SIZE,

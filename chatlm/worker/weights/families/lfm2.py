@@ -44,7 +44,7 @@ TENSORS = {
     "down": ("model.layers.{}.feed_forward.w2.weight",)}
 EXPERT_TENSORS = {
     "router": ("model.layers.{}.feed_forward.gate.weight",),
-    "choice_bias": ("model.layers.{}.feed_forward.expert_bias",),
+    "correction_bias": ("model.layers.{}.feed_forward.expert_bias",),
     "expert_gate_up": tuple(f"model.layers.{{}}.feed_forward.experts.{{}}.{part}.weight"
                             for part in ("w1", "w3")),
     "expert_down": ("model.layers.{}.feed_forward.experts.{}.w2.weight",)}
@@ -53,7 +53,7 @@ NAMES = {"final_norm": ("token_embd_norm.weight",)} | {
     for ending, part in (("", "weight"), ("_bias", "bias"))
     for ours, theirs in (("mix_in", "in_proj"), ("taps", "conv"), ("mix_out", "out_proj"))}
 EXPERT_NAMES = NAMES | {
-    "choice_bias": ("blk.{}.exp_probs_b.bias",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
+    "correction_bias": ("blk.{}.exp_probs_b.bias",), "expert_down": ("blk.{}.ffn_down_exps.weight",),
     "expert_gate_up": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight")}
 
 
@@ -64,7 +64,7 @@ def lfm2(facts: Facts) -> Model:
     conv = ShortConv(config["conv_L_cache"], config["conv_bias"], facts.width)
     routing = {}
     if facts.experts:
-        routing = {"kind": "sigmoid", "choice_bias": config["use_expert_bias"],
+        routing = {"kind": "sigmoid", "correction_bias": config["use_expert_bias"],
                    "scale": config["routed_scaling_factor"]}
     layers = []
     for number, kind in enumerate(facts.kinds):

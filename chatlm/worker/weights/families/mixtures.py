@@ -36,7 +36,7 @@ KEYS = {
 DRAFTS = {"num_nextn_predict_layers": 0, "num_mtp_layers": None, "mtp_loss_scaling_factor": None}
 GGUF_KEYS = {"expert_gating_func": Rule(int, 2, 2), "expert_weights_norm": Rule(bool),
              "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}
-CHOICE_BIAS = {"choice_bias": ("blk.{}.exp_probs_b.bias",)}
+CORRECTION_BIAS = {"correction_bias": ("blk.{}.exp_probs_b.bias",)}
 
 
 def shared_tensors(module: str) -> dict[str, tuple[str, ...]]:
@@ -56,7 +56,7 @@ def mixture(facts: Facts, norms: HeadNorms | None, **routing: Any) -> Model:
 
 def sigmoids(facts: Facts) -> dict[str, Any]:
     """A router of sigmoids, which chooses among some groups of experts, and with a bias."""
-    return {"kind": "sigmoid", "choice_bias": True, "groups": router_groups(facts.path, facts.config),
+    return {"kind": "sigmoid", "correction_bias": True, "groups": router_groups(facts.path, facts.config),
             "scale": facts.config["routed_scaling_factor"]}
 
 
@@ -109,18 +109,18 @@ GLM4_MOE = Family(
         "num_key_value_heads": 8},
     glm4_moe,
     expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
-        "choice_bias": ("model.layers.{}.mlp.gate.e_score_correction_bias",)},
+        "correction_bias": ("model.layers.{}.mlp.gate.e_score_correction_bias",)},
     keys=KEYS, repack=without_draft_heads, biases=biases_of_glm4,
     aliases={"n_routed_experts": "num_experts", "first_k_dense_replace": "num_dense_layers"},
     complete=lambda path, config: shared_width(config, "n_shared_experts"),
-    gguf=Gguf("glm4moe", names=AFTER_ATTENTION | CHOICE_BIAS, layers=gguf_layers, repack=without_draft_heads,
-              keys=GGUF_KEYS))
+    gguf=Gguf("glm4moe", names=AFTER_ATTENTION | CORRECTION_BIAS, layers=gguf_layers,
+              repack=without_draft_heads, keys=GGUF_KEYS))
 
 
 def ling2(facts: Facts) -> Model:
     if not facts.config["use_qk_norm"]:
         raise ConfigError(f"{facts.path}: use_qk_norm is false; it must be true")
-    routing = sigmoids(facts) | {"choice_bias": facts.config["moe_router_enable_expert_bias"]}
+    routing = sigmoids(facts) | {"correction_bias": facts.config["moe_router_enable_expert_bias"]}
     return mixture(facts, facts.head_norms(), **routing)
 
 
@@ -144,13 +144,13 @@ LING2 = Family(
         "output_bias": ("model.layers.{}.attention.dense.bias",),
         "q_norm": ("model.layers.{}.attention.query_layernorm.weight",),
         "k_norm": ("model.layers.{}.attention.key_layernorm.weight",),
-        "choice_bias": ("model.layers.{}.mlp.gate.expert_bias",)},
+        "correction_bias": ("model.layers.{}.mlp.gate.expert_bias",)},
     keys=KEYS | {"score_function": Rule(str, choices=("sigmoid",)),
                  "router_dtype": Rule(str, optional=True), "output_dropout": Rule(float, 0, 1)},
     repack=without_draft_heads, biases=biases_of_ling,
     aliases={"first_k_dense_replace": "num_dense_layers"},
     complete=lambda path, config: shared_width(config, "num_shared_experts"),
-    gguf=Gguf("bailingmoe2", names=CHOICE_BIAS, layers=gguf_layers, repack=without_draft_heads,
+    gguf=Gguf("bailingmoe2", names=CORRECTION_BIAS, layers=gguf_layers, repack=without_draft_heads,
               keys=GGUF_KEYS))
 
 
@@ -163,7 +163,7 @@ def rope_of_minimax(path: Path, name: str, config: Mapping, rope: dict) -> dict:
 
 def minimax(facts: Facts) -> Model:
     """Its norms of q and of k are over all heads."""
-    return mixture(facts, facts.whole_norms(), kind="sigmoid", choice_bias=True)
+    return mixture(facts, facts.whole_norms(), kind="sigmoid", correction_bias=True)
 
 
 MINIMAX_OTHER = dict.fromkeys("""attn_type_list layernorm_full_attention_beta layernorm_linear_attention_beta
@@ -176,14 +176,14 @@ MINIMAX = Family(
         "use_qk_norm": True, "use_mtp": False, "shared_intermediate_size": 0, "partial_rotary_factor": None},
     minimax, {
         "router": ("model.layers.{}.block_sparse_moe.gate.weight",),
-        "choice_bias": ("model.layers.{}.block_sparse_moe.e_score_correction_bias",),
+        "correction_bias": ("model.layers.{}.block_sparse_moe.e_score_correction_bias",),
         "expert_gate_up": tuple(f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{part}.weight"
                                 for part in ("w1", "w3")),
         "expert_down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight",)},
     keys={"rotary_dim": Rule(int, 2, MOST_CHANNELS, optional=True),
           "scoring_func": Rule(str, choices=("sigmoid",)), "router_jitter_noise": JITTER},
     rope_of=rope_of_minimax,
-    gguf=Gguf("minimax-m2", names=CHOICE_BIAS, keys=GGUF_KEYS, layers=gguf_layers))
+    gguf=Gguf("minimax-m2", names=CORRECTION_BIAS, keys=GGUF_KEYS, layers=gguf_layers))
 
 
 def same_in_all_layers(path: Path, raw: Mapping) -> dict:
@@ -217,7 +217,7 @@ HUNYUAN_TENSORS = expert_tensors("experts.{}", "gate.wg") | shared_tensors("shar
 
 def ernie_moe(facts: Facts) -> Model:
     """A bias counts in the choice of experts, but not in their shares."""
-    return mixture(facts, None, choice_bias=True)
+    return mixture(facts, None, correction_bias=True)
 
 
 def biases_of_ernie(config: Mapping) -> list[str]:
@@ -268,7 +268,7 @@ ERNIE_MOE = Family(
         "num_nextn_predict_layers": 0, "moe_capacity": None},  # the last of training
     ernie_moe,
     expert_tensors("experts.{}", "gate") | shared_tensors("shared_experts") | {
-        "choice_bias": ("model.layers.{}.mlp.moe_statics.e_score_correction_bias",)},
+        "correction_bias": ("model.layers.{}.mlp.moe_statics.e_score_correction_bias",)},
     keys={
         "moe_num_experts": Rule(int, 1, MOST_EXPERTS), "moe_k": Rule(int, 1, MOST_EXPERTS),
         "moe_num_shared_experts": Rule(int, 0, MOST_EXPERTS, optional=True),
@@ -278,7 +278,7 @@ ERNIE_MOE = Family(
         "num_nextn_predict_layers": Rule(int, 0, 100, optional=True)},
     aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True,
     complete=ernie_layers, repack=ernie_tensors, biases=biases_of_ernie,
-    gguf=Gguf("ernie4_5-moe", names=CHOICE_BIAS, layers=gguf_ernie, repack=ernie_tensors, keys={
+    gguf=Gguf("ernie4_5-moe", names=CORRECTION_BIAS, layers=gguf_ernie, repack=ernie_tensors, keys={
         "interleave_moe_layer_step": Rule(int, 0, MOST_LAYERS),
         "leading_dense_block_count": Rule(int, 0, MOST_LAYERS),
         "expert_shared_count": Rule(int, 0, MOST_EXPERTS)}))

@@ -68,7 +68,7 @@ MIXER = {"attention_norm": "norm.weight", "mix_in": "in_proj.weight", "mix_in_bi
 FEED_FORWARD = {
     "ffn_norm": "norm.weight", "up": "up_proj.weight", "up_bias": "up_proj.bias",
     "down": "down_proj.weight", "down_bias": "down_proj.bias", "router": "gate.weight",
-    "choice_bias": "gate.e_score_correction_bias", "expert_up": "experts.{}.up_proj.weight",
+    "correction_bias": "gate.e_score_correction_bias", "expert_up": "experts.{}.up_proj.weight",
     "expert_down": "experts.{}.down_proj.weight", "shared_up": "shared_experts.up_proj.weight",
     "shared_down": "shared_experts.down_proj.weight", "latent_in": "fc1_latent_proj.weight",
     "latent_out": "fc2_latent_proj.weight"}
@@ -85,7 +85,7 @@ GGUF_TENSORS = {ours: tuple(f"blk.{{}}.{name}" for name in theirs.split()) for o
     "qkv_bias": "attn_q.bias attn_k.bias attn_v.bias", "output": "attn_output.weight",
     "output_bias": "attn_output.bias", "up": "ffn_up.weight", "up_bias": "ffn_up.bias",
     "down": "ffn_down.weight", "down_bias": "ffn_down.bias", "router": "ffn_gate_inp.weight",
-    "choice_bias": "exp_probs_b.bias", "expert_up": "ffn_up_exps.weight",
+    "correction_bias": "exp_probs_b.bias", "expert_up": "ffn_up_exps.weight",
     "expert_down": "ffn_down_exps.weight", "shared_up": "ffn_up_shexp.weight",
     "shared_down": "ffn_down_shexp.weight", "latent_in": "ffn_latent_down.weight",
     "latent_out": "ffn_latent_up.weight"}.items()}
@@ -254,7 +254,7 @@ def feed_of(facts: Facts, number: int) -> FeedForward | Experts:
     config = facts.config
     routing = {}
     if facts.experts:
-        routing = {"kind": "sigmoid", "choice_bias": True, "groups": router_groups(facts.path, config),
+        routing = {"kind": "sigmoid", "correction_bias": True, "groups": router_groups(facts.path, config),
                    "scale": config["routed_scaling_factor"]}
     feed = facts.feed(number, **routing)
     return replace(feed, latent=config["moe_latent_size"] or 0) if isinstance(feed, Experts) else feed

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.weights.formats.stored_model import Adaptable
     from chatlm.worker.weights.text.vocabulary import Vocabulary
 
@@ -39,7 +39,7 @@ class LoadedModel:
     vocabulary: Vocabulary | None = None  # what `text` says, where it was not read from a tokenizer.json
     draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
-    eyes: "Eyes | None" = None   # what it sees pictures with
+    tower: "StoredTower | None" = None   # what it sees pictures with
     quantization: str = ""       # what its file calls it, such as Q4_K_M; "": nothing
 
     @property

@@ -22,7 +22,7 @@ from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
-from chatlm.worker.tower import Eyes
+from chatlm.worker.tower import StoredTower
 from chatlm.worker.weights.families.family import ACTIVATIONS, both
 from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, Rule
 
@@ -66,9 +66,9 @@ class Said(Protocol):
 class TowerFamily(NamedTuple):
     names: Mapping[str, tuple[str, ...]]       # ours -> those of a folder, from the tower's or projector's on
     file_names: Mapping[str, tuple[str, ...]]  # ours -> those of a GGUF file
-    own: Callable[[Eyes, int], Shapes]         # tensors of Eyes beside the layers'; int: the model's width
-    of_folder: Callable[[Said, Model], Eyes]   # all but the tensors
-    of_file: Callable[[Said, Model], Eyes]
+    own: Callable[[StoredTower, int], Shapes]  # tensors beside the layers'; int: the model's width
+    of_folder: Callable[[Said, Model], StoredTower]   # all but the tensors
+    of_file: Callable[[Said, Model], StoredTower]
     token: str                                 # the models that it belongs to have this special token
     architectures: tuple[str, ...]             # and one of these, as GGUF files
     added: Mapping[str, float] = {}            # to values of a folder; those of a GGUF file have it
@@ -86,10 +86,11 @@ HALVES: Colors = ((0.5,) * 3, (0.5,) * 3)
 UNCHANGED: Colors = ((0.0,) * 3, (1.0,) * 3)
 
 
-def make_eyes(vision: Vision, layers: Model, patch: int, shuffle: int, colors: Colors, **more: Any) -> Eyes:
-    """Eyes with these layers. Their tensors are still to be found."""
+def stored_tower(vision: Vision, layers: Model, patch: int, shuffle: int, colors: Colors,
+                 **more: Any) -> StoredTower:
+    """A tower with these layers. Its tensors are still to be found."""
     mean, std = colors
-    return Eyes(vision, layers, {}, patch, shuffle, mean=mean, std=std, **more)
+    return StoredTower(vision, layers, {}, patch, shuffle, mean=mean, std=std, **more)
 
 
 # of a picture
@@ -181,14 +182,14 @@ def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
     return (side // patch) ** 2
 
 
-def of_grid(eyes: Eyes, width: int) -> Shapes:
+def of_grid(tower: StoredTower, width: int) -> Shapes:
     """A product for each patch, a row for its place, and a product for the rows of each square."""
-    C = eyes.architecture.width
-    return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
-            "project": (width, C * eyes.shuffle**2)}
+    C = tower.architecture.width
+    return {"patch": (C, 3 * tower.patch**2), "patch_bias": (C,), "places": (tower.patches, C),
+            "project": (width, C * tower.shuffle**2)}
 
 
-def idefics3_of_folder(said: Said, model: Model) -> Eyes:
+def idefics3_of_folder(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE, 32)
     patch = said.tower("patch_size", SIDE, 32)
     shuffle = said.model("scale_factor", Rule(int, 1, 64), 2)
@@ -203,10 +204,10 @@ def idefics3_of_folder(said: Said, model: Model) -> Eyes:
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("size.longest_edge", SIDE, 4 * side),
                     said.picture("do_image_splitting", Rule(bool), True))
-    return make_eyes(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
+    return stored_tower(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
-def idefics3_of_file(said: Said, model: Model) -> Eyes:
+def idefics3_of_file(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64))
@@ -215,7 +216,7 @@ def idefics3_of_file(said: Said, model: Model) -> Eyes:
     colors = colors_of(said)
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("preproc_image_size", SIDE, 4 * side))
-    return make_eyes(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
+    return stored_tower(vision, layers, patch, shuffle, colors, filter="lanczos", projector="idefics3")
 
 
 IDEFICS3 = TowerFamily(
@@ -223,8 +224,8 @@ IDEFICS3 = TowerFamily(
     SIGLIP_FILE | {"project": ("mm.model.fc.weight",)}, of_grid, idefics3_of_folder, idefics3_of_file,
     "<fake_token_around_image>", ("llama",))
 
-def lfm2_eyes(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
-              projector: str, hidden: int, grid: int) -> Eyes:
+def lfm2_stored(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
+                projector: str, hidden: int, grid: int) -> StoredTower:
     """`layers`: with the most patches of a tile."""
     unit = patch * shuffle
     colors = colors_of(said)
@@ -245,11 +246,11 @@ def lfm2_eyes(said: Said, model: Model, layers: Callable[[int], Model], patch: i
         whole_from=said.picture("max_pixels_tolerance", Rule(float, 1, 100), 2.0),
         shows_whole=said.picture("use_thumbnail", Rule(bool), True))
     patches = max(most, tokens) * shuffle**2
-    return make_eyes(vision, layers(patches), patch, shuffle, colors, filter="bilinear",
-                     projector=projector, places="spread", most=most, hidden=hidden, grid=grid)
+    return stored_tower(vision, layers(patches), patch, shuffle, colors, filter="bilinear",
+                        projector=projector, places="spread", most=most, hidden=hidden, grid=grid)
 
 
-def lfm2_of_folder(said: Said, model: Model) -> Eyes:
+def lfm2_of_folder(said: Said, model: Model) -> StoredTower:
     scaled(said, 2)
     said.model("vision_feature_layer", Rule(int, -1, -1), -1)
     said.model("projector_hidden_act", Rule(str, choices=("gelu",)), "gelu")
@@ -259,28 +260,28 @@ def lfm2_of_folder(said: Said, model: Model) -> Eyes:
     said.picture("encoder_patch_size", Rule(int, patch, patch), patch)
     said.picture("downsample_factor", Rule(int, shuffle, shuffle), shuffle)
     normed = said.model("projector_use_layernorm", Rule(bool), True)
-    return lfm2_eyes(
+    return lfm2_stored(
         said, model, lambda patches: siglip_of_folder(said, patches, 768, 12, 12), patch, shuffle,
         "lfm2" if normed else "lfm2_bare", said.model("projector_hidden_size", CHANNELS, 2560),
         said.tower("num_patches", Rule(int, 1, 1 << 16), 256))
 
 
-def lfm2_of_file(said: Said, model: Model) -> Eyes:
+def lfm2_of_file(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
-    return lfm2_eyes(
+    return lfm2_stored(
         said, model, lambda patches: siglip_of_file(said, patches), patch,
         said.tower("projector.scale_factor", Rule(int, 1, 64), 2),
         "lfm2" if "mm.input_norm.weight" in said.shapes else "lfm2_bare",
         said.shapes.get("mm.1.weight", (16,))[0], (side // patch)**2)
 
 
-def lfm2_own(eyes: Eyes, width: int) -> Shapes:
-    joined = eyes.architecture.width * eyes.shuffle**2
-    H = eyes.hidden
-    norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if eyes.projector == "lfm2" else {}
-    return of_grid(eyes, width) | {
-        "places": (eyes.grid, eyes.architecture.width), "widen": (H, joined), "widen_bias": (H,),
+def lfm2_own(tower: StoredTower, width: int) -> Shapes:
+    joined = tower.architecture.width * tower.shuffle**2
+    H = tower.hidden
+    norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if tower.projector == "lfm2" else {}
+    return of_grid(tower, width) | {
+        "places": (tower.grid, tower.architecture.width), "widen": (H, joined), "widen_bias": (H,),
         "project": (width, H), "project_bias": (width,)} | norm
 
 
@@ -290,14 +291,15 @@ LFM2 = TowerFamily(
     SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
     lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>", ("lfm2", "lfm2moe"))
 
-def gemma3_eyes(said: Said, model: Model, layers: Model, side: int, patch: int, shuffle: int) -> Eyes:
+def gemma3_stored(said: Said, model: Model, layers: Model, side: int, patch: int,
+                  shuffle: int) -> StoredTower:
     tokens = (side // patch // shuffle)**2
     vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
-    return make_eyes(vision, layers, patch, shuffle, colors_of(said), filter="bilinear", projector="gemma3",
-                     two_sided="all")
+    return stored_tower(vision, layers, patch, shuffle, colors_of(said), filter="bilinear",
+                        projector="gemma3", two_sided="all")
 
 
-def gemma3_of_folder(said: Said, model: Model) -> Eyes:
+def gemma3_of_folder(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE, 896)
     patch = said.tower("patch_size", SIDE, 14)
     tokens = said.model("mm_tokens_per_image", TOKENS, 256)
@@ -309,20 +311,20 @@ def gemma3_of_folder(said: Said, model: Model) -> Eyes:
     scaled(said, 2)
     for edge in ("height", "width"):
         said.picture(f"size.{edge}", Rule(int, side, side), side)
-    return gemma3_eyes(said, model, siglip_of_folder(said, patches, 1152, 27, 16), side, patch, shuffle)
+    return gemma3_stored(said, model, siglip_of_folder(said, patches, 1152, 27, 16), side, patch, shuffle)
 
 
-def gemma3_of_file(said: Said, model: Model) -> Eyes:
+def gemma3_of_file(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 4)
     layers = siglip_of_file(said, square_grid(said, side, patch, shuffle))
-    return gemma3_eyes(said, model, layers, side, patch, shuffle)
+    return gemma3_stored(said, model, layers, side, patch, shuffle)
 
 
-def gemma3_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.architecture.width
-    return of_grid(eyes, width) | {"project": (width, C), "mean_norm": (C,)}
+def gemma3_own(tower: StoredTower, width: int) -> Shapes:
+    C = tower.architecture.width
+    return of_grid(tower, width) | {"project": (width, C), "mean_norm": (C,)}
 
 
 GEMMA3 = TowerFamily(
@@ -393,10 +395,10 @@ def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: 
                  clamped=clamped)
 
 
-def gemma4_eyes(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
-                grid: int, standard: bool, two_sided: bool, pad: int) -> Eyes:
+def gemma4_stored(said: Said, model: Model, layers: Callable[[int], Model], patch: int, shuffle: int,
+                  grid: int, standard: bool, two_sided: bool, pad: int) -> StoredTower:
     vision = gemma4_vision(said, model, patch * shuffle, two_sided)
-    return make_eyes(
+    return stored_tower(
         vision, layers(vision.tokens * shuffle**2), patch, shuffle, HALVES, filter="bicubic",
         projector="gemma4_standard" if standard else "gemma4", places="axes", angles="axes", grid=grid,
         two_sided="windows" if two_sided else "", pad=pad)
@@ -409,14 +411,14 @@ def gemma4_text(said: Said) -> tuple[bool, int]:
     return ahead == "vision", said.model("text_config.pad_token_id", Rule(int, 0, 1 << 24), 0)
 
 
-def gemma4_of_folder(said: Said, model: Model) -> Eyes:
+def gemma4_of_folder(said: Said, model: Model) -> StoredTower:
     said.tower("hidden_activation", Rule(str, choices=("gelu_pytorch_tanh",)), "gelu_pytorch_tanh")
     queries = said.tower("num_attention_heads", HEADS, 12)
     keys = said.tower("num_key_value_heads", HEADS, queries)
     heads = queries, keys, said.tower("head_dim", CHANNELS, 64)
     said.tower("rope_parameters.rope_type", Rule(str, choices=("axial", "default")), "axial")
     base = said.tower("rope_parameters.rope_theta", ROPE_BASE, 100.0)
-    return gemma4_eyes(
+    return gemma4_stored(
         said, model, lambda patches: gemma4_tower(
             said, patches, said.tower("hidden_size", CHANNELS, 768),
             said.tower("num_hidden_layers", LAYERS, 16), heads,
@@ -428,12 +430,12 @@ def gemma4_of_folder(said: Said, model: Model) -> Eyes:
         said.tower("standardize", Rule(bool), False), *gemma4_text(said))
 
 
-def gemma4_of_file(said: Said, model: Model) -> Eyes:
+def gemma4_of_file(said: Said, model: Model) -> StoredTower:
     clamped = any(name.startswith("v.") and name.endswith(CLAMPS) for name in said.shapes)
     heads = said.tower("attention.head_count", HEADS)
     rows = said.shapes.get("v.blk.0.attn_k.weight", (0,))[0]
     size = said.shapes.get("v.blk.0.attn_q_norm.weight", (1,))[0]
-    return gemma4_eyes(
+    return gemma4_stored(
         said, model, lambda patches: gemma4_tower(
             said, patches, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
             (heads, max(rows // size, 1), size), said.tower("feed_forward_length", CHANNELS),
@@ -468,42 +470,43 @@ def clamps_of_product(stem: str, numbers: Mapping[str, float]) -> list[float]:
     return [numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST) for ending in CLAMPS]
 
 
-def gemma4_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.architecture.width
-    standard: Shapes = {"mean_bias": (C,), "mean_scale": (C,)} if eyes.projector == "gemma4_standard" else {}
-    return {"patch": (C, 3 * eyes.patch**2), "places": (2, eyes.grid, C), "project": (width, C)} | standard
+def gemma4_own(tower: StoredTower, width: int) -> Shapes:
+    C = tower.architecture.width
+    standard: Shapes = {"mean_bias": (C,), "mean_scale": (C,)} if tower.projector == "gemma4_standard" else {}
+    return {"patch": (C, 3 * tower.patch**2), "places": (2, tower.grid, C), "project": (width, C)} | standard
 
 
 GEMMA4 = TowerFamily(GEMMA4_NAMES, GEMMA4_FILE_NAMES, gemma4_own, gemma4_of_folder, gemma4_of_file,
                      "<|image|>", ("gemma4",), axes=r"\bself_attn\.[qk]_|\.attn_[qk](_norm)?\.")
 
-def bare_eyes(said: Said, model: Model, width: int, patch: int, grid: int, two_sided: bool,
-              pad: int) -> Eyes:
+def bare_stored(said: Said, model: Model, width: int, patch: int, grid: int, two_sided: bool,
+                pad: int) -> StoredTower:
     vision = gemma4_vision(said, model, patch, two_sided)
     layers = tower(width, vision.tokens, (), RmsNorm(1e-5))
-    return make_eyes(vision, layers, patch, 1, UNCHANGED, filter="bicubic", projector="gemma4_bare",
-                     places="axes", grid=grid, two_sided="windows" if two_sided else "", pad=pad)
+    return stored_tower(vision, layers, patch, 1, UNCHANGED, filter="bicubic", projector="gemma4_bare",
+                        places="axes", grid=grid, two_sided="windows" if two_sided else "", pad=pad)
 
 
-def bare_of_folder(said: Said, model: Model) -> Eyes:
+def bare_of_folder(said: Said, model: Model) -> StoredTower:
     shuffle = said.tower("pooling_kernel_size", Rule(int, 1, 64), 3)
-    return bare_eyes(
+    return bare_stored(
         said, model, said.tower("mm_embed_dim", CHANNELS, 3840), said.tower("patch_size", SIDE, 16) * shuffle,
         said.tower("mm_posemb_size", Rule(int, 1, 1 << 20), 1120), *gemma4_text(said))
 
 
-def bare_of_file(said: Said, model: Model) -> Eyes:
+def bare_of_file(said: Said, model: Model) -> StoredTower:
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 3)
-    return bare_eyes(
+    return bare_stored(
         said, model, said.tower("embedding_length", CHANNELS), said.tower("patch_size", SIDE) * shuffle,
         said.shapes.get("v.position_embd.weight", (2, 1))[1], True, 0)
 
 
-def bare_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.architecture.width
-    numbers = 3 * eyes.patch**2
+def bare_own(tower: StoredTower, width: int) -> Shapes:
+    C = tower.architecture.width
+    numbers = 3 * tower.patch**2
     sizes = {"patch_norm": numbers, "patch_out_norm": C, "place_norm": C}
-    return {"patch": (C, numbers), "patch_bias": (C,), "places": (2, eyes.grid, C), "project": (width, C)} | {
+    places = 2, tower.grid, C
+    return {"patch": (C, numbers), "patch_bias": (C,), "places": places, "project": (width, C)} | {
         f"{name}{ending}": (size,) for name, size in sizes.items() for ending in ("", "_bias")}
 
 

@@ -25,7 +25,7 @@ from chatlm.worker.weights.towers.table import TOWERS
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.weights.formats.sources import Sources
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.towers.families import TowerFamily
@@ -92,7 +92,7 @@ def value_at(raw: Any, path: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def folder_eyes(folder: Path, settings: Settings, model: Model, dtype: str) -> Eyes | None:
+def folder_tower(folder: Path, settings: Settings, model: Model, dtype: str) -> StoredTower | None:
     """What the folder sees with; None if it has nothing. ConfigError if this program cannot compute it."""
     said = FolderSays(folder)
     kind = said.config.get("model_type", "")
@@ -102,24 +102,24 @@ def folder_eyes(folder: Path, settings: Settings, model: Model, dtype: str) -> E
             raise ConfigError(f"{said.config_path}: this server cannot compute the vision tower of a "
                               f"{shown(kind)} yet")
         return None
-    eyes = family.of_folder(said, model)
-    return eyes._replace(tensors=folder_tensors(folder, settings, family, eyes, model.width, dtype))
+    tower = family.of_folder(said, model)
+    return tower._replace(tensors=folder_tensors(folder, settings, family, tower, model.width, dtype))
 
 
-def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: Eyes, width: int,
+def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, tower: StoredTower, width: int,
                    dtype: str) -> dict[str, Any]:
-    """The tensors of Eyes, yet to be read."""
+    """The tensors of StoredTower, yet to be read."""
     state = tower_state(folder)
     numbers = {name: float(floats(state.pop(name)).reshape(())) for name in [*state] if name.endswith(CLAMPS)}
     for name, tensor in state.items():
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
                               f"be {', '.join(FLOATS)}")
-    state = in_our_layout(state, family, eyes.head_size)
-    sources = tower_sources(family, family.names, eyes, width)
+    state = in_our_layout(state, family, tower.head_size)
+    sources = tower_sources(family, family.names, tower, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
-    return tensors | unstored(eyes) | clamps_of(folder, family.names, eyes.architecture, numbers)
+    return tensors | unstored(tower) | clamps_of(folder, family.names, tower.architecture, numbers)
 
 
 def tower_state(folder: Path) -> dict[str, Any]:
@@ -173,20 +173,20 @@ def by_pairs(count: int, size: int) -> numpy.ndarray:
     return numpy.arange(count).reshape(-1, size // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def unstored(eyes: Eyes) -> dict[str, Any]:
+def unstored(tower: StoredTower) -> dict[str, Any]:
     """The tensors of a stage that no file has: a last norm, which nothing reads."""
-    if PROJECTORS[eyes.projector].normed:
+    if PROJECTORS[tower.projector].normed:
         return {}
-    return {"final_norm": numpy.ones(eyes.architecture.width, numpy.float32)}
+    return {"final_norm": numpy.ones(tower.architecture.width, numpy.float32)}
 
 
-def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
+def tower_sources(family: TowerFamily, names: Any, tower: StoredTower, width: int) -> Sources:
     """The sources of a tower's layers and of its own tensors."""
     sources: Sources = {}
-    for ours, source in tensor_sources(eyes.architecture, names, 0).items():
-        if ours not in unstored(eyes) and not ours.endswith(".clamps"):
+    for ours, source in tensor_sources(tower.architecture, names, 0).items():
+        if ours not in unstored(tower) and not ours.endswith(".clamps"):
             sources[ours] = source
-    for ours, shape in family.own(eyes, width).items():
+    for ours, shape in family.own(tower, width).items():
         sources[ours] = shape, {names[ours][0]: shape}
     return sources
 

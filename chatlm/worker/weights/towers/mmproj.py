@@ -27,17 +27,17 @@ from chatlm.worker.weights.towers.table import FILE_TOWERS
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.weights.loaded.model import LoadedModel
     from chatlm.worker.weights.towers.families import TowerFamily
 
 
-def gguf_eyes(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes:
+def gguf_tower(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str) -> StoredTower:
     """What a model sees with, by this file. ConfigError if there is no such file, or it has no such thing."""
     if not path.is_file():
         raise ConfigError(f"--mmproj {path}: there is no such file")
     with readable(path):
-        return eyes_in_file(path, model, settings, loaded, device, *read_gguf_file(path))
+        return tower_in_file(path, model, settings, loaded, device, *read_gguf_file(path))
 
 
 class FileSays:
@@ -79,8 +79,8 @@ class FileSays:
         raise ConfigError(f"{self.path}: clip.vision.{problem}")
 
 
-def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
-                 metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
+def tower_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
+                 metadata: Mapping[str, Any], stored: dict[str, Any]) -> StoredTower:
     if metadata.get("general.architecture") != "clip":
         raise ConfigError(f"{path}: general.architecture is {shown(metadata.get('general.architecture'))}; a "
                           "file that sees images has clip")
@@ -89,13 +89,13 @@ def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedMode
     if json.dumps(family.token).encode() not in loaded.text.payload:
         raise ConfigError(f"{path}: it belongs to another model: this one has no {family.token}")
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
-    eyes = family.of_file(FileSays(path, metadata, shapes, model), loaded.architecture)
-    return eyes._replace(tensors=file_tensors(path, settings, loaded, device, family, eyes, dict(stored)))
+    tower = family.of_file(FileSays(path, metadata, shapes, model), loaded.architecture)
+    return tower._replace(tensors=file_tensors(path, settings, loaded, device, family, tower, dict(stored)))
 
 
 def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: str, family: TowerFamily,
-                 eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of Eyes. Layers stay as stored, everything else becomes floats."""
+                 tower: StoredTower, stored: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of StoredTower. Layers stay as stored, everything else becomes floats."""
     stored = {name: tensor for name, tensor in stored.items()
               if not name.startswith(("a.", "mm.a.", *family.unread))}  # audio is not heard
     numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
@@ -104,9 +104,9 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         for name in stored:
             if names and re.search(names, name):
                 rows = stored[name].data
-                stored[name] = stored[name]._replace(data=rows[order_of(len(rows), eyes.head_size)])
+                stored[name] = stored[name]._replace(data=rows[order_of(len(rows), tower.head_size)])
     check_gguf_types(path, stored)
-    stored = with_names_of_now(stored, eyes)
+    stored = with_names_of_now(stored, tower)
     [kernel] = family.file_names["patch"]
     second = stored.pop(f"{kernel}.1", None)  # of a film of two pictures; both show the same one
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
@@ -115,11 +115,11 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         shapes[kernel] = form[0], math.prod(form[1:])
     turned = {name for ours in family.transposed for name in family.file_names[ours]}
     shapes |= {name: shapes[name][::-1] for name in turned if name in shapes}
-    sources = tower_sources(family, family.file_names, eyes, loaded.architecture.width)
+    sources = tower_sources(family, family.file_names, tower, loaded.architecture.width)
     check_names_and_shapes(path, shapes, sources)
-    own = family.own(eyes, loaded.architecture.width)
+    own = family.own(tower, loaded.architecture.width)
     layers = {name: source for name, source in sources.items() if name not in own}
-    backend = choose_backend(device, eyes.architecture)
+    backend = choose_backend(device, tower.architecture)
     storage = Storage(backend, loaded.dtype, None if loaded.dtype else backend.as_stored)
     tensors: dict[str, Any] = dict(GgufTensors(path, settings, stored, storage).of(layers))
     for ours, shape in own.items():
@@ -132,31 +132,31 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
             tensors[ours] = values_of(stored[name], shape[-1]).reshape(shape)
         if ours in family.planar:
             whole = tensors[ours].shape
-            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, eyes.patch, eyes.patch)).reshape(whole)
+            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, tower.patch, tower.patch)).reshape(whole)
         if name in turned:
             tensors[ours] = numpy.ascontiguousarray(tensors[ours].T)
     if second is not None:
         tensors["patch"] = tensors["patch"] + values_of(second, form[-1]).reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
-    return tensors | unstored(eyes) | clamps_of(path, family.file_names, eyes.architecture, numbers)
+    return tensors | unstored(tower) | clamps_of(path, family.file_names, tower.architecture, numbers)
 
 
-def with_names_of_now(stored: dict[str, Any], eyes: Eyes) -> dict[str, Any]:
+def with_names_of_now(stored: dict[str, Any], tower: StoredTower) -> dict[str, Any]:
     """A file's tensors under the names that they have in new files, and deepstack by its number, not by the
     layer that it follows."""
-    tower = eyes.architecture
-    width = tower.feed.width if tower.feed else 0
-    for layer in range(len(tower.layers)):  # old files have these two exchanged
+    blocks = tower.architecture
+    width = blocks.feed.width if blocks.feed else 0
+    for layer in range(len(blocks.layers)):  # old files have these two exchanged
         up = f"v.blk.{layer}.ffn_up"
         down = f"v.blk.{layer}.ffn_down"
         weight = stored.get(f"{up}.weight")
-        if weight is not None and width != tower.width and file_shape(up, weight)[0] == tower.width:
+        if weight is not None and width != blocks.width and file_shape(up, weight)[0] == blocks.width:
             for part in ("weight", "bias"):
                 first = stored.pop(f"{up}.{part}")
                 second = stored.pop(f"{down}.{part}")
                 stored |= {f"{up}.{part}": second, f"{down}.{part}": first}
-    for number, layer in enumerate(eyes.deep):
+    for number, layer in enumerate(tower.deep):
         begin = f"v.deepstack.{layer}."
         stored = {name.replace(begin, f"v.deepstack.{number}.") if name.startswith(begin) else name: tensor
                   for name, tensor in stored.items()}

@@ -14,10 +14,10 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.families.family import both
 from chatlm.worker.weights.rules import ROPE_BASE, Rule
 from chatlm.worker.weights.towers.families import (
-    CHANNELS, HEADS, LAYERS, SIDE, TowerFamily, colors_of, make_eyes, scaled, tower)
+    CHANNELS, HEADS, LAYERS, SIDE, TowerFamily, colors_of, scaled, stored_tower, tower)
 
 if TYPE_CHECKING:
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.towers.families import Colors, Said, Shapes
 
@@ -70,14 +70,14 @@ def pixtral_vision(model: Model, longest: int, unit: int) -> Vision:
     return Vision("pixtral", model.vocab_size, "[IMG]", 0, rows, longest, unit=unit)
 
 
-def pixtral_eyes(said: Said, vision: Vision, layers: Model, patch: int, shuffle: int, eps: float,
-                 biased: bool) -> Eyes:
-    return make_eyes(
+def pixtral_stored(said: Said, vision: Vision, layers: Model, patch: int, shuffle: int, eps: float,
+                   biased: bool) -> StoredTower:
+    return stored_tower(
         vision, layers, patch, shuffle, colors_of(said, COLORS), filter="bicubic",
         projector="pixtral_biased" if biased else "pixtral", places="", angles="by_turns", first_norm=eps)
 
 
-def pixtral_of_folder(said: Said, model: Model) -> Eyes:
+def pixtral_of_folder(said: Said, model: Model) -> StoredTower:
     scaled(said, 3)
     said.tower("model_type", Rule(str, choices=("pixtral",)), "pixtral")
     said.tower("num_channels", Rule(int, 3, 3), 3)
@@ -96,11 +96,11 @@ def pixtral_of_folder(said: Said, model: Model) -> Eyes:
         said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu"), vision.tokens * shuffle**2)
     size = width // heads
     said.tower("head_dim", Rule(int, size, size), size)
-    return pixtral_eyes(said, vision, layers, patch, shuffle, EPS,
-                        said.model("multimodal_projector_bias", Rule(bool), False))
+    return pixtral_stored(said, vision, layers, patch, shuffle, EPS,
+                          said.model("multimodal_projector_bias", Rule(bool), False))
 
 
-def pixtral_of_file(said: Said, model: Model) -> Eyes:
+def pixtral_of_file(said: Said, model: Model) -> StoredTower:
     if "mm.patch_merger.weight" not in said.shapes:
         said.refuse("projector_type is pixtral, and mm.patch_merger.weight is missing, as in Pixtral 12B: "
                     "only the towers of Mistral Small 3.1 and later models are supported")
@@ -112,15 +112,15 @@ def pixtral_of_file(said: Said, model: Model) -> Eyes:
         said, model, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
         said.tower("attention.head_count", HEADS), said.tower("feed_forward_length", CHANNELS), eps, 1e4,
         "gelu" if said.flag("use_gelu") else "silu", vision.tokens * shuffle**2)
-    return pixtral_eyes(said, vision, layers, patch, shuffle, eps, "mm.1.bias" in said.shapes)
+    return pixtral_stored(said, vision, layers, patch, shuffle, eps, "mm.1.bias" in said.shapes)
 
 
-def pixtral_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.architecture.width
+def pixtral_own(tower: StoredTower, width: int) -> Shapes:
+    C = tower.architecture.width
     shapes: Shapes = {
-        "patch": (C, 3 * eyes.patch**2), "first_norm": (C,), "merge": (C, C * eyes.shuffle**2),
+        "patch": (C, 3 * tower.patch**2), "first_norm": (C,), "merge": (C, C * tower.shuffle**2),
         "widen": (width, C), "project": (width, width)}
-    if eyes.projector == "pixtral_biased":
+    if tower.projector == "pixtral_biased":
         shapes |= {"widen_bias": (width,), "project_bias": (width,)}
     return shapes
 

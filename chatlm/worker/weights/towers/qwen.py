@@ -12,11 +12,11 @@ from chatlm.worker.tower import deep_norm
 from chatlm.worker.weights.families.family import ACTIVATIONS, both
 from chatlm.worker.weights.rules import MOST_LAYERS, Rule
 from chatlm.worker.weights.towers.families import (
-    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors_of, make_eyes, of_grid, scaled, siglip,
-    siglip_of_file)
+    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors_of, of_grid, scaled, siglip,
+    siglip_of_file, stored_tower)
 
 if TYPE_CHECKING:
-    from chatlm.worker.tower import Eyes
+    from chatlm.worker.tower import StoredTower
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.towers.families import Said, Shapes
 
@@ -43,8 +43,8 @@ FILE_NAMES = SIGLIP_FILE | both({
        for ours, theirs in (("deep_norm", "norm"), ("widen", "fc1"), ("project", "fc2"))}})
 
 
-def qwen_eyes(said: Said, model: Model, layers: Model, patch: int, shuffle: int, grid: int,
-              deep: tuple[int, ...], pixels: tuple[int, int]) -> Eyes:
+def qwen_stored(said: Said, model: Model, layers: Model, patch: int, shuffle: int, grid: int,
+                deep: tuple[int, ...], pixels: tuple[int, int]) -> StoredTower:
     """`layers` are the tower's, with any number of patches. `pixels`: fewest and most of a picture."""
     unit = patch * shuffle
     colors = colors_of(said)
@@ -64,13 +64,13 @@ def qwen_eyes(said: Said, model: Model, layers: Model, patch: int, shuffle: int,
     longest = 1 + max(2 * fewest + 1, math.isqrt(side * fewest), min(math.isqrt(side * most), side // unit))
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
     layers = replace(layers, max_positions=max(most, longest) * shuffle**2)
-    return make_eyes(
+    return stored_tower(
         vision, layers, patch, shuffle, colors, filter="bicubic", projector="merger", places="bilinear",
         angles="by_row_and_column", most=longest, hidden=layers.width * shuffle**2, grid=grid, deep=deep,
         axes=said.sections())
 
 
-def qwen_of_folder(said: Said, model: Model) -> Eyes:
+def qwen_of_folder(said: Said, model: Model) -> StoredTower:
     scaled(said, 3)
     patch = said.tower("patch_size", SIDE, 16)
     shuffle = said.tower("spatial_merge_size", Rule(int, 1, 64), 2)
@@ -85,29 +85,30 @@ def qwen_of_folder(said: Said, model: Model) -> Eyes:
     pixels = (said.picture("size.shortest_edge", area, said.picture("min_pixels", area, 65_536)),
               said.picture("size.longest_edge", area, said.picture("max_pixels", area, 16_777_216)))
     deep = said.tower("deepstack_visual_indexes", Rule(int, 0, MOST_LAYERS, many=True), [])
-    return qwen_eyes(said, model, layers, patch, shuffle,
-                     said.tower("num_position_embeddings", Rule(int, 1, 1 << 20), 2304), tuple(deep), pixels)
+    return qwen_stored(said, model, layers, patch, shuffle,
+                       said.tower("num_position_embeddings", Rule(int, 1, 1 << 20), 2304), tuple(deep),
+                       pixels)
 
 
-def qwen_of_file(said: Said, model: Model) -> Eyes:
+def qwen_of_file(said: Said, model: Model) -> StoredTower:
     side = said.tower("image_size", SIDE)
     patch = said.tower("patch_size", SIDE)
     flags = said.tower("is_deepstack_layers", Rule(bool, many=True), [])
     area = Rule(int, 1, 1 << 40)
     pixels = said.picture("image_min_pixels", area, 65_536), said.picture("image_max_pixels", area, 1 << 24)
-    return qwen_eyes(said, model, siglip_of_file(said, 1, rotates=True), patch,
-                     said.tower("spatial_merge_size", Rule(int, 1, 64), 2), (side // patch)**2,
-                     tuple(layer for layer, flag in enumerate(flags) if flag), pixels)
+    return qwen_stored(said, model, siglip_of_file(said, 1, rotates=True), patch,
+                       said.tower("spatial_merge_size", Rule(int, 1, 64), 2), (side // patch)**2,
+                       tuple(layer for layer, flag in enumerate(flags) if flag), pixels)
 
 
-def qwen_own(eyes: Eyes, width: int) -> Shapes:
-    H = eyes.hidden
+def qwen_own(tower: StoredTower, width: int) -> Shapes:
+    H = tower.hidden
     projectors: Shapes = {
-        name.format(deep): shape for deep in ("", *(f"_{i}" for i in range(len(eyes.deep))))
+        name.format(deep): shape for deep in ("", *(f"_{i}" for i in range(len(tower.deep))))
         for name, shape in (("widen{}", (H, H)), ("widen{}_bias", (H,)), ("project{}", (width, H)),
                             ("project{}_bias", (width,)))}
-    norms: Shapes = {name: (H,) for i in range(len(eyes.deep)) for name in deep_norm(i)}
-    return of_grid(eyes, width) | {"places": (eyes.grid, eyes.architecture.width)} | projectors | norms
+    norms: Shapes = {name: (H,) for i in range(len(tower.deep)) for name in deep_norm(i)}
+    return of_grid(tower, width) | {"places": (tower.grid, tower.architecture.width)} | projectors | norms
 
 
 QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>",

@@ -559,10 +559,10 @@ def test_lfm2_moe_s_config_reads_as_in_transformers(published, tmp_path):
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
     sizes = {key: int(np.prod(shape)) for key, shape in spec.shapes().items() if key != "head"}
-    assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
+    assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("correction_bias"))
     assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
     assert (spec.experts.count, spec.experts.width, [layer.feed.width for layer in spec.layers[:3]]) == (32, 1792, [7168, 7168, 1792])
-    assert spec.tied and spec.by_layer[2].rope.base == 1e6 and spec.experts.router == Router(4, "sigmoid", choice_bias=True, scale=published["routed_scaling_factor"])
+    assert spec.tied and spec.by_layer[2].rope.base == 1e6 and spec.experts.router == Router(4, "sigmoid", correction_bias=True, scale=published["routed_scaling_factor"])
     assert spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
 
 

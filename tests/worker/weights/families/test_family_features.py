@@ -157,11 +157,11 @@ def test_a_nemotron_3_has_transformers_weights(config, billions, layers, tmp_pat
     spec = spec_of(tmp_path, config)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for name, shape in spec.shapes().items() if not name.endswith("choice_bias"))
+    count = sum(math.prod(shape) for name, shape in spec.shapes().items() if not name.endswith("correction_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert len(spec.layers) == layers and all(layer.mixer for layer in spec.layers)
     experts = spec.layers[0].feed
-    assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
+    assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", correction_bias=True, scale=2.5)
     assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(spec) == ""
 
 

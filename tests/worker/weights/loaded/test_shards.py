@@ -85,7 +85,7 @@ PUBLISHED = {
                                     short_seq_len=None), 5, 15.0), 1)}
 HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
 NORM = RmsNorm(1e-5)
-EXPERTS = Experts(4, 9216, Router(2, "sigmoid", choice_bias=True), "relu2", latent=512, shared=FeedForward(4096, "relu2", prefix="shared_"))
+EXPERTS = Experts(4, 9216, Router(2, "sigmoid", correction_bias=True), "relu2", latent=512, shared=FeedForward(4096, "relu2", prefix="shared_"))
 HYBRIDS = {
     "qwen3.5": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128), None), output_gate=True, **HYBRID), 256),
     "qwen3.5-gguf": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128, alternating=True), None), output_gate=True, **HYBRID), 256),

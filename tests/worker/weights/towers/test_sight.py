@@ -165,7 +165,7 @@ def test_beside_a_quantized_model_so_is_the_tower(tmp_path):
         wanted = torch.cat([*model.model.get_image_features(pixel_values(picture, "smolvlm")).pooler_output]).reshape(-1, 64).numpy()
     engine = open_engine(tmp_path / "a.gguf", dtype=None)
     tower = engine.pictures.tower
-    rows = run(tower.encode(tiles_of(picture, layout_of(engine.full_text.vision, 90, 60), tower.eyes.filter)))
+    rows = run(tower.encode(tiles_of(picture, layout_of(engine.full_text.vision, 90, 60), tower.stored.filter)))
     cosine = (rows * wanted).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(wanted, axis=1)
     assert tower.stages[0].matrix_types[0] == "q8_0" and cosine.min() > 0.999 and np.abs(rows - wanted).max() > 1e-5
 

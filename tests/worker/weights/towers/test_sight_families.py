@@ -114,6 +114,6 @@ def test_no_chunk_or_page_cuts_a_two_sided_picture(tmp_path):
         engine.add(Assignment("beside", asking(engine, pictures[2], text=f"{number}"), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 8, pictures=(pictures[2],)))
         assert answer(engine, ids, shown) == answer(open_engine(tmp_path, prefill_chunk=512), ids, shown)
     assert engine.pictures.encoded == 3
-    sequence = engine.pictures.sight_of(Assignment("x", ids, AnswerParams(), 1, pictures=tuple(shown)))[0]
+    sequence = engine.pictures.placeholders_of(Assignment("x", ids, AnswerParams(), 1, pictures=tuple(shown)))[0]
     begin, end = sequence.spans(0, len(ids))[0]
     assert end - begin == 16 and begin % 16 and sequence.spans(end - 1, end) == [(begin, end)] and not sequence.spans(end, end + 1)

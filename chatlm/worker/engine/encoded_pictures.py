@@ -53,7 +53,7 @@ class EncodedPicture:
         return max(self.layout.grid or (0,))
 
 
-class Sight:
+class Placeholders:
     """Where the rows of its pictures stand in a sequence's prompt: each row takes the place of a token.
 
     In some models rows turn by their time, row and column in the picture, and what follows a picture turns as
@@ -182,8 +182,8 @@ class Pictures(EnginePart):
     def __init__(self, tower: Tower, transformer: Transformer):
         self.tower = tower
         self.transformer = transformer
-        self.first_id = tower.eyes.vision.first_id       # ids from here on stand for rows of pictures
-        self.first_turn = first_turn(transformer.model)  # see Sight
+        self.first_id = tower.stored.vision.first_id       # ids from here on stand for rows of pictures
+        self.first_turn = first_turn(transformer.model)  # see Placeholders
         self.by_digest: OrderedDict[bytes, EncodedPicture] = OrderedDict()
         self.resizing = ThreadPoolExecutor(1, "pictures")
         self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of the picture that is wanted next
@@ -191,8 +191,8 @@ class Pictures(EnginePart):
         self.encoded = 0        # pictures
 
     def comes(self, sequence: Sequence) -> str:
-        """Set its sight."""
-        sequence.sight, fault = self.sight_of(sequence.work)
+        """Set its placeholders."""
+        sequence.placeholders, fault = self.placeholders_of(sequence.work)
         return fault
 
     def changes_input(self, chunks: Seq[Chunk]) -> bool:
@@ -202,21 +202,21 @@ class Pictures(EnginePart):
     def change_input(self, chunks: Seq[Chunk]):
         self.transformer.show_pictures(picture_rows(chunks))
 
-    def sight_of(self, work: Assignment) -> tuple[Sight | None, str]:
+    def placeholders_of(self, work: Assignment) -> tuple[Placeholders | None, str]:
         """What an answer sees, None if its prompt has no pictures; or why it cannot see them."""
         if not work.pictures:
             return None, ""
         try:
-            return self._sight(work, self.tower.eyes.vision), ""
+            return self._placeholders(work, self.tower.stored.vision), ""
         except ValueError as error:
             return None, str(error)
 
-    def _sight(self, work: Assignment, vision: Vision) -> Sight:
+    def _placeholders(self, work: Assignment, vision: Vision) -> Placeholders:
         """ValueError if the ids of its prompt are not those of its pictures."""
         pictures = [self._encoded_picture(picture, vision) for picture in work.pictures]
         self._forget()
         counts = [(each.picture.digest, each.layout.tokens) for each in pictures]
-        return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
+        return Placeholders(vision.first_id, rows_in(vision, work.prompt_ids),
                      row_places(vision, work.prompt_ids, counts), pictures, vision.two_sided, self.first_turn)
 
     def _encoded_picture(self, picture: Picture, vision: Vision) -> EncodedPicture:
@@ -247,7 +247,8 @@ class Pictures(EnginePart):
 
     def _wanted(self, running: Iterable[Sequence]) -> EncodedPicture | None:
         for sequence in running:
-            if sequence.sight and (picture := sequence.sight.missing_picture(sequence.computed)):
+            placeholders = sequence.placeholders
+            if placeholders and (picture := placeholders.missing_picture(sequence.computed)):
                 return picture
         return None
 
@@ -256,7 +257,7 @@ class Pictures(EnginePart):
         """Begin to encode a picture once a thread has resized it; None until then."""
         digest = wanted.picture.digest
         if digest not in self.tiles:
-            tiles = self.resizing.submit(tiles_of, wanted.picture, wanted.layout, self.tower.eyes.filter)
+            tiles = self.resizing.submit(tiles_of, wanted.picture, wanted.layout, self.tower.stored.filter)
             self.tiles = {digest: tiles}
         if not self.tiles[digest].done():
             return None
@@ -288,10 +289,10 @@ def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings,
     """What sees images. Where the model's own matrices are quantized, layers of
     floats in the tower become q8_0: that is no less exact than what reads their results, and 2.3 times as
     fast."""
-    assert model.eyes
+    assert model.tower
     is_quantized = bool(transformer.matrix_types) and transformer.matrix_types[0] not in FLOAT_TYPES
     quantize = settings.quantize
     if not quantize and is_quantized and transformer.kernels.backend.quantizes:
         quantize = "q8_0"
-    return Tower(model.eyes, device, dtype=model.dtype, quantize=quantize,
+    return Tower(model.tower, device, dtype=model.dtype, quantize=quantize,
                  part=PART_CHUNKS * chunk_work(model.architecture, chunk, is_quantized))
