@@ -138,7 +138,7 @@ class Row:
 
 
 def all_words(connection, store, question):
-    every = [words.Word(each, 1.0) for each in words.words_of(question)]
+    every = [words.QuestionWord(each, 1.0) for each in words.words_of(question)]
     return [each.passage for each in words.ranked(connection, store, every, 50, False)]
 
 

@@ -22,7 +22,7 @@ THERE = "owner = ? AND kind = 'chat' AND body <> ''"
 NEWEST_FIRST = "ORDER BY updated DESC, name"
 
 
-class Part(NamedTuple):
+class NodesPage(NamedTuple):
     """Some nodes of a chat, as JSON; last: the number of the last one."""
 
     text: bytes
@@ -71,7 +71,7 @@ def chat_and_tag(connection: sqlite3.Connection, owner: str, name: str) -> tuple
 
 
 def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: int,
-                whole: bool = False) -> Part:
+                whole: bool = False) -> NodesPage:
     """The next nodes of a chat, after a number. whole: with their pictures."""
     texts = list[bytes]()
     size = 0
@@ -83,11 +83,11 @@ def nodes_after(connection: sqlite3.Connection, owner: str, chat: str, after: in
             body = pictures.with_pictures(connection, owner, body)
         text = b'{"id": %s, %s' % (dump(name), body.encode()[1:])
         if texts and size + len(text) > PART_BYTES:
-            return Part(b", ".join(texts) + b", ", last, True)
+            return NodesPage(b", ".join(texts) + b", ", last, True)
         texts.append(text)
         size += len(text)
         last = number
-    return Part(b", ".join(texts), last, False)
+    return NodesPage(b", ".join(texts), last, False)
 
 
 def others(connection: sqlite3.Connection, owner: str, kind: str) -> list[tuple[str, dict]]:

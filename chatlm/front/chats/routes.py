@@ -348,9 +348,9 @@ class ChatRoutes:
             async for part in enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"):
                 yield part
 
-    async def parts(self, store: Store, read: Callable[..., listing.Part]) -> AsyncIterator[bytes]:
+    async def parts(self, store: Store, read: Callable[..., listing.NodesPage]) -> AsyncIterator[bytes]:
         """The nodes of a chat, a few at a time."""
-        part = listing.Part(b"", 0, True)
+        part = listing.NodesPage(b"", 0, True)
         while part.more:
             part = await store.run(partial(read, after=part.last))
             yield part.text

@@ -18,7 +18,7 @@ from chatlm.front.api.knowledge_fields import MOST_QUERIES, QUERIES
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.prompting import (
-    LEAST_TOKENS, MOST_PASSAGES, SHARE, Part, counter, each_once, fitting_parts, room_in,
+    LEAST_TOKENS, MOST_PASSAGES, SHARE, GivenPassage, counter, each_once, fitting_parts, room_in,
     sources_of, used_stores)
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
@@ -102,7 +102,7 @@ class FileSearch:
                  for each in before.shown.get("results", ())]
         return [hit for hit in each_once(found.hits) if (hit.file, hit.start) not in known]
 
-    async def _fitting(self, call: ToolCall, hits: Seq[Hit]) -> list[Part]:
+    async def _fitting(self, call: ToolCall, hits: Seq[Hit]) -> list[GivenPassage]:
         """What of these the model is given."""
         prompts = call.pool.admission.prompts
         assert prompts  # it has answered already
@@ -111,7 +111,7 @@ class FileSearch:
         given = [each.text for each in call.before]
         numbered = sum(len(each.cited) for each in call.before)
 
-        def fit() -> list[Part]:
+        def fit() -> list[GivenPassage]:
             left = min(room, prompts.context_length // SHARE - sum(map(count, given)))
             parts = fitting_parts(hits, left, count, numbered) if left >= LEAST_TOKENS else []
             return within_characters(parts, self.most_characters - len(FOUND))
@@ -155,9 +155,9 @@ def result_of(hit: Hit) -> dict[str, Any]:
             "attributes": hit.attributes, "heading": hit.heading, "page": hit.page, "start": hit.start}
 
 
-def within_characters(parts: Seq[Part], most: int) -> list[Part]:
+def within_characters(parts: Seq[GivenPassage], most: int) -> list[GivenPassage]:
     """The first parts that have at most so many characters; the first one is cut if it alone has more."""
-    kept = list[Part]()
+    kept = list[GivenPassage]()
     for part in parts:
         most -= len(part.text) + 2
         if most < 0 and kept:

@@ -50,7 +50,7 @@ DOCUMENTS = ("Documents, which may help to answer questions. Their passages are 
              "that you use by its number, like [1].")
 
 
-class Part(NamedTuple):
+class GivenPassage(NamedTuple):
     """A passage that is given to read."""
 
     hit: Hit
@@ -62,7 +62,7 @@ class Given(NamedTuple):
     """What a model is given to read."""
 
     mode: str        # whole or search
-    parts: Seq[Part]
+    parts: Seq[GivenPassage]
     of: int          # passages of the files that were looked at
     words_only: bool = False
 
@@ -81,7 +81,7 @@ class Given(NamedTuple):
         return sources_of(self.parts)
 
 
-def sources_of(parts: Seq[Part]) -> tuple[dict, ...]:
+def sources_of(parts: Seq[GivenPassage]) -> tuple[dict, ...]:
     """What the numbers of parts cite, as members of an annotation."""
     return tuple({"type": "file_citation", "file_id": part.hit.file, "filename": part.hit.filename}
                  for part in parts)
@@ -211,9 +211,9 @@ def place_of(hit: Hit, with_heading: bool) -> str:
     return f"{one_line(hit.filename)}{page}{heading}"
 
 
-def whole_parts(hits: Seq[Hit]) -> list[Part]:
+def whole_parts(hits: Seq[Hit]) -> list[GivenPassage]:
     """The passages of whole documents. What two of them have in common stands there once."""
-    parts = list[Part]()
+    parts = list[GivenPassage]()
     ends: dict[tuple[int, str], int] = {}  # of each file, up to which character it has come
     stores_of: dict[str, int] = {}         # a file of two stores is given once
     for hit in hits:
@@ -223,7 +223,7 @@ def whole_parts(hits: Seq[Hit]) -> list[Part]:
         text = hit.text[max(end - hit.start, 0):]
         ends[hit.store, hit.file] = max(end, hit.start + len(hit.text))
         if text.strip():
-            parts.append(Part(hit, f"[{len(parts) + 1}] {place_of(hit, False)}\n{text}"))
+            parts.append(GivenPassage(hit, f"[{len(parts) + 1}] {place_of(hit, False)}\n{text}"))
     return parts
 
 
@@ -232,21 +232,21 @@ def each_once(hits: Seq[Hit]) -> list[Hit]:
     return [*{(hit.file, hit.start): hit for hit in reversed(hits)}.values()][::-1]
 
 
-def fitting_parts(hits: Seq[Hit], room: int, count: Count, before: int = 0) -> list[Part]:
+def fitting_parts(hits: Seq[Hit], room: int, count: Count, before: int = 0) -> list[GivenPassage]:
     """The first passages that fit. If none does, the first is cut. before: how many were given before."""
-    parts = list[Part]()
+    parts = list[GivenPassage]()
     left = room - count(PASSAGES + QUESTION)
     for hit in hits:
         text = f"[{before + len(parts) + 1}] {place_of(hit, True)}\n{hit.text}"
         tokens = count(text) + 2  # the blank line
         if tokens <= left:
-            parts.append(Part(hit, text))
+            parts.append(GivenPassage(hit, text))
             left -= tokens
     if hits and not parts and left >= LEAST_TOKENS:
         text = f"[{before + 1}] {place_of(hits[0], True)}\n{hits[0].text}"
         while (tokens := count(text) + 2) > left:
             text = text[:min(len(text) * left // tokens, len(text) - 1)]
-        parts.append(Part(hits[0], text, cut=True))
+        parts.append(GivenPassage(hits[0], text, cut=True))
     return parts
 
 

@@ -87,7 +87,7 @@ class Terms(NamedTuple):
     words_weight: float = 1.0
 
 
-class Place(NamedTuple):
+class SearchedStore(NamedTuple):
     """A store, as it is searched."""
 
     number: int
@@ -103,7 +103,7 @@ class Place(NamedTuple):
 class InWords(NamedTuple):
     """What the database says before vectors are compared."""
 
-    places: Seq[Place]
+    places: Seq[SearchedStore]
     files: tuple[int, ...] | None    # those that fit the filter; None: all
     passages: int
     lists: Seq[Seq[Ranked]]          # of each store
@@ -162,7 +162,7 @@ class FileLists:
         self.lists: OrderedDict[int, tuple[int, int, Seq[Listed]]] = OrderedDict()  # revision, characters
         self.lock = threading.Lock()
 
-    def of(self, connection: sqlite3.Connection, place: Place) -> Seq[Listed]:
+    def of(self, connection: sqlite3.Connection, place: SearchedStore) -> Seq[Listed]:
         """The files of a store that can be searched."""
         with self.lock:
             kept = self.lists.get(place.number)
@@ -256,7 +256,7 @@ class Search:
             weighted.append((terms.words_weight, [each.passage for each in order]))
         return before, weighted, compared < len(before.places), scores | cosines
 
-    async def _scanned(self, before: InWords, places: Seq[Place], digest: str, question: str,
+    async def _scanned(self, before: InWords, places: Seq[SearchedStore], digest: str, question: str,
                        asker: Asker) -> Scanned | None:
         """What is nearest in stores of one embedder; None if that is not served."""
         chosen = self.asking.embedder(digest)
@@ -321,8 +321,8 @@ class Deadline:
         return time.monotonic() > self.ends_s
 
 
-def places_of(connection: sqlite3.Connection, stores: Seq[int]) -> list[Place]:
-    return [Place(*row) for store in stores for row in connection.execute(PLACES, (store,))]
+def places_of(connection: sqlite3.Connection, stores: Seq[int]) -> list[SearchedStore]:
+    return [SearchedStore(*row) for store in stores for row in connection.execute(PLACES, (store,))]
 
 
 def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str, wanted: Filter | None,

@@ -28,7 +28,7 @@ LIVE = ("JOIN knowledge_passages AS p ON p.number = w.rowid JOIN knowledge_files
 SEARCHED = LIVE + " JOIN temp.searched AS s ON s.number = f.number"
 
 
-class Word(NamedTuple):
+class QuestionWord(NamedTuple):
     """A word that tells passages apart."""
 
     text: str
@@ -54,7 +54,7 @@ def words_of(question: str) -> list[str]:
 
 
 def telling_words(connection: sqlite3.Connection, store: int, passages: int, words: Iterable[str],
-                  stale: bool = False) -> list[Word]:
+                  stale: bool = False) -> list[QuestionWord]:
     """Those that stand in at most a quarter of a store's passages, the rarest first. passages: how many it
     has; stale: the table has words of deleted passages too."""
     most = max(passages // SHARE, 1)
@@ -64,11 +64,11 @@ def telling_words(connection: sqlite3.Connection, store: int, passages: int, wor
             f"SELECT COUNT(*) FROM (SELECT 1 FROM {words_table(store)} AS w {LIVE if stale else ''} "
             f"WHERE {words_table(store)} MATCH ? LIMIT ?)", (phrase(word), most + 1)).fetchone()
         if 0 < count <= most:
-            found.append(Word(word, round(math.log(1 + (passages - count + 0.5) / (count + 0.5)), 6)))
+            found.append(QuestionWord(word, round(math.log(1 + (passages - count + 0.5) / (count + 0.5)), 6)))
     return sorted(found, key=lambda word: (-word.weight, word.text))[:RAREST]
 
 
-def ranked(connection: sqlite3.Connection, store: int, words: Seq[Word], most: int, filtered: bool,
+def ranked(connection: sqlite3.Connection, store: int, words: Seq[QuestionWord], most: int, filtered: bool,
            stale: bool = False) -> list[Ranked]:
     """The passages of a store that BM25 puts first, in its order; of equal ones the earlier. filtered: only
     of the files in the table temp.searched. stale: as in `telling_words`."""

@@ -272,7 +272,7 @@ def test_a_word_is_looked_for_once_for_all_passages(tmp_path):
     asked = []
     with contextlib.closing(rows.connect(path)) as connection:
         connection.set_trace_callback(asked.append)
-        telling = [words.Word("wine", 1.0), words.Word("water", 0.5)]
+        telling = [words.QuestionWord("wine", 1.0), words.QuestionWord("water", 0.5)]
         found = words.ranked(connection, store, telling, 50, False)
         plans = [connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
                  for statement in asked if " IN (" in statement]
