@@ -158,7 +158,7 @@ class Played:
 
     def __init__(self, prompt, cached):
         self.tokens, self.draft, self.drafts, self.adapter_digest = list(prompt), NO_DRAFT, False, ""
-        self.work = SimpleNamespace(prompt_ids=prompt, params=SimpleNamespace(owner="", client="bench", logprobs=None))
+        self.work = SimpleNamespace(prompt_ids=prompt, params=SimpleNamespace(owner="", client="bench", logprobs=None, temporary=False))
         self.output = SimpleNamespace(usage=Usage(cached_tokens=cached), grammar=None)
 
 

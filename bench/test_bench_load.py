@@ -103,8 +103,9 @@ def test_what_else_takes_time_from_the_ranks():
 
 def test_uneven_shares_slow_a_step_down():
     """Times between samples are interpolated."""
-    spec = SimpleNamespace(width=4, head_size=2, heads=3, kv_heads=3, by_layer=(None,), ffn_size=8, vocab_size=0)      # 96 weights in attention, 96 elsewhere
-    assert [scale_model.unevenness(spec, tp) for tp in (1, 2, 3)] == pytest.approx([1, (96 * 4 / 3 + 96) / 192, 1])
+    attention = SimpleNamespace(head_size=2, heads=3, kv_heads=3)
+    model = SimpleNamespace(width=4, attention=attention, layers=(None,), feed_width=8, vocab_size=0)      # 96 weights in attention, 96 elsewhere
+    assert [scale_model.unevenness(model, tp) for tp in (1, 2, 3)] == pytest.approx([1, (96 * 4 / 3 + 96) / 192, 1])
     assert [scale_model.at_time(at_s, (0.0, 1.0, 3.0), (5, 6, 10)) for at_s in (0.5, 2.0, 4.0)] == [5.5, 8.0, 12.0]
 
 

@@ -180,8 +180,8 @@ def test_graphs_over_packed_pages_have_a_row_s_bits(nanochat_fixtures, emulation
     spec, tensors = llama_like(32)
     model = spec, dict(tensors), some_model("llama", nanochat_fixtures)[2]
     options = dict(max_batch=2, max_rows=2, context_length=64, kv=KvType("float32", packed=True))
-    steps = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, **options).steps
-    reference = engine_on(load_kernels("cpu"), (spec, dict(tensors), model[2]), **options).steps
+    steps = cuda_engine(backends.Emulated(emulation_library, products=True), model, monkeypatch, **options).runner
+    reference = engine_on(load_kernels("cpu"), (spec, dict(tensors), model[2]), **options).runner
     for length in (1, 2):
         together, want = logits_of(steps, [0, 1], length), logits_of(reference, [0, 1], length)
         assert (together - want).norm() < 5e-3 * want.norm()
@@ -246,11 +246,11 @@ def test_graphs_give_what_single_ops_give(backend, nanochat_fixtures, monkeypatc
     op_by_op = cuda_engine(backend, model, monkeypatch, prepare=False)
     graphs = cuda_engine(backend, model, monkeypatch)
     expected = answers(op_by_op, works)
-    assert op_by_op.steps.queue.replays == 0
+    assert op_by_op.runner.queue.replays == 0
     # cuBLAS may choose its kernel by the number of rows, which padding changes
     if backend.name == "emulation":
         assert answers(graphs, works) == expected
-    assert graphs.steps.queue.replays > 0 or backend.name == "gpu"
+    assert graphs.runner.queue.replays > 0 or backend.name == "gpu"
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_penalties_and_biases_apply_on_the_device(backend, nanochat_fixtures, mo
     monkeypatch.setattr(cuda_runner, "LIST_CAPACITY", 20)
     tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
     same_answers(expected, answers(tight, works))
-    assert tight.steps.queue.replays == 0
+    assert tight.runner.queue.replays == 0
 
 
 def test_steps_for_logits_replay_drawless_graphs(backend, nanochat_fixtures, monkeypatch):

@@ -70,7 +70,7 @@ def logits_of(engine, ids, pictures, rows=16):
     transformer = engine.transformer
     placeholders, _ = engine.pictures.placeholders_of(Assignment("x", ids, AnswerParams(), 1, pictures=pictures))
     for seen in placeholders.pictures:
-        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.tower.filter)))
+        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.stored.filter)))
     shown = placeholders.as_one_id(ids)
     transformer.show_pictures(placeholders.rows(0, len(ids)))
     ahead = [0] * len(ids)

@@ -71,7 +71,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "continue_final_message": True, "add_generation_prompt": False, "reasoning_effort": "low",
     "chat_template_kwargs": {"city": "Rome"}, "thinking_budget": 5,
     "stop": "x", "ignore_eos": True, "stop_on_repetition": True, "skip_special_tokens": False,
-    "priority": "low", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
+    "priority": "low", "prompt_cache_retention": "in_memory", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
     "min_tokens": 3, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5,
     "logit_bias": {"5": 3}, "top_n_sigma": 1, "typical_p": 0.9,
     "xtc_probability": 0.5, "xtc_threshold": 0.2, "dry_multiplier": 0.8, "dry_base": 2,
@@ -219,7 +219,7 @@ LLAMA = {"n_predict": 5, "cache_prompt": False, "n_probs": 2, "id_slot": 0, "n_k
          "post_sampling_probs": True, "lora": []}
 OPENAI = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "flex",
           "safety_identifier": "x", "prompt_cache_key": "x",
-          "prompt_cache_retention": "24h", "verbosity": "low",
+          "verbosity": "low",
           "prediction": {"type": "content", "content": "x"}, "web_search_options": {},
           "audio": {"voice": "x"}, "moderation": {}}
 UNREAD = {
@@ -231,7 +231,7 @@ UNREAD = {
     "/v1/embeddings": {"user": "me", "allowed_token_ids": [1], "temperature": 1},
     "/v1/responses": {
         "n": 2, "service_tier": "flex",
-        "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h",
+        "safety_identifier": "x", "prompt_cache_key": "x",
         "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x",

@@ -9,7 +9,7 @@ from encoders import TEXTS, cosine, engine_of, framed, vectors
 import nomic_experts
 from retrieval import write_json
 
-BACKENDS = [pytest.param("decode_core", marks=pytest.mark.skipif(choice.decode_core() is None, reason="not built")), "reference"]
+BACKENDS = [pytest.param("decode_core", marks=pytest.mark.skipif(choosing.decode_core() is None, reason="not built")), "reference"]
 
 
 @pytest.fixture(scope="module")
