@@ -3,7 +3,8 @@
 forward_record.json is the record: of each case two letters for each op (of `called_ops`), for a few cases the lines themselves, and of
 decode_core digests of its program and of the bits that it leaves, which do not depend on the machine. It was written by the forward
 of 2e9d6a82, before models were lists of blocks; since then only Gemma 4's double layers at odd widths or on four ranks were written
-anew, and dense parts narrower than the number of ranks, which are refused. A change that is meant to call other ops writes it anew:
+anew, dense parts narrower than the number of ranks, which are refused, and models with a correction bias when that got its name (the
+values of a tensor follow from its name; with the old one all cases were equal). A change that is meant to call other ops writes it anew:
 RECORD_FORWARD=1 pytest -m '' tests/worker/model/test_forward_record.py
 """
 
