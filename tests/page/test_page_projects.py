@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from browsing import (ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page, questions, reload, said, theme)
+from browsing import (
+    answers, ask, button, chats, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page, questions, reload,
+    said, theme)
 from real_server import server
 from shared_chats import keep_and_join
 
@@ -177,6 +179,21 @@ def test_projects_come_with_files_of_chats(page, stand_in):
     dialog = page.get_by_role("dialog", name="Edit the project")
     expect(dialog.get_by_role("textbox", name="What every chat of it tells the model first")).to_have_value("Answer as a sailor.")
     expect(dialog.get_by_text("ropes.txt")).to_be_visible()
+
+
+def test_a_real_model_answers_from_a_project_s_file(page, default_model_path):
+    file = {"name": "mill.md", "mimeType": "text/markdown", "buffer": b"The steam engine of the mill is called Adelaide."}
+    with server(default_model_path, "--context-length", 1024) as (_, url):
+        open_page(page, url)
+        make_project(page, "Mill", "Answer in one sentence.", [file])
+        project_menu(page, "Mill", "New chat in this project")
+        ask(page, "What is the steam engine of the mill called?")
+        expect_answered(page)
+        expect(said(answers(page).last)).to_contain_text("Adelaide")
+        button(page, "New chat").click()
+        ask(page, "What is the capital of France?")
+        expect_answered(page)
+        expect(said(answers(page).last)).to_contain_text("Paris")
 
 
 @pytest.fixture
