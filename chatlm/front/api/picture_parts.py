@@ -130,7 +130,12 @@ def fill_in(body: dict, pictures: Seq[Picture], before: list | None = None):
                             "picture": [picture.width, picture.height, picture.digest.hex()]}
 
 
-SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+SIGNATURES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+
+def picture_kind(data: bytes | bytearray) -> str | None:
+    """What stands after image/ in a picture's media type, by its first bytes; None: it is none of these."""
+    return next((kind for begin, kind in SIGNATURES.items() if data.startswith(begin)), None)
 
 
 def with_files(items: Seq[KeptItem], files: Mapping[bytes, bytes]) -> tuple[KeptItem, ...]:
@@ -144,7 +149,7 @@ def with_own_files(item: KeptItem, files: Mapping[bytes, bytes]) -> KeptItem:
         picture = picture_in(part)
         if picture:
             data = files[picture.digest]
-            kind = next((kind for begin, kind in SIGNATURES.items() if data.startswith(begin)), "*")
+            kind = picture_kind(data) or "*"
             place[index] = {"type": "input_image", "detail": "auto",
                             "image_url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
     return item._replace(body=json.dumps(body).encode())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
+from chatlm.front.api.picture_parts import picture_kind
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
@@ -22,17 +23,15 @@ if TYPE_CHECKING:
 CHAT_PICTURE_BYTES = 4 << 20
 UNSHOWN_S = 86_400  # for so long a picture is kept that no message shows yet
 AT_ONCE = 50        # of these are removed
-TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif",
-         b"RIFF": "image/webp"}
 
 
 def type_of(data: bytes | bytearray) -> str:
     """Its media type, by its first bytes. Raises RequestError for what is no picture."""
-    for begin, kind in TYPES.items():
-        if data.startswith(begin):
-            return kind
-    raise RequestError("the body must be a picture: PNG, JPEG, GIF or WebP", status=415,
-                       code="unsupported_type")
+    kind = picture_kind(data)
+    if kind is None:
+        raise RequestError("the body must be a picture: PNG, JPEG, GIF or WebP", status=415,
+                           code="unsupported_type")
+    return f"image/{kind}"
 
 
 def find(connection: sqlite3.Connection, owner: str, name: str) -> int | None:

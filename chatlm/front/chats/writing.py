@@ -108,7 +108,7 @@ class WrittenAnswer:
 
     # what is written
 
-    def said(self, index: int = 0) -> dict:
+    def fields_so_far(self, index: int = 0) -> dict:
         """An answer so far, as the page keeps it (static/tree.js)."""
         choice = self.twin.choices[index]
         calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
@@ -135,7 +135,7 @@ class WrittenAnswer:
 
     def others(self, facts: dict) -> dict[int, dict]:
         """The further answers of its request at its end. facts: of those that have not ended."""
-        return {index: {**self.said(index), **(self.ends.get(index) or facts)}
+        return {index: {**self.fields_so_far(index), **(self.ends.get(index) or facts)}
                 for index in range(1, len(self.twin.choices))}
 
     def look(self):
@@ -150,7 +150,7 @@ class WrittenAnswer:
         self.grown = False
         recording = self.running.recordings.all.get(self.place.stream)
         stream = {"id": self.place.stream, "next": recording.length if recording else 0}
-        patch = {**self.said(), "stream": stream}
+        patch = {**self.fields_so_far(), "stream": stream}
         self.task = asyncio.create_task(supervised(
             f"writing {self.place.node}", partial(self.write, patch), failed=self.fails))
 
@@ -199,7 +199,7 @@ class WrittenAnswer:
         end = {"stream": None, "ended": self.place.stream}
         patches: list[dict] = [{**end, "error": f"{NO_ROOM}{self.problem}", "remedy": "again"}]
         if not self.problem:
-            patches.insert(0, {**NO_MISHAP, **self.said(), **facts, **end})
+            patches.insert(0, {**NO_MISHAP, **self.fields_so_far(), **facts, **end})
         for patch in patches:
             try:
                 size = len(patch.get("content", ""))

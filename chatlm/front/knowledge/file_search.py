@@ -85,9 +85,12 @@ class FileSearch:
         except ChatServerError as error:
             return ToolResult(f"{error}.", is_error=True, shown={QUERIES: queries})
         results = [result_of(part.hit) for part in parts]
-        text = "\n\n".join((FOUND, *(part.text for part in parts)))
-        if not parts:
-            text = NO_ROOM if hits else NOTHING_ELSE if call.before else NOTHING
+        if parts:
+            text = "\n\n".join((FOUND, *(part.text for part in parts)))
+        elif hits:
+            text = NO_ROOM
+        else:
+            text = NOTHING_ELSE if call.before else NOTHING
         return ToolResult(text, shown={QUERIES: queries, "results": results}, cited=sources_of(parts))
 
     async def _found(self, call: ToolCall, queries: Seq[str]) -> list[Hit]:
@@ -130,7 +133,7 @@ def terms_of(options: Mapping[str, Any]) -> Terms:
 def queries_in(arguments: Mapping[str, Any]) -> list[str]:
     """What a call looks for; [] if it does not say."""
     sent = arguments.get(QUERIES, arguments.get("query"))
-    texts = [sent] if is_text(sent) else sent if isinstance(sent, list) else []
+    texts = sent if isinstance(sent, list) else [sent]
     found = [text.strip()[:2 * QUESTION_CHARACTERS] for text in texts if is_text(text)]
     return [*dict.fromkeys(filter(None, found))][:MOST_QUERIES]
 

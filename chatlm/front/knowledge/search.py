@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -140,7 +140,7 @@ PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELEC
           "s.revision FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
-FILES = ("SELECT number, attributes, passages FROM knowledge_files "
+FILES = ("SELECT number, attributes, passages, tokens FROM knowledge_files "
          "WHERE store = ? AND deleted = 0 AND status = 'completed' ORDER BY number")
 
 
@@ -150,6 +150,7 @@ class Listed(NamedTuple):
     number: int
     attributes: Mapping[str, str | float | bool]
     passages: int
+    tokens: int
 
 
 class FileLists:
@@ -170,8 +171,8 @@ class FileLists:
                 self.lists.move_to_end(place.number)
                 return kept[2]
         rows = connection.execute(FILES, (place.number,)).fetchall()
-        size = sum(len(attributes) + ROW_CHARACTERS for _, attributes, _ in rows)
-        files = [Listed(number, json.loads(attributes), passages) for number, attributes, passages in rows]
+        size = sum(len(attributes) + ROW_CHARACTERS for _, attributes, *_ in rows)
+        files = [Listed(number, json.loads(attributes), *counts) for number, attributes, *counts in rows]
         with self.lock:
             self.lists.pop(place.number, None)
             self.lists[place.number] = place.revision, size, files
@@ -325,6 +326,15 @@ def places_of(connection: sqlite3.Connection, stores: Seq[int]) -> list[Searched
     return [SearchedStore(*row) for store in stores for row in connection.execute(PLACES, (store,))]
 
 
+def fitting(connection: sqlite3.Connection, places: Seq[SearchedStore], wanted: Filter | None,
+            lists: FileLists) -> Iterator[Listed]:
+    """The files of stores that fit a filter."""
+    for place in places:
+        for file in lists.of(connection, place):
+            if wanted is None or wanted(file.attributes):
+                yield file
+
+
 def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str, wanted: Filter | None,
              lists: FileLists) -> InWords:
     """What a search reads first: the stores, their files that fit a filter, the passages with its words."""
@@ -332,10 +342,9 @@ def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str, wa
     files: list[int] = []
     passages = sum(place.passages for place in places)
     if wanted is not None:
-        fitting = [file for place in places for file in lists.of(connection, place)
-                   if wanted(file.attributes)]
-        files = [file.number for file in fitting]
-        passages = sum(file.passages for file in fitting)
+        left = [*fitting(connection, places, wanted, lists)]
+        files = [file.number for file in left]
+        passages = sum(file.passages for file in left)
         connection.execute("CREATE TEMP TABLE searched (number INTEGER PRIMARY KEY)")
         connection.executemany("INSERT INTO searched VALUES (?)", [(number,) for number in files])
     words = words_of(question)
@@ -360,20 +369,13 @@ def whole_of(connection: sqlite3.Connection, stores: Seq[int], most_tokens: int,
     if wanted is None and sum(place.tokens for place in places) > most_tokens:
         return None
     hits = []
-    for place in places:
-        for file in lists.of(connection, place):
-            if wanted is None or wanted(file.attributes):
-                rows = [Row(*row).hit(1.0) for row in connection.execute(
-                    f"{ROWS} AND p.file = ? ORDER BY p.place", (file.number,))]
-                most_tokens -= tokens_of(connection, file.number)
-                if most_tokens < 0:
-                    return None
-                hits += rows
+    for file in fitting(connection, places, wanted, lists):
+        most_tokens -= file.tokens
+        if most_tokens < 0:
+            return None
+        hits += [Row(*row).hit(1.0) for row in connection.execute(
+            f"{ROWS} AND p.file = ? ORDER BY p.place", (file.number,))]
     return hits
-
-
-def tokens_of(connection: sqlite3.Connection, file: int) -> int:
-    return connection.execute("SELECT tokens FROM knowledge_files WHERE number = ?", (file,)).fetchone()[0]
 
 
 def join(lists: Seq[tuple[float, Seq[int]]],

@@ -264,29 +264,24 @@ class Loop:
         options = {name: value for name, value in request.template_options.items()
                    if name not in ("continue_final_message", "add_generation_prompt")}
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
-                          messages=self._messages(), template_options=options,
+                          messages=self._messages() if may_call else self._last_messages(),
+                          template_options=options,
                           max_tokens=self._tokens_left())
-        if may_call:
-            return request
-        found = self._found_before()
-        messages = self._messages()
-        if found:
-            messages = before_question(self._asked_messages(), found)
-        elif self.first and found is not None:  # what was found first stands there already
-            messages = tuple(self._asked_messages())
-        return replace(request, params=without_calls(params), tools=(), messages=messages)
+        return request if may_call else replace(request, params=without_calls(params), tools=())
 
-    def _found_before(self) -> str | None:
-        """What all calls have found, to stand before the question, where each was one that could have been
-        made before the model was asked. In the last round small models answer that, where they would go on to
-        write calls. None: they were others."""
+    def _last_messages(self) -> tuple[Message, ...]:
+        """The conversation of a round without calls. If each call so far could have been made before the
+        model was asked, what they have found stands before the question: small models answer that, where
+        they would go on to write calls."""
         calls = [call for turn in self.turns for call in turn.calls]
-        texts = [call.result.text for call in calls if call.result and call.result.cited]
         if not all(call.name in self.tools and self.tools[call.name].first for call in calls):
-            return None
-        if not texts or not questions_in(self.request.messages or ()):
-            return ""
-        return "\n\n".join((*texts, "" if self.first else QUESTION))
+            return self._messages()
+        texts = [call.result.text for call in calls if call.result and call.result.cited]
+        if texts and questions_in(self.request.messages or ()):
+            found = "\n\n".join((*texts, "" if self.first else QUESTION))
+            return before_question(self._asked_messages(), found)
+        # what was found first stands there already
+        return tuple(self._asked_messages()) if self.first else self._messages()
 
     def _tokens_left(self) -> int | None:
         """The most tokens that the next round may have; None: up to the context."""

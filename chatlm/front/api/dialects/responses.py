@@ -183,7 +183,8 @@ def included(body: Mapping, history: McpHistory) -> dict:
 
 def includable(tools: Iterable[PlannedTool]) -> set[str]:
     """What `include` may name of the items of tools."""
-    return {f"{tool.item.type}.{member}" for tool in tools if tool.item for member in tool.item.asked_for}
+    items = [tool.item for tool in tools if tool.item]
+    return {f"{item.type}.{member}" for item in items for member in item.asked_for}
 
 
 def kept_details(values: Mapping, known: Known) -> dict:
