@@ -108,3 +108,10 @@ def environment_of(process):
     with contextlib.suppress(OSError, psutil.Error):
         return Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
     return []
+
+
+def test_idle_threads_of_a_process_sleep_unless_its_operator_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
+    assert start.process_environment(2)["OPENBLAS_THREAD_TIMEOUT"] == "4"
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "20")
+    assert start.process_environment(2)["OPENBLAS_THREAD_TIMEOUT"] == "20"

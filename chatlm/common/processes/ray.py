@@ -16,7 +16,7 @@ from chatlm.common.messages.protocol import (
     RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, StartActor, Unusable)
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.child import join_parent
-from chatlm.common.processes.start import PROCESS_CODE, exit_in_words
+from chatlm.common.processes.start import CALM_THREADS, PROCESS_CODE, exit_in_words
 from chatlm.common.program import program_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def replica_actor() -> type:
     """The actors' class. Ray sends it by value, so that a node needs Ray and the model's libraries, but no
     copy of the program: hence the imports inside."""
+    calm = dict(CALM_THREADS)
+
     class Replica:
         def __init__(self, program: bytes, code: str, tls: str):
             import contextlib
@@ -53,10 +55,9 @@ def replica_actor() -> type:
             part = folder / str(os.getpid())
             part.write_bytes(program)
             part.replace(path)
-            environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=calm | os.environ, start_new_session=True)
             assert self.process.stdout
             self.port, self.secret = json.loads(self.process.stdout.readline())
 
