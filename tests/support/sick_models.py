@@ -19,7 +19,8 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.worker.doctor.checks import CHECKS
 from chatlm.worker.doctor.examine import findings_of, labelled
 from chatlm.worker.doctor.examined_model import ExaminedModel
-from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
+from chatlm.worker.weights.formats.gguf.header import FileHeader
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from tiny_gguf import gguf_bytes, packed_text, packed_value, random_llama, sentencepiece_metadata, small_gguf_metadata, tensor_info
 
 NUMBERS = {"llama.block_count": 1, "llama.context_length": 2048, "llama.embedding_length": 64, "llama.feed_forward_length": 128,

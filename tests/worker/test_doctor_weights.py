@@ -17,7 +17,8 @@ from chatlm.worker.doctor.layers import profile, strange_levels
 from chatlm.worker.doctor.examined_model import ExaminedModel
 from chatlm.worker.doctor.tensor_statistics import TensorStatistics
 from chatlm.worker.weights.formats.gguf import description as gguf
-from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
+from chatlm.worker.weights.formats.gguf.header import FileHeader
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from families import as_gguf, make_model, save
 from patching import patch
 from sick_models import chatml_gguf, diagnose, rewritten, small_folder, small_gguf

@@ -17,7 +17,7 @@ from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
 from chatlm.worker.weights.formats.gguf.file import read_gguf_file, readable
-from chatlm.worker.weights.formats.gguf.header import Texts
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.rules import MOST_TENSORS, Rule, checked
 
 COUNT = Rule(int, 0, 2**31 - 1, optional=True)

@@ -16,7 +16,7 @@ from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
-from chatlm.worker.weights.formats.gguf.header import Texts
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.text.control_tokens import LIKE_A_NAME
 from chatlm.worker.weights.text.folder_tokenizers import MAKERS
 from chatlm.worker.weights.text.pipelines import NORMAL, USER_DEFINED

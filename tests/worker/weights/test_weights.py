@@ -36,7 +36,7 @@ from chatlm.worker.ops.tensors import dtype_of, tensor_of
 from chatlm.worker.weights.families.plain import exaone4, olmo2
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.gguf.file import read_gguf, read_gguf_file, readable
-from chatlm.worker.weights.formats.gguf.header import Texts
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
 from generations import GENERATIONS

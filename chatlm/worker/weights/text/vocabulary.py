@@ -25,19 +25,25 @@ class Vocabulary(NamedTuple):
 def vocabulary_from(texts: Seq[str], added: list[dict], decoder: dict | None) -> Vocabulary | None:
     """`texts`: of the model's own tokens. None where the library would give a text another id than the file
     does."""
-    own = dict(zip(texts, itertools.count()))
-    if len(own) < len(texts):
+    known = set(texts)
+    if len(known) < len(texts):
         return None
+    more: dict[str, int] = {}
     for token in added:
         id = token["id"]
         content = token["content"]
-        if not content or own.setdefault(content, len(own)) != id:
+        if not content:
+            return None
+        if content in known:
+            if not 0 <= id < len(texts) or texts[id] != content:
+                return None
+        elif more.setdefault(content, len(texts) + len(more)) != id:
             return None
     if len({token["id"] for token in added}) < len(added):
         return None
-    pieces = list(map(str.encode, own))
-    ends = array("I", itertools.accumulate(map(len, pieces), initial=0))
-    return Vocabulary(b"".join(pieces), ends, added, decoder)
+    everything = [*texts, *more]
+    ends = array("I", itertools.accumulate(map(len, map(str.encode, everything)), initial=0))
+    return Vocabulary("".join(everything).encode(), ends, added, decoder)
 
 
 def vocabulary_in(text: TextSpec) -> Vocabulary | None:

@@ -20,7 +20,7 @@ from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.configs import HF_DEFAULTS, complete_heads, family_blocks, unsupported
 from chatlm.worker.weights.formats.gguf.file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown)
-from chatlm.worker.weights.formats.gguf.header import Texts
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.formats.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.purposes.embedders import pooling_of_gguf
 from chatlm.worker.weights.rules import (
@@ -202,8 +202,12 @@ class TokenizerKeys(NamedTuple):
 
     def value(self, name: str, *default, **bounds) -> Any:
         """The value of a key, without `tokenizer.`, checked."""
-        value = gguf_value(self.path, self.metadata, f"tokenizer.{name}", *default, **bounds)
+        value = self.as_in_file(name, *default, **bounds)
         return list(value) if isinstance(value, Texts) else value
+
+    def as_in_file(self, name: str, *default, **bounds) -> Any:
+        """The same; long lists of strings are not decoded."""
+        return gguf_value(self.path, self.metadata, f"tokenizer.{name}", *default, **bounds)
 
     def chat_template(self) -> str | None:
         """The chat template. A warning is logged if there are only others."""
@@ -234,7 +238,7 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     name = value("ggml.pre", "default") if model == "gpt2" else model
     pre = PRE_TOKENIZERS.get(name)
     if pre:
-        merges = value("ggml.merges", *([[]] if name in MADE_MERGES else []))
+        merges = keys.as_in_file("ggml.merges", *([[]] if name in MADE_MERGES else []))
         pipeline = byte_level_pipeline(tokens, merges or merges_of_ids(path, tokens), pre)
     else:
         pipeline = pieces_pipeline(keys, tokens, types, name)
@@ -247,7 +251,7 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     add_bos = model == "gemma4" or value("ggml.add_bos_token", pre is None or pre.add_bos)
     key = "tokenizer.ggml.suppress_tokens"
     text = TextSpec(
-        "hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos, eos, add_bos,
+        "hf", tokenizer_json(pipeline), template, frozenset(ends), bos, eos, add_bos,
         infill=gguf_infill(metadata, len(tokens)),
         suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)), system=own_system(path))
     return text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"])
@@ -262,6 +266,18 @@ def mark_control_tokens(path: Path, tokens: Seq[str], types: list[int], ids: Seq
         log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
     for token in control:
         types[token] = CONTROL
+
+
+def tokenizer_json(pipeline: dict) -> bytes:
+    """The contents of a tokenizer.json as its text. Merges that are as in the file become text without an object
+    for each."""
+    merges = pipeline["model"]["merges"]
+    if not isinstance(merges, Texts):
+        return json.dumps(pipeline, ensure_ascii=False).encode()
+    model = pipeline["model"] | {"merges": []}
+    text = json.dumps(pipeline | {"model": model}, ensure_ascii=False)
+    # no token has this in the text: JSON writes its quotes with a backslash
+    return text.replace('"merges": []', f'"merges": {merges.as_json()}', 1).encode()
 
 
 def pieces_pipeline(keys: TokenizerKeys, tokens: list[str], types: Seq[int], name: str) -> dict:

@@ -16,7 +16,8 @@ from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
 from chatlm.worker.weights.families.family import Family, Header
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.configs import HF_KEYS
-from chatlm.worker.weights.formats.gguf.header import FileHeader, Texts
+from chatlm.worker.weights.formats.gguf.header import FileHeader
+from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, check_bytes, checked
 from chatlm.worker.weights.text.splits import PIECES_WITH_MERGES, PRE_TOKENIZERS
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ from chatlm.common.files import opened, truncated
 from chatlm.worker.arrays.gguf_types import (
     BITNET_TYPE, NUMBERED, OF_FORKS, REPACKED, ROWS, GgufType, block_of)
 from chatlm.worker.weights.formats.gguf.layouts import kinds_of
+from chatlm.worker.weights.formats.gguf.texts import LENGTH, Texts, ends_of_strings
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
@@ -25,45 +23,7 @@ STRING = 8
 ARRAY = 9
 NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
-LENGTH = struct.Struct("<Q")
 SHORT_LIST = 1000
-
-
-class Texts(Sequence):
-    """A long list of strings in a file, decoded whenever they are needed.
-
-    A vocabulary of 49,152 objects that lives while others are made would leave holes of 10 MB in a process's
-    memory."""
-
-    def __init__(self, spelled: bytes, ends: array):
-        # each string after its length; ends[0]: 0
-        self.spelled = spelled
-        self.ends = ends
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self)[index]
-
-    def __iter__(self) -> Iterator[str]:
-        begins = numpy.frombuffer(self.ends, numpy.uint64)[:-1].astype(numpy.int64)
-        apart = numpy.frombuffer(self.spelled, numpy.uint8).copy()
-        apart[begins] = 0  # a NUL for each length: one call decodes them all, in a third of the time
-        kept = numpy.ones(len(apart), bool)
-        kept[begins[:, None] + numpy.arange(1, LENGTH.size)] = False
-        _, *texts = apart[kept].tobytes().decode("utf-8", "replace").split("\0")
-        return iter(texts if len(texts) == len(self) else self._decoded_alone())
-
-    def _decoded_alone(self) -> list[str]:
-        """The same, if some have a NUL."""
-        return [self.spelled[begin + LENGTH.size:end].decode("utf-8", "replace")
-                for begin, end in itertools.pairwise(self.ends)]
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == (list(other) if isinstance(other, Texts) else other)
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]  as a list has none
 
 
 class GgufTensor(NamedTuple):
@@ -184,19 +144,12 @@ class FileHeader:
         return NUMBERS[kind]
 
     def texts(self, count: int) -> Texts:
-        buffer = self.buffer
         begin = self.at
         size = len(self.buffer)
-        length_at = LENGTH.unpack_from
         check_end(self.path, size, begin + LENGTH.size * count)
-        at = begin
-        ends = array("Q", (0,))
-        for _ in range(count):
-            at += LENGTH.size + (length_at(buffer, at)[0] if at + LENGTH.size <= size else 0)
-            if at > size:
-                check_end(self.path, size, at)
-            ends.append(at - begin)
-        return Texts(bytes(self.take(at - begin)), ends)
+        ends = ends_of_strings(self.buffer, begin, count)
+        check_end(self.path, size, begin + ends[-1])
+        return Texts(bytes(self.take(ends[-1])), ends)
 
     def tensor_info(self) -> TensorInfo:
         name = self.take(self.number("<Q"))
