@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.configs import HF_DEFAULTS, complete_heads, family_blocks, unsupported
 from chatlm.worker.weights.formats.gguf.file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown)
+from chatlm.worker.weights.formats.gguf.header import Metadata
+from chatlm.worker.weights.formats.gguf.kept_texts import MadeText, kept_or_made
 from chatlm.worker.weights.formats.gguf.texts import Texts
 from chatlm.worker.weights.formats.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.purposes.embedders import pooling_of_gguf
@@ -210,31 +213,53 @@ class TokenizerKeys(NamedTuple):
         return gguf_value(self.path, self.metadata, f"tokenizer.{name}", *default, **bounds)
 
     def chat_template(self) -> str | None:
-        """The chat template. A warning is logged if there are only others."""
-        template = template_of(self.value("chat_template"),
-                               self.metadata.get("tokenizer.chat_template.tool_use"))
-        if not template:
-            prefix = "tokenizer.chat_template."
-            warn_of_templates(self.path, [key.removeprefix(prefix) for key in self.metadata
-                                          if key.startswith(prefix)])
-        return template
+        return template_of(self.value("chat_template"),
+                           self.metadata.get("tokenizer.chat_template.tool_use"))
+
+    def other_templates(self) -> list[str]:
+        """The names of chat templates that are not for every chat."""
+        prefix = "tokenizer.chat_template."
+        return [key.removeprefix(prefix) for key in self.metadata if key.startswith(prefix)]
+
+
+def kept_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
+    """`gguf_texts` of a file's own metadata: from the cache, if they were read before."""
+    if not isinstance(metadata, Metadata) or metadata.spelled is None:
+        return gguf_texts(path, metadata)
+    return told(path, kept_or_made(metadata.spelled, partial(made_text, path, metadata)))
 
 
 def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
     """The tokenizer (as the text of a tokenizer.json), the chat template and the tokens that end answers. Of
     a decoder also its vocabulary."""
+    return told(path, made_text(path, metadata))
+
+
+def told(path: Path, made: MadeText) -> tuple[TextSpec, Vocabulary | None]:
+    """The text, for a file with this path. What is unusual about it is logged."""
+    warn_of_templates(path, made.templates)
+    if made.misnamed:
+        names = ", ".join(map(shown, made.misnamed[:MOST_NAMED]))
+        log.warning(MISNAMED, path, names, " .." * (len(made.misnamed) > MOST_NAMED))
+    return replace(made.text, system=own_system(path)), made.vocabulary
+
+
+def made_text(path: Path, metadata: Mapping) -> MadeText:
+    """What the metadata say, whatever the path is."""
     keys = TokenizerKeys(path, metadata)
     value = keys.value
     model = value("ggml.model")
     tokens = value("ggml.tokens")
     if model in ("bert", "t5"):
         from chatlm.worker.weights.text.encoder_text import text_of_encoder
-        return text_of_encoder(value), None
+        return MadeText(text_of_encoder(value), None)
     types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1
     bos, eos, *others = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
     template = keys.chat_template()
-    mark_control_tokens(path, tokens, types, (bos, eos, *others), template)
+    control = misnamed(tokens, types, (bos, eos, *others), template)
+    for token in control:
+        types[token] = CONTROL
     name = value("ggml.pre", "default") if model == "gpt2" else model
     pre = PRE_TOKENIZERS.get(name)
     if pre:
@@ -253,19 +278,9 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     text = TextSpec(
         "hf", tokenizer_json(pipeline), template, frozenset(ends), bos, eos, add_bos,
         infill=gguf_infill(metadata, len(tokens)),
-        suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)), system=own_system(path))
-    return text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"])
-
-
-def mark_control_tokens(path: Path, tokens: Seq[str], types: list[int], ids: Seq[int | None],
-                        template: str | None):
-    """Correct the types of control tokens to which the file gives others. `ids`: those that it names."""
-    control = misnamed(tokens, types, ids, template)
-    if control:
-        names = ", ".join(shown(tokens[token]) for token in control[:MOST_NAMED])
-        log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
-    for token in control:
-        types[token] = CONTROL
+        suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)))
+    return MadeText(text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"]),
+                    [tokens[token] for token in control], [] if template else keys.other_templates())
 
 
 def tokenizer_json(pipeline: dict) -> bytes:

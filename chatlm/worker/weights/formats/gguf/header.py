@@ -74,6 +74,12 @@ class TensorInfo(NamedTuple):
         return math.prod(self.sizes) // block * block_bytes
 
 
+class Metadata(dict):
+    """A file's metadata. A copy that was changed has no `spelled`."""
+
+    spelled: memoryview | None = None  # all of them in the file, and what is before them
+
+
 class FileHeader:
     """Reads a file from its beginning. `size`: how long the file is, if only its beginning is here."""
 
@@ -85,7 +91,7 @@ class FileHeader:
         self.partial, self.size = bool(size), size or len(self.file)
         self.buffer = memoryview(self.file.data)
         self.at = 0
-        self.metadata: dict[str, Any] = {}
+        self.metadata = Metadata()
         self.tensors: dict[str, GgufTensor] = {}
         self.read()
 
@@ -99,12 +105,13 @@ class FileHeader:
             raise ValueError(f"it has version {version}; {' and '.join(map(str, VERSIONS))} are known")
         count = self.number("<Q")
         keys = self.number("<Q")
-        self.metadata = {"GGUF.version": version, "GGUF.tensor_count": count, "GGUF.kv_count": keys}
+        self.metadata |= {"GGUF.version": version, "GGUF.tensor_count": count, "GGUF.kv_count": keys}
         for _ in range(keys):
             name = self.text()
             if name in self.metadata:
                 raise ValueError(f"the key {shown(name)} is there twice")
             self.metadata[name] = self.value(self.number("<I"))
+        self.metadata.spelled = self.buffer[:self.at]
         refuse_rotations(self.path, self.metadata)
         if count > MOST_TENSORS:
             raise ValueError(f"it has {count:,} tensors; at most {MOST_TENSORS:,} are allowed")

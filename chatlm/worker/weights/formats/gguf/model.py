@@ -14,7 +14,7 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.families.table import FAMILIES
-from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_texts
+from chatlm.worker.weights.formats.gguf.description import gguf_blocks, kept_texts
 from chatlm.worker.weights.formats.gguf.factors import with_factors
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types
 from chatlm.worker.weights.formats.gguf.file_types import quantization_of
@@ -160,7 +160,7 @@ class GgufModel:
         return "k_up" in self.table and self.table["k_up"] == self.table["v_up"]
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
-        return gguf_texts(self.source.path, self.metadata)
+        return kept_texts(self.source.path, self.metadata)
 
     @property
     def may_rank(self) -> bool:
