@@ -57,7 +57,8 @@ def replica_actor() -> type:
             part.replace(path)
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=calm | os.environ, start_new_session=True)
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=calm | os.environ,
+                start_new_session=True)
             assert self.process.stdout
             self.port, self.secret = json.loads(self.process.stdout.readline())
 

@@ -44,10 +44,10 @@ def own_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or threads_per_worker(1))
 
 
-# OpenMP by default spins for milliseconds at each barrier: with one core taken by another program, decoding was
-# 25 times slower (1.6, not 40 tok/s). Threads of numpy's BLAS spin for 2^26 ticks of the clock before they sleep,
-# which is 28 ms at 2.4 GHz, and do so at once when numpy is imported; 2^4 is the least that it accepts. One malloc
-# arena saves 60 MB over one per thread.
+# OpenMP by default spins for milliseconds at each barrier: with one core taken by another program, decoding
+# was 25 times slower (1.6, not 40 tok/s). Threads of numpy's BLAS spin for 2^26 ticks of the clock before
+# they sleep, which is 28 ms at 2.4 GHz, and do so at once when numpy is imported; 2^4 is the least that it
+# accepts. One malloc arena saves 60 MB over one per thread.
 CALM_THREADS = {"GOMP_SPINCOUNT": "2000", "OPENBLAS_THREAD_TIMEOUT": "4", "MALLOC_ARENA_MAX": "1"}
 NICENESS = "CHAT_SERVER_NICENESS"  # inherited by the processes that we start
 

@@ -41,9 +41,10 @@ def test_marks_are_found_wherever_they_stand():
     assert [tokens[token] for token in misnamed(tokens, [USER_DEFINED] * len(tokens), [], "[INST]")] == ["<|im_end|>", "▁<EOT>", "_<EOT>"]
 
 
-def in_a_buffer(spelled: list[bytes], before: bytes = b"\x07\0", after: bytes = b"\x03\0\0\0\0\0\0\0a") -> tuple[memoryview, int]:
+def in_a_buffer(spelled: list[bytes], after: bytes = b"\x03\0\0\0\0\0\0\0a") -> tuple[memoryview, int]:
     """The buffer, and where the strings begin in it."""
-    return memoryview(before + b"".join(LENGTH.pack(len(each)) + each for each in spelled) + after), len(before)
+    before = b"\x07\0"
+    return memoryview(before + as_in_a_file(spelled).spelled + after), len(before)
 
 
 def stated_ends(spelled: list[bytes]) -> list[int]:
@@ -52,8 +53,10 @@ def stated_ends(spelled: list[bytes]) -> list[int]:
 
 @pytest.mark.parametrize("after", [b"", b"\0" * 70_000, b"\x08\0\0\0\0\0\0\0" * 9, b"\xff" * 9])
 @pytest.mark.parametrize("spelled", [
-    [], [b""], [b"abc"], [b"a"] * 40_000, [b"word%d" % number for number in range(30_000)], [b""] * 9_000, [b"x" * 255] * 900, [b"x" * 256] * 900,
-    [b"a", b"b" * 70_000, b"c"] * 3, [b"a\0" * 4, b"\0" * 30, b"\x05\0\0\0\0\0\0\0hello", b"z"] * 2_000], ids=lambda spelled: repr(spelled)[:20])
+    [], [b""], [b"abc"], [b"a"] * 40_000, [b"word%d" % number for number in range(30_000)], [b""] * 9_000,
+    [b"x" * 255] * 900, [b"x" * 256] * 900, [b"a", b"b" * 70_000, b"c"] * 3,
+    [b"a\0" * 4, b"\0" * 30, b"\x05\0\0\0\0\0\0\0hello", b"z"] * 2_000],
+    ids=lambda spelled: repr(spelled)[:20])
 def test_ends_are_where_the_lengths_say(spelled, after):
     buffer, begin = in_a_buffer(spelled, after=after)
     assert list(ends_of_strings(buffer, begin, len(spelled))) == stated_ends(spelled)
@@ -64,7 +67,8 @@ def test_ends_of_random_strings_are_where_the_lengths_say():
     for _ in range(300):
         most = random.choice([3, 30, 300, 3_000])
         alphabet = random.choice([b"ab", b"a\0", b"\0", bytes(range(256))])
-        spelled = [bytes(random.choices(alphabet, k=random.randrange(most))) for _ in range(random.randrange(400))]
+        count = random.randrange(400)
+        spelled = [bytes(random.choices(alphabet, k=random.randrange(most))) for _ in range(count)]
         buffer, begin = in_a_buffer(spelled)
         assert list(ends_of_strings(buffer, begin, len(spelled))) == stated_ends(spelled)
 
@@ -84,7 +88,8 @@ def test_no_string_begins_where_no_length_fits():
 
 
 @pytest.mark.parametrize("spelled", [
-    [], [b""], [b"a b", b'"quoted" \\u0000', b"\x1f\n"], ["Ġé Ġ".encode(), "😀".encode()], [b"\x7f", b"a"], [b"a\0"], [b"\xff\xc3", b"\x80"]], ids=repr)
+    [], [b""], [b"a b", b'"quoted" \\u0000', b"\x1f\n"], ["Ġé Ġ".encode(), "😀".encode()],
+    [b"\x7f", b"a"], [b"a\0"], [b"\xff\xc3", b"\x80"]], ids=repr)
 def test_a_list_in_json_is_the_one_that_json_writes(spelled):
     texts = as_in_a_file(spelled)
     assert texts.as_json() == json.dumps(list(texts), ensure_ascii=False)

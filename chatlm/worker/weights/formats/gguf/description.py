@@ -284,8 +284,8 @@ def made_text(path: Path, metadata: Mapping) -> MadeText:
 
 
 def tokenizer_json(pipeline: dict) -> bytes:
-    """The contents of a tokenizer.json as its text. Merges that are as in the file become text without an object
-    for each."""
+    """The contents of a tokenizer.json as its text. Merges that are as in the file become text without an
+    object for each."""
     merges = pipeline["model"]["merges"]
     if not isinstance(merges, Texts):
         return json.dumps(pipeline, ensure_ascii=False).encode()

@@ -1,11 +1,11 @@
-"""Tokenizers of GGUF files in this user's cache: making one takes 0.1 s for 49,152 tokens, and 2 s for the 262,144
-of a Gemma.
+"""Tokenizers of GGUF files in this user's cache. Making one takes 0.1 s for 49,152 tokens, and 2 s for the
+262,144 of a Gemma.
 
-A kept one is found by a digest of all that it is made of: every byte of the file's metadata, and the source of
-the modules that read them. So a file that was replaced or edited, even within its time stamp, finds nothing or what
-is its own, and so does another version of the program. It begins with a digest of the rest, which is checked each
-time: one that is cut off or damaged is made again. Nothing depends on the cache: whatever fails, the tokenizer is
-made."""
+A kept one is found by a digest of all that it is made of: every byte of the file's metadata, and the source
+of the modules that read them. So a file that was replaced or edited, even within its time stamp, finds
+nothing or what is its own, and so does another version of the program. It begins with a digest of the rest,
+which is checked each time: one that is cut off or damaged is made again. Nothing depends on the cache:
+whatever fails, the tokenizer is made."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def sources_of_makers() -> Iterator[tuple[str, bytes]]:
 
 def read_kept(path: Path) -> MadeText:
     """An error of any kind if nothing is kept there, or something else."""
-    with open(regular(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)), "rb") as file:
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(regular(opened), "rb") as file:
         check_ours(os.fstat(file.fileno()), path)
         data = memoryview(file.read(MOST_BYTES))
     size = hashlib.sha256().digest_size

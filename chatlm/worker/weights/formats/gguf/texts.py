@@ -1,4 +1,4 @@
-"""Long lists of strings in a GGUF file, such as a vocabulary. Python's objects for them are made late and seldom."""
+"""Long lists of strings in a GGUF file, such as a vocabulary: Python's objects for them are made late."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Texts(Sequence):
         return iter(texts if len(texts) == len(self) else self._decoded_alone())
 
     def _joined(self) -> str:
-        """All strings, each after a MARK: one call decodes them all, in a third of the time. A string that has
-        a MARK or a NUL itself is told by its number of marks, or by its length."""
+        """All strings, each after a MARK: one call decodes them all, in a third of the time. A string that
+        has a MARK itself makes one too many; if one has a NUL, this is ""."""
         ends = numpy.frombuffer(self.ends, numpy.uint64).astype(numpy.int64)
         begins = ends[:-1]
         apart = numpy.frombuffer(self.spelled, numpy.uint8).copy()
@@ -74,11 +74,11 @@ class Texts(Sequence):
 
 
 def ends_of_strings(buffer: memoryview, begin: int, count: int) -> array:
-    """Where the `count` strings from `begin` on end, counted from `begin`, after a 0. Each has its length before
-    it. If one ends beyond the buffer, it is the last.
+    """Where the `count` strings from `begin` on end, counted from `begin`, after a 0. Each has its length
+    before it. If one ends beyond the buffer, it is the last.
 
-    Lengths are looked for together, where a zero follows another byte. They are those of the strings as long as
-    each says where the next one is. Any other string (empty, of 256 bytes or more, with a NUL) is read by
+    Lengths are looked for together, where a zero follows another byte. They are those of the strings as long
+    as each says where the next one is. Any other string (empty, of 256 bytes or more, with a NUL) is read by
     itself."""
     data = numpy.frombuffer(buffer, numpy.uint8)
     ends = array("Q", (0,))
@@ -101,7 +101,8 @@ def chained_ends(window: numpy.ndarray) -> numpy.ndarray:
     """Where strings end whose lengths are found together, from the first one of the window on."""
     if len(window) < LENGTH.size:
         return numpy.empty(0, numpy.int64)
-    lengths = numpy.ndarray(len(window) - LENGTH.size + 1, "<u8", window, strides=(1,))  # if one began at each byte
+    # as if one began at each byte
+    lengths = numpy.ndarray(len(window) - LENGTH.size + 1, "<u8", window, strides=(1,))
     filled = window != 0
     begins = numpy.flatnonzero(filled[:len(lengths)] & ~filled[1:len(lengths) + 1])
     ends = begins + LENGTH.size + lengths[begins].astype(numpy.int64)
