@@ -98,8 +98,10 @@ def start_by_parts():
 
 
 def worker_table(rounds):
+    sys.path.insert(0, str(ROOT))
+    from chatlm.common.processes.start import own_threads, process_environment
     runs = [json.loads(subprocess.run([sys.executable, __file__, "--part"], check=True, capture_output=True, text=True,
-                                      env=os.environ | {"GOMP_SPINCOUNT": "1000"}).stdout.splitlines()[-1]) for _ in range(rounds)]
+                                      env=process_environment(own_threads())).stdout.splitlines()[-1]) for _ in range(rounds)]
     rows = [(same[0][0], *(min(row[column] for row in same) for column in (1, 2, 3))) for same in zip(*runs)]
     rows.append(("together", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
     lines = ["| part of a worker's start | s | CPU s | MB more |", "|---|---|---|---|"]

@@ -75,13 +75,13 @@ def each_tensor_once(drawn, texts, monkeypatch):
         return copy.deepcopy(drawn[key])
     monkeypatch.setattr(tensor_statistics, "measure_tensor", draw_once)
 
-    def read_once(path, metadata, read=gguf.gguf_texts):
+    def read_once(path, metadata, read=gguf.kept_texts):
         tokens = metadata["tokenizer.ggml.tokens"]
         key = tokens.spelled if isinstance(tokens, Texts) else repr(tokens)
         if key not in texts:
             texts[key] = read(path, metadata)
         return texts[key]
-    patch(monkeypatch, gguf, "gguf_texts", read_once)
+    patch(monkeypatch, gguf, "kept_texts", read_once)
 
 
 @pytest.mark.parametrize("fault", WITHOUT_ORIGINAL, ids=lambda fault: fault.name)
