@@ -10,7 +10,8 @@ follows from the seed: fault number 7 of seed 1 is the same one as long as the p
 
 For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and, of what `pytest --quick` runs, the modules that call the function by the record
 run with -x in a copy of the commit. A test that noticed the fault for `changed` need not run again for --quick. Faults that `changed` misses are then planted
-together (they are in different functions) for one run of the whole day; what fails there is run again with one fault after the other, first with those that its module calls.
+together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
+with one fault after the other, first with those that its module calls.
 A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
 the seconds that it took, and the first test that failed.
 """
@@ -299,14 +300,15 @@ def by_quick(bed: Bed, fault: Fault, known: str) -> tuple[str, float]:
 
 
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
-    """The day's tests for all these faults at once, then what failed for one fault after the other."""
+    """The day's tests that execute any of these faults, all planted at once, then what failed for one fault after the other."""
     bed.plant([*faults.values()])
+    record = read_record(bed.clean)
+    places = [module for module, executed in record.items() if any((fault.path, fault.function) in executed.functions for fault in faults.values())]
     began = time.monotonic()
     modules: dict[str, list[str]] = defaultdict(list)
-    for test in bed.run(bed.planted, ["tests", "bench"], False):
+    for test in bed.run(bed.planted, places, False) if places else ():
         modules[test.partition("::")[0]].append(test)
     seconds = time.monotonic() - began
-    record = read_record(bed.clean)
     for module, tests in modules.items():
         unexplained = {test for test in tests if not bed.run(bed.clean, [test], True)}
         called = record[module].functions if module in record else ()
