@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -50,13 +51,31 @@ def with_source(channel: Channel, config: WorkerConfig) -> WorkerConfig:
     return replace(config, source=source, threads=threads)
 
 
+class LoadingProgress:
+    """Tells the front what is loaded: a new activity at once, and how far it is ten times a second. A message
+    for each of a model's tensors would take the front as long as a twentieth of its start."""
+
+    EVERY_S = 0.1
+
+    def __init__(self, channel: Channel, device: str):
+        self.channel = channel
+        self.device = device
+        self.activity = ""
+        self.next_s = 0.0
+
+    def __call__(self, activity: str, fraction: float):
+        now_s = time.monotonic()
+        if activity != self.activity or now_s >= self.next_s:
+            self.activity = activity
+            self.next_s = now_s + self.EVERY_S
+            self.channel.send(Loading(f"{activity} on {self.device}", fraction))
+
+
 def start_engine(channel: Channel, config: WorkerConfig) -> tuple[Engine, WarmUp]:
     """Load the model, compute its first steps, and have what the worker computes outlive it."""
     settings = config.settings
 
-    def progress(activity: str, fraction: float):
-        channel.send(Loading(f"{activity} on {config.device}", fraction))
-
+    progress = LoadingProgress(channel, config.device)
     ranks = None
     if ranks_per_replica(settings) > 1:
         from chatlm.worker.ranks.ranks import gather_ranks
