@@ -4,8 +4,7 @@
     python bench/changing_models.py --seconds 60 [--clients 4] [--pauses 0 10]
     python bench/changing_models.py --models default qwen-0.5b --memory 1900M --seconds 60
 
-A server gets memory for one model at a time: nanochat fixtures, or real ones ("default" and those of
-tests/support/real_models.py), or files. In the first form one client asks for the next model as soon as it has its
+A server gets memory for one model at a time: nanochat fixtures, or those of bench/model_files.py, or files. In the first form one client asks for the next model as soon as it has its
 answer, after a pause of ten seconds; each figure is the whole answer, its model's load included.
 
 With --seconds each model has --clients of its own, which ask it again and again, each after its model's pause. Printed
@@ -24,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_files import model_file
 from servers import started
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,14 +31,7 @@ FIXTURES = ROOT / "tests/fixtures/nanochat"
 
 
 def path_of(name):
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
-    from real_models import REAL_MODELS, real_model
-    if name == "default":
-        from chatlm.common.hub.default_model import fetch_default_model
-        return fetch_default_model()
-    if name in REAL_MODELS:
-        return real_model(name)
-    return FIXTURES / name if (FIXTURES / name).exists() else Path(name).resolve()
+    return FIXTURES / name if (FIXTURES / name).exists() else model_file(name)
 
 
 def wait_for_names(server, count, seconds=60):
@@ -80,7 +73,8 @@ def in_turns(server, names, turns, tokens):
     time.sleep(10)
     answers = [answer(server, names[turn % len(names)], tokens) for turn in range(1, turns + 1)]
     took_s = [each.end_s - each.asked_s for each in answers]
-    print("changes:", " ".join(f"{seconds:.2f}" for seconds in took_s), f"s, median {statistics.median(took_s):.2f} s")
+    each_s = " ".join(f"{seconds:.2f}" for seconds in took_s)
+    print(f"changes: {each_s} s, median {statistics.median(took_s):.2f} s")
 
 
 def at_once(server, names, arguments):
@@ -109,7 +103,8 @@ def report(names, answers, begin_s):
     print(f"{changes} changes in {took_s:.0f} s, answers computed in {computed_s(answers) / took_s:.0%} of it")
     for name in names:
         waits_s = [each.wait_s for each in answers if each.name == name]
-        print(f"{name}: {len(waits_s)} answers, waits p50 {statistics.median(waits_s):.2f} s, longest {max(waits_s):.2f} s")
+        middle_s = statistics.median(waits_s)
+        print(f"{name}: {len(waits_s)} answers, waits p50 {middle_s:.2f} s, longest {max(waits_s):.2f} s")
 
 
 def computed_s(answers):
@@ -126,18 +121,20 @@ def main():
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--script", default=str(ROOT / "chat_server.py"))
     parser.add_argument("--models", nargs="+", default=["gen1", "gen5"])
-    parser.add_argument("--memory", default="230M", help="for --models-memory, enough for each model and for no two")
+    parser.add_argument("--memory", default="230M", help="--models-memory: enough for each model, for no two")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seconds", type=float, help="for so long all models are asked at once")
     parser.add_argument("--clients", type=int, default=1, help="of each model")
-    parser.add_argument("--pauses", type=float, nargs="+", default=[0.0], help="before a client asks again, by model; the last is for the rest too")
+    parser.add_argument("--pauses", type=float, nargs="+", default=[0.0],
+                        help="before a client asks again, by model; the last is for the rest too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(arguments.models):    # served in this order
             path = path_of(name)
             (Path(folder) / f"{number}-{path.name}").symlink_to(path)
-        command = [arguments.python, arguments.script, "--models", folder, "--models-memory", arguments.memory, "--prefix-memory", "0"]
+        command = [arguments.python, arguments.script, "--models", folder, "--models-memory", arguments.memory,
+                   "--prefix-memory", "0"]
         environment = os.environ | {"PYTHONPATH": str(Path(arguments.script).parent)}
         with started(command, "chat_server", env=environment) as server:
             names = wait_for_names(server, len(arguments.models))

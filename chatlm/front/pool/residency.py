@@ -356,7 +356,8 @@ class Residency:
         take now: what will be left over, or infinity if unloading cannot free enough."""
         free = self.budget - self.used + sum(other.coming for other in self.shares)
         in_background = share is not None and share.waits_in_background
-        others = [other for other in self.shares if other is not share and other.may_leave(now, in_background)]
+        others = [other for other in self.shares
+                  if other is not share and other.may_leave(now, in_background)]
         others.sort(key=self._rank)
         spare = sum(other.spare for other in others)
         leave = list[MemoryShare]()
