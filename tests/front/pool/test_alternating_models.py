@@ -1,4 +1,4 @@
-"""Models that are asked again and again although memory holds one of them: clients, loads and the clock are played."""
+"""Models that are asked again and again while memory holds one of them. Clients, loads and clock are played."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ class Answer:
 
 
 class Play:
-    """Clients that ask, each its model, again after each answer; workers that load and answer in their time."""
+    """Clients that ask, each its model, again after each answer; workers that load and answer."""
 
     def __init__(self, clock, load_s, answer_s=0.3, step_s=STEP_S):
         """load_s: by model. The budget has room for any one of them."""
