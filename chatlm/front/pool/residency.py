@@ -222,9 +222,11 @@ class MemoryShare:
         return not any(worker.crashes_in_row for worker in self.pool.workers)
 
     def may_leave(self, now: float, in_background: bool) -> bool:
-        """May others have its bytes? Not while it loads. Afterwards once it has been idle for as long as its
-        load took, or, however much it is used, once it has stayed STAY_LOADS times as long. in_background: do
-        they need the bytes for low-priority requests alone? These do not end the turn of a model in use."""
+        """May others have its bytes? Not while it loads. Then once it has been idle for as long as its load
+        took, or, however much it is used, once it has stayed STAY_LOADS times as long.
+
+        in_background: do they need the bytes for low-priority requests alone? These take none from a model
+        in use that is not idle."""
         if self.memory_state not in (MemoryState.IN, MemoryState.EMPTIED) or self.pinned or self.is_loading:
             return False
         supervisor = self.pool.supervisor

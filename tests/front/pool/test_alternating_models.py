@@ -1,4 +1,4 @@
-"""Models that are asked again and again while memory holds one of them. Clients, loads and clock are played."""
+"""Models asked again and again while memory holds one of them. Clients, loads and clock are played."""
 
 import itertools
 import math
