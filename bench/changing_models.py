@@ -2,7 +2,8 @@
 
     python bench/changing_models.py [--script /old/chat_server.py] [--turns 6]
     python bench/changing_models.py --seconds 60 [--clients 4] [--pauses 0 10]
-    python bench/changing_models.py --models default qwen-0.5b --memory 1900M --seconds 60
+    python bench/changing_models.py --models default qwen-0.5b --memory 900M --server-args "--kv-cache-memory 64M"
+                                    --seconds 60
 
 A server gets memory for one model at a time: nanochat fixtures, or those of bench/model_files.py, or files.
 In the first form one client asks for the next model as soon as it has its answer, after a pause of ten
@@ -17,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -124,7 +126,9 @@ def main():
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--script", default=str(ROOT / "chat_server.py"))
     parser.add_argument("--models", nargs="+", default=["gen1", "gen5"])
-    parser.add_argument("--memory", default="230M", help="--models-memory: enough for each model, for no two")
+    parser.add_argument("--memory", default="230M",
+                        help="--models-memory: enough for each model, and not for two, one of them without its KV pages")
+    parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for the server, in one string")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seconds", type=float, help="for so long all models are asked at once")
@@ -137,7 +141,7 @@ def main():
             path = path_of(name)
             (Path(folder) / f"{number}-{path.name}").symlink_to(path)
         command = [arguments.python, arguments.script, "--models", folder,
-                   "--models-memory", arguments.memory, "--prefix-memory", "0"]
+                   "--models-memory", arguments.memory, "--prefix-memory", "0", *arguments.server_args]
         environment = os.environ | {"PYTHONPATH": str(Path(arguments.script).parent)}
         with started(command, "chat_server", env=environment) as server:
             names = wait_for_names(server, len(arguments.models))

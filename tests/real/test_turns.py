@@ -33,7 +33,8 @@ def test_two_models_asked_without_pause_answer_as_alone(qwen, default_model_path
             assert status == 200 and body["usage"]["completion_tokens"] == 12, body
             answers.append((model, text, body["choices"][0]["message"]["content"]))
 
-    with server("--models", tmp_path, "--models-memory", "1900M", "--prefix-memory", 0, "--no-drafts") as (_, url):
+    flags = "--models-memory", "900M", "--kv-cache-memory", "64M", "--prefix-memory", 0, "--no-drafts"
+    with server("--models", tmp_path, *flags) as (_, url):
         models = names_of_two(url)
         alone = [(model, text) for model in models for text in TEXTS]
         for model, text in alone:
@@ -45,6 +46,8 @@ def test_two_models_asked_without_pause_answer_as_alone(qwen, default_model_path
             client.start()
         for client in clients:
             client.join()
+        _, _, listed = call(url, "/v1/models")
+    assert sorted(model["state"] for model in listed["data"]) == ["ready", "unloaded"]
     assert len(answers) == len(alone) * TURNS
     assert all(expected[model, text] == answer for model, text, answer in answers)
     changes = sum(before[0] != after[0] for before, after in itertools.pairwise(answers))
