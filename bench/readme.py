@@ -249,13 +249,17 @@ def compare(llama_server, rounds, only, model):
 
 
 def figures_of(rows):
-    """compare.py's rows -> the figures of a run. Times of the CPU are left out."""
+    """compare.py's rows -> the figures of a run. Times of the CPU are left out, and memory if the contestants had
+    room for different numbers of tokens."""
     sys.path.insert(0, str(ROOT / "bench"))
     from compare import SCENARIOS
     keys = {scenario.title: scenario.name for scenario in SCENARIOS} | {"ready after the command": "ready"}
+    memories = {row["figure"] for row in rows if row["figure"].startswith("memory (PSS)")}
+    if len(memories) == 1:
+        keys[memories.pop()] = "memory"
     figures = {}
     for row in rows:
-        key = "memory" if row["figure"].startswith("memory (PSS)") else keys.get(row["figure"])
+        key = keys.get(row["figure"])
         values = sorted(value for value in row["values"] if value)
         if key is None or not values:
             continue

@@ -77,6 +77,12 @@ def test_a_model_without_a_chat_template_continues_text(monkeypatch):
     assert compare.request(server, messages) == ("http://x/v1/chat/completions", body)
 
 
+def test_memory_of_different_room_is_left_out():
+    rows = [{"figure": f"memory (PSS), room for {tokens} tokens, all used", "unit": "MB", "contestant": name,
+             "values": [500], "probes": []} for name, tokens in (("ours", "19,776"), ("llama-server -t 2", "4,096"))]
+    assert readme.figures_of(rows) == {} and readme.figures_of(rows[:1])["memory"]["ours"] == [500]
+
+
 def test_a_missing_table_is_named():
     with pytest.raises(SystemExit, match="no table begins with"):
         readme.with_table("# A\n\n| b |\n|---|\n", ["| c |"], r"\| d \|")
