@@ -1,0 +1,73 @@
+"""Servers that many modules ask, one of each kind for all tests of a process. They live as long as the session.
+
+Tests here only ask. What a test leaves, others find: it uses names of its own, and compares what was there before with
+what is there after. A test that ends a server, restarts it, counts all that it did or needs other flags starts its own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from real_server import server
+
+KEYS = "first-key", "second-key"
+
+
+@dataclass(frozen=True)
+class KeepingServer:
+    """A server with a database."""
+
+    url: str
+    database: Path
+
+
+@pytest.fixture(scope="session")
+def default_server(default_model_path, tmp_path_factory):
+    """(URL, first lines of its log) of a server of the default model, which keeps responses."""
+    log = []
+    with server(default_model_path, "--verbose", "--database", tmp_path_factory.mktemp("kept") / "kept.db", log=log) as (_, url):
+        yield url, log
+
+
+@pytest.fixture(scope="session")
+def default_url(default_server):
+    return default_server[0]
+
+
+@pytest.fixture(scope="session")
+def short_url(default_model_path):
+    """The URL of a server of the default model with a context of 512 tokens and the name gpt-4o."""
+    with server(default_model_path, "--context-length", "512", "--served-model-name", "gpt-4o") as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def tiny_url(nanochat_fixtures):
+    """The URL of a server of a tiny model."""
+    with server(nanochat_fixtures / "gen5") as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def float_url(nanochat_fixtures):
+    """The URL of a server of a tiny model named `tiny` in float32, whose scores are those of a command."""
+    with server(nanochat_fixtures / "gen5", "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def keeping_server(nanochat_fixtures, tmp_path_factory):
+    """A server of a tiny model that keeps responses, files and chats."""
+    database = tmp_path_factory.mktemp("keeping") / "store.db"
+    with server(nanochat_fixtures / "gen5", f"--database={database}") as (_, url):
+        yield KeepingServer(url, database)
+
+
+@pytest.fixture(scope="session")
+def two_keys_server(nanochat_fixtures, tmp_path_factory):
+    """A keeping_server for the owners of two KEYS."""
+    database = tmp_path_factory.mktemp("two-keys") / "store.db"
+    flags = [f"--api-key={key}" for key in KEYS]
+    with server(nanochat_fixtures / "gen5", f"--database={database}", *flags) as (_, url):
+        yield KeepingServer(url, database)
