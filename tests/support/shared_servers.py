@@ -4,11 +4,17 @@ Tests here only ask. What a test leaves, others find: it uses names of its own, 
 what is there after. A test that ends a server, restarts it, counts all that it did or needs other flags starts its own.
 """
 
+import json
+import sqlite3
+import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
+import fake_tools
 from real_server import server
 
 KEYS = "first-key", "second-key"
@@ -20,6 +26,14 @@ class KeepingServer:
 
     url: str
     database: Path
+    process: Popen
+
+    def copy_database(self, folder):
+        """The path of a copy, for another server."""
+        copy = folder / "copy.db"
+        with closing(sqlite3.connect(self.database)) as ours, closing(sqlite3.connect(copy)) as theirs:
+            ours.backup(theirs)
+        return copy
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +74,8 @@ def float_url(nanochat_fixtures):
 def keeping_server(nanochat_fixtures, tmp_path_factory):
     """A server of a tiny model that keeps responses, files and chats."""
     database = tmp_path_factory.mktemp("keeping") / "store.db"
-    with server(nanochat_fixtures / "gen5", f"--database={database}") as (_, url):
-        yield KeepingServer(url, database)
+    with server(nanochat_fixtures / "gen5", f"--database={database}") as (process, url):
+        yield KeepingServer(url, database, process)
 
 
 @pytest.fixture(scope="session")
@@ -69,5 +83,19 @@ def two_keys_server(nanochat_fixtures, tmp_path_factory):
     """A keeping_server for the owners of two KEYS."""
     database = tmp_path_factory.mktemp("two-keys") / "store.db"
     flags = [f"--api-key={key}" for key in KEYS]
-    with server(nanochat_fixtures / "gen5", f"--database={database}", *flags) as (_, url):
-        yield KeepingServer(url, database)
+    with server(nanochat_fixtures / "gen5", f"--database={database}", *flags) as (process, url):
+        yield KeepingServer(url, database, process)
+
+
+@pytest.fixture(scope="session")
+def knowing_server(default_model_path, default_embedder_path, tmp_path_factory):
+    """A server of the default model and the real all-MiniLM-L6-v2, with a tool server, for the owners of two KEYS.
+    Tests of it kill its workers: others come, and lose nothing."""
+    folder = tmp_path_factory.mktemp("knowing")
+    program = {"command": sys.executable, "args": [fake_tools.__file__], "alwaysAllow": ["*"]}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program}}))
+    (folder / "keys").write_text("".join(f"{key}: {key} tools=*\n" for key in KEYS))
+    (folder / "keys").chmod(0o600)
+    flags = "--mcp-config", folder / "mcp.json", "--api-key-file", folder / "keys"
+    with server(default_model_path, "--embedder", f"--database={folder / 'k.db'}", *flags) as (process, url):
+        yield KeepingServer(url, folder / "k.db", process)
