@@ -92,7 +92,8 @@ def knowing_server(default_model_path, default_embedder_path, tmp_path_factory):
     """A server of the default model and the real all-MiniLM-L6-v2, with a tool server, for the owners of two KEYS.
     Tests of it kill its workers: others come, and lose nothing."""
     folder = tmp_path_factory.mktemp("knowing")
-    program = {"command": sys.executable, "args": [fake_tools.__file__], "alwaysAllow": ["*"]}
+    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(folder / "calls")],
+               "alwaysAllow": ["*"]}
     (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program}}))
     (folder / "keys").write_text("".join(f"{key}: {key} tools=*\n" for key in KEYS))
     (folder / "keys").chmod(0o600)

@@ -188,11 +188,11 @@ def test_two_keys_search_their_own(client):
         ask(client, store)
 
 
-def test_without_an_embedder_words_are_searched(knowing_server, zoo, nanochat_fixtures, tmp_path):
+def test_without_an_embedder_words_are_searched(knowing_server, zoo, default_model_path, tmp_path):
     """Of a database that a server with an embedder has filled."""
     database = knowing_server.copy_database(tmp_path)
     tools = [{"type": "file_search", "vector_store_ids": [zoo[0]]}]
-    with server(nanochat_fixtures / "gen5", f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
+    with server(default_model_path, f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
         raw = client_of(url).responses.with_raw_response.create(
             model="default", input="fish?", tools=tools, max_output_tokens=2, include=RESULTS)
         assert raw.headers["X-Search"] == "words" and "fish" in raw.parse().output[0].results[0].text

@@ -179,10 +179,10 @@ def test_stores_of_others_are_unknown_ones(client, zoo):
     assert said[0] == said[1]
 
 
-def test_without_an_embedder_words_alone_are_searched(knowing_server, book, nanochat_fixtures, tmp_path):
+def test_without_an_embedder_words_alone_are_searched(knowing_server, book, default_model_path, tmp_path):
     """Of a database that a server with an embedder has filled."""
     database = knowing_server.copy_database(tmp_path)
-    with server(nanochat_fixtures / "gen5", f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
+    with server(default_model_path, f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
         raw = client_of(url).chat.completions.with_raw_response.create(
             model="default", messages=[{"role": "user", "content": "What does chapter 17 tell?"}],
             max_tokens=2, extra_body={"knowledge": {"stores": [book[0]]}})
