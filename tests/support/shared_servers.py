@@ -87,14 +87,33 @@ def two_keys_server(nanochat_fixtures, tmp_path_factory):
         yield KeepingServer(url, database, process)
 
 
+def logging_tools(folder):
+    """A tool server that writes a line of the file `calls` for each call of its tool `pick`."""
+    return {"command": sys.executable, "args": [fake_tools.__file__, "log", str(folder / "calls")]}
+
+
+@pytest.fixture(scope="session")
+def tools_server(default_model_path, tmp_path_factory):
+    """A server of the default model with a database and tools: those of `fake` and `many` run at once, of `asks` after
+    a yes."""
+    folder = tmp_path_factory.mktemp("tools_server")
+    tools = logging_tools(folder)
+    allowed = {"alwaysAllow": ["*"]}
+    many = {"command": sys.executable, "args": [fake_tools.__file__, "many"]}
+    servers = {"fake": tools | allowed, "asks": tools, "many": many | allowed}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
+    flags = "--mcp-config", folder / "mcp.json", "--kv-cache-memory", "64M", "--max-batch", "2"
+    with server(default_model_path, f"--database={folder / 'kept.db'}", *flags) as (process, url):
+        yield KeepingServer(url, folder / "kept.db", process)
+
+
 @pytest.fixture(scope="session")
 def knowing_server(default_model_path, default_embedder_path, tmp_path_factory):
     """A server of the default model and the real all-MiniLM-L6-v2, with a tool server, for the owners of two KEYS.
     Tests of it kill its workers: others come, and lose nothing."""
     folder = tmp_path_factory.mktemp("knowing")
-    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(folder / "calls")],
-               "alwaysAllow": ["*"]}
-    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program}}))
+    tools = logging_tools(folder) | {"alwaysAllow": ["*"]}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": tools}}))
     (folder / "keys").write_text("".join(f"{key}: {key} tools=*\n" for key in KEYS))
     (folder / "keys").chmod(0o600)
     flags = "--mcp-config", folder / "mcp.json", "--api-key-file", folder / "keys"
