@@ -20,7 +20,7 @@ def url(tmp_path_factory, nanochat_fixtures, default_embedder_path):
     (folder / "fixed").mkdir()
     (folder / "fixed" / "valve.md").write_text("Turn the valve left.")
     with server(nanochat_fixtures / "gen5", "--embedder", "--database", folder / "store.db",
-                "--knowledge", f"manuals={folder / 'fixed'}", forked=False) as (_, at):
+                "--knowledge", f"manuals={folder / 'fixed'}") as (_, at):
         yield at
 
 
