@@ -502,27 +502,35 @@ async def test_pings_come_while_a_tool_runs(place, tmp_path, monkeypatch):
             assert b"response.completed" in await response.read()
 
 
+# what an entry of tools says instead, or what the body says: words of the error
+REFUSED_ENTRIES = [
+    ({"server_label": "other"}, "fake"),
+    ({"server_label": None}, "server_label"),
+    ({"server_label": 7}, "server_label"),
+    *(({name: "x"}, f"{name}: tool servers are the operator's")
+      for name in ("server_url", "connector_id", "tunnel_id", "authorization")),
+    ({"headers": {"X": "y"}}, "headers"),
+    ({"allowed_tools": "add"}, "allowed_tools"),
+    ({"allowed_tools": ["ad"]}, "among add, "),
+    ({"allowed_tools": {"read_only": "yes"}}, "allowed_tools"),
+    ({"require_approval": "sometimes"}, "require_approval"),
+    ({"require_approval": {"never": "add"}}, "require_approval.never"),
+]
 REFUSED = [
-    ({"server_label": "other"}, "fake"), ({"server_label": None}, "server_label"), ({"server_label": 7}, "server_label"),
-    *(({name: "x"}, f"{name}: tool servers are the operator's") for name in ("server_url", "connector_id", "tunnel_id", "authorization")),
-    ({"headers": {"X": "y"}}, "headers"), ({"allowed_tools": "add"}, "allowed_tools"), ({"allowed_tools": ["ad"]}, "among add, "),
-    ({"allowed_tools": {"read_only": "yes"}}, "allowed_tools"), ({"require_approval": "sometimes"}, "require_approval"), ({"require_approval": {"never": "add"}}, "require_approval.never")]
+    *(({"tools": [TOOL | changes]}, words) for changes, words in REFUSED_ENTRIES),
+    ({"tools": [TOOL, TOOL]}, "at most once"),
+    ({"tools": [TOOL, OWN | {"name": "fake__add"}]}, "fake__add has the name"),
+    ({"tools": [TOOL], "extra_body": {"n": 2}}, "n must be 1"),
+    ({"tools": [TOOL], "extra_body": {"max_tool_calls": 0}}, "max_tool_calls"),
+]
 
 
-async def test_what_only_an_operator_says_is_refused(place):
+async def test_what_cannot_be_asked_of_tools_is_refused(place):
+    """Who writes to the model names no server: its operator does."""
     async with place("Hello.") as at:
-        for change, match in REFUSED:
-            with pytest.raises(openai.BadRequestError, match=match):
-                await at.ask(tools=[TOOL | change])
-    assert not at.pool.requests
-
-
-async def test_more_that_is_refused(place):
-    async with place("Hello.") as at:
-        for tools, more, match in (([TOOL, TOOL], {}, "at most once"), ([TOOL], {"n": 2}, "n must be 1"), ([TOOL, OWN | {"name": "fake__add"}], {}, "fake__add has the name"),
-                                   ([TOOL], {"max_tool_calls": 0}, "max_tool_calls")):
-            with pytest.raises(openai.BadRequestError, match=match):
-                await at.ask(tools=tools, extra_body=more)
+        for said, words in REFUSED:
+            with pytest.raises(openai.BadRequestError, match=words):
+                await at.ask(**said)
     assert not at.pool.requests
 
 
