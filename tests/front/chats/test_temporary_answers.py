@@ -61,7 +61,7 @@ def test_words_of_a_temporary_chat_are_nowhere(default_model_path, tmp_path):
         (tmp_path / folder).mkdir()
     flags = [default_model_path, "--database", tmp_path / "db" / "store.db", "--prefix-store", tmp_path / "prefixes",
              "--log-conversations"]
-    environment = {**os.environ, **homes}
+    environment = {**os.environ, **homes}   # all that its own servers may write is below one folder
     temporary = {"prompt_cache_retention": "in_memory"}
     with server(*flags, env=environment) as (process, url):
         secret = spellings(url, SECRET)

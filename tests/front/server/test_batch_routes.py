@@ -37,6 +37,7 @@ def jsonl(lines):
 
 @contextmanager
 def batching(model, store, *words, keys=(), port=0):
+    """A server of its own, for what kills it or counts what its database has."""
     with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
         yield process, openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
         process.kill()

@@ -25,6 +25,7 @@ from real_server import SCRIPT, post, server
 
 @contextmanager
 def keeping(model, store, *words, keys=()):
+    """A server of its own, for what restarts it or changes its database."""
     with server(
         model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))
     ) as (process, url):

@@ -33,7 +33,7 @@ from real_server import SCRIPT, ask, copy_program, events, get, gone, post, serv
 
 def test_the_default_model_answers_over_both_apis(default_model_path):
     """The page is served."""
-    with server() as (process, url):
+    with server() as (process, url):    # one of its own: it chooses the model, and has nothing in its cache
         answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?")))
         assert "".join(event.get("token", "") for event in answer) == "The capital of Japan is Tokyo."
         assert answer[-1]["finish_reason"] == "stop" and answer[-1]["usage"]["completion_tokens"] == 8
