@@ -3,8 +3,10 @@
 BASE is a commit; without it, what is not in the branch that this one follows (or the last commit, if it follows none). What is not committed yet counts.
 Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen are
 
-    for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): some that have its name or texts,
-                                                    then those of its room, and those that call little else and are short (.ci/cover.py)
+    for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): some that have the words of
+                                                    what changed in it, then its own name and texts, then those of its room, and those that
+                                                    call little else and are short (.ci/cover.py)
+    for each that a changed line calls              up to CALLED modules that call that one too
     for each that mentions a changed name           one such module, within MENTION_SECONDS; a name is a constant, a table, a field of a class, or a class
     what calls anything of its file                 for a function that nobody has recorded, unless it is new; of its room, if nothing does
     tests that are new or changed, or import what changed in tests/support
@@ -18,17 +20,21 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cover import CALLERS, MENTION_SECONDS, WITH_WORDS, Cover, Function, room_of_tests       # noqa: E402
+from cover import CALLED, CALLERS, MENTION_SECONDS, WITH_WORDS, Cover, Function, room_of_tests       # noqa: E402
 from executed import ROOT, read_record, spine      # noqa: E402
 
 # what a path begins with, the longest first that fits -> the tests that it needs besides the spine
 RULES = {
     "chatlm/worker/kernels/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/test_doctor.py"],
+    "chatlm/worker/ops/": ["tests/worker/model", "tests/worker/engine/test_states.py", "tests/worker/engine/test_same_bits.py"],
     "csrc/": ["tests/core", "tests/worker/test_bits.py", "tests/worker/engine/test_same_bits.py"],
     "setup.py": ["tests/core/test_build.py", "tests/test_install.py", "tests/common/test_bundle.py"],
     "release.py": ["tests/core/test_build.py", "tests/test_install.py"],
@@ -45,6 +51,8 @@ RULES = {
 }
 PROGRAM = ("chatlm/", "chat_server.py")
 WORD = 7        # characters of a name or a text that tells a function from others
+CHANGED_WORDS = 4.0     # how much the words of changed lines say, to those of the whole function
+FEW = 3         # functions of one name, at most, for that to say which one a changed line calls
 
 
 @dataclass
@@ -111,11 +119,45 @@ def dump(node: ast.AST | str) -> str:
     return ast.dump(node)
 
 
-def words_of(name: str, nodes: list[ast.AST | str]) -> set[str]:
-    """What a test has that is about a function: its name, and its texts, if they are not too short to say anything."""
-    texts = {inner.value.strip(" ;:,.()'\"\n") for node in nodes if isinstance(node, ast.AST) for inner in ast.walk(node)
-             if isinstance(inner, ast.Constant) and isinstance(inner.value, str)}
-    return {word for word in {name.rpartition(".")[2], *texts} if len(word) >= WORD and not word.startswith("__")}
+class Lines(NamedTuple):
+    """What changed in a function: its simple statements, and the conditions and heads of others with all that they guard."""
+
+    changed: list[ast.AST]
+
+    @classmethod
+    def between(cls, before: list[ast.AST | str], after: list[ast.AST | str]) -> "Lines":
+        old, new = (Counter(ast.dump(head) for head, _ in heads(nodes)) for nodes in (before, after))
+        return cls([whole for nodes, others in ((before, new), (after, old)) for head, whole in heads(nodes)
+                    if not others[ast.dump(head)]])
+
+    def names(self) -> set[str]:
+        """Of what they mention."""
+        nodes = [inner for node in self.changed for inner in ast.walk(node)]
+        return {node.id for node in nodes if isinstance(node, ast.Name)} | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def heads(nodes: list[ast.AST | str]) -> list[tuple[ast.AST, ast.AST]]:
+    """The statements of a function: what each does itself, without those in it, and the whole."""
+    found = []
+    for node in (inner for each in nodes if isinstance(each, ast.AST) for inner in ast.walk(each)):
+        if not isinstance(node, ast.stmt | ast.match_case) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        own = {name: value for name, value in ast.iter_fields(node) if name not in ("body", "orelse", "finalbody", "handlers", "cases")}
+        found.append((type(node)(**own), node))
+    return found
+
+
+def texts_of(nodes: Iterable[ast.AST | str]) -> set[str]:
+    return {inner.value.strip(" ;:,.()'\"\n") for node in nodes if isinstance(node, ast.AST) for inner in ast.walk(node)
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str)}
+
+
+def words_of(name: str, before: list[ast.AST | str], after: list[ast.AST | str], lines: Lines) -> dict[str, float]:
+    """What a test has that is about a function, and how much that says: what its changed lines mention, its name and its texts, if they are not
+    too short to say anything."""
+    words = dict.fromkeys({name.rpartition(".")[2], *texts_of([*before, *after])}, 1.0)
+    words |= dict.fromkeys({*lines.names(), *texts_of(lines.changed)}, CHANGED_WORDS)
+    return {word.strip("_"): weight for word, weight in words.items() if len(word.strip("_")) >= WORD and not word.startswith("__")}
 
 
 def pieces_of(text: str) -> Pieces:
@@ -142,6 +184,7 @@ class Change:
         self.cover = Cover(root, self.record)
         self.changed: set[Function] = set()
         self.mention: set[Function] = set()         # a changed name
+        self.called: set[Function] = set()          # by changed lines
         self.chosen: set[str] = set()
 
     def git(self, *words: str) -> str:
@@ -174,11 +217,12 @@ class Change:
                 self.choose_for_program(path, pieces_of(before))
             elif path.startswith("tests/") and path.endswith(".py"):
                 self.choose_for_tests(path)
-            if not path.startswith((*PROGRAM, "tests/", ".ci/executed/")) or path.startswith("chatlm/worker/kernels/"):
+            if not path.startswith((*PROGRAM, "tests/", ".ci/executed/")) or path.startswith(tuple(rule for rule in RULES if rule.startswith(PROGRAM))):
                 self.choose_by_rule(path)
             elif path.startswith(("tests/core/", "tests/fixtures/")) and not is_test(path):
                 self.choose_by_rule(path)
         self.chosen |= set(self.cover.choose(dict.fromkeys(self.changed, WITH_WORDS), (), worth=self.cover.worth_by_words))
+        self.chosen |= set(self.cover.choose(dict.fromkeys(self.called, CALLED), self.chosen))
         self.chosen |= set(self.cover.choose(dict.fromkeys(self.changed, CALLERS), self.chosen))
         self.chosen |= set(self.cover.choose(dict.fromkeys(self.mention, 1), self.chosen, MENTION_SECONDS))
         return self.in_order()
@@ -202,13 +246,27 @@ class Change:
         self.changed |= changed
         self.mention |= users
         for name in functions:
-            self.cover.words[path, name] = words_of(name, [*before.functions.get(name, []), *after.functions.get(name, [])])
+            nodes = before.functions.get(name, []), after.functions.get(name, [])
+            lines = Lines.between(*nodes) if all(nodes) else Lines([])
+            self.cover.words[path, name] = words_of(name, *nodes, lines)
+            self.called |= self.called_by(lines, path) - {(path, name)}
         new = {(path, name) for name in functions - set(before.functions)}
         if not self.cover.callers.keys() & (changed | users) and (changed | users) - new:
             neighbours = {function for function in self.cover.callers if function[0] == path}
             self.changed |= neighbours
             if not neighbours:
                 self.add([room_of_tests(self.root, path)])
+
+    def called_by(self, lines: Lines, path: str) -> set[Function]:
+        """The functions of a file, and of those that it imports from, that changed lines of it call, where their names say which."""
+        named: dict[str, set[Function]] = {word: set() for word in lines.names()}
+        imported = self.program[path].imported if path in self.program else set()
+        for function in self.cover.callers:
+            module = function[0].removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            near = function[0] == path or module in imported or any(name.startswith(f"{module}.") for name in imported)
+            if near and (word := function[1].rpartition(".")[2]) in named:
+                named[word].add(function)
+        return {function for functions in named.values() if len(functions) <= FEW for function in functions}
 
     def overrides(self, method: str, before: Pieces, after: Pieces) -> bool:
         """Whether it is new, or gone, and one of its class's bases has it: then who calls it never did, or does no more."""

@@ -16,6 +16,8 @@ OWN_NAME = 50
 CALLERS = 8         # modules of tests for each function that changed
 # of them first, those that have its name or its texts: eight tests of kernels call what says "re-quantized from" in passing, one of weights reads it
 WITH_WORDS = 3
+MOST_TIMES = 5      # that a word counts in a module
+CALLED = 2          # modules for each function that a changed line calls
 MENTION_SECONDS = 240.0     # of one process, by the record: for functions that only mention what changed
 QUICK_SECONDS = 900.0               # of one process, by the record
 
@@ -47,7 +49,7 @@ class Cover:
                 self.callers[function].append(module)
         self.rooms: dict[str, str] = {}
         self.texts: dict[str, str] = {}
-        self.words: dict[Function, set[str]] = {}       # of functions that changed: what a test of them would have
+        self.words: dict[Function, dict[str, float]] = {}       # of functions that changed: what a test of them would have, and how much that says
 
     def worth(self, function: Function, module: str) -> float:
         path = function[0]
@@ -62,7 +64,8 @@ class Cover:
     def worth_by_words(self, function: Function, module: str) -> float:
         if module not in self.texts:
             self.texts[module] = (self.root / module).read_text()
-        return self.worth(function, module) if any(word in self.texts[module] for word in self.words.get(function, ())) else 0
+        text = self.texts[module]
+        return self.worth(function, module) * sum(weight * min(text.count(word), MOST_TIMES) for word, weight in self.words.get(function, {}).items())
 
     def choose(self, needs: dict[Function, int], chosen: Iterable[str] = (), seconds: float = float("inf"), worth: Worth | None = None) -> list[str]:
         """The modules besides those that are chosen already, the worthiest first, as long as they take no more seconds together."""

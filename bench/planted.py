@@ -1,6 +1,6 @@
 """Plants faults in the program, one each, and says which tests notice them: the chosen ones, the spine, or only the whole day.
 
-    python bench/planted.py --faults 100 --seed 1 --out planted.jsonl [--by changed spine day]      goes on with what FILE has
+    python bench/planted.py --faults 100 --seed 1 --out planted.jsonl [--by changed spine quick day]      goes on with what FILE has
     python bench/planted.py --faults 100 --seed 1 --list                                            shows the faults
     python bench/planted.py --out planted.jsonl --report                                            the table
 
@@ -8,8 +8,10 @@ A fault is one changed operator, constant, condition, or order of two statements
 length, so that all rooms have their share; what only words a message or a log line is not touched, nor what compiles to the same code. All of it
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
-For each fault `changed` (.ci/changed.py against the commit) and the spine (.ci/spine) run with -x in a copy of the commit. Faults that `changed` misses are then planted
-together (they are in different functions) for one run of the whole day; what fails there is run again with one fault after the other, first with those that its module calls.
+For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and, of what `pytest --quick` runs, the modules that call the function by the record
+run with -x in a copy of the commit. A test that noticed the fault for `changed` need not run again for --quick. Faults that `changed` misses are then planted
+together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
+with one fault after the other, first with those that its module calls.
 A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
 the seconds that it took, and the first test that failed.
 """
@@ -31,9 +33,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
+from cover import Cover                         # noqa: E402
 from executed import read_record, spine      # noqa: E402
 
-WAYS = "changed", "spine", "day"
+WAYS = "changed", "spine", "quick", "day"
 OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
              ast.Is: (" is ", " is not "), ast.IsNot: (" is not ", " is "), ast.In: (" in ", " not in "), ast.NotIn: (" not in ", " in "),
              ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.And: (" and ", " or "), ast.Or: (" or ", " and ")}
@@ -276,6 +279,8 @@ def plant_all(options: argparse.Namespace) -> None:
                 verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault), first_only=True))
             if "spine" in options.by and not verdicts.of(number, options.seed, "spine"):
                 verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean), first_only=True))
+            if "quick" in options.by and (changed := verdicts.of(number, options.seed, "changed")) and not verdicts.of(number, options.seed, "quick"):
+                verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, changed["test"]))
         if "day" not in options.by:
             return
         missed = {number: fault for number, fault in faults.items() if (verdicts.of(number, options.seed, "changed") or {}).get("verdict") == "missed"
@@ -284,15 +289,26 @@ def plant_all(options: argparse.Namespace) -> None:
             run_day(bed, verdicts, options.seed, missed)
 
 
+def by_quick(bed: Bed, fault: Fault, known: str) -> tuple[str, float]:
+    """As Bed.noticed. known: the test that noticed it for `changed`, or ""."""
+    record = read_record(bed.clean)
+    quick = Cover(bed.clean, record).quick()
+    if known.partition("::")[0] in quick:
+        return known, 0.0
+    places = [module for module in quick if (fault.path, fault.function) in record[module].functions]
+    return bed.noticed([fault], places, first_only=True) if places else ("", 0.0)
+
+
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
-    """The day's tests for all these faults at once, then what failed for one fault after the other."""
+    """The day's tests that execute any of these faults, all planted at once, then what failed for one fault after the other."""
     bed.plant([*faults.values()])
+    record = read_record(bed.clean)
+    places = [module for module, executed in record.items() if any((fault.path, fault.function) in executed.functions for fault in faults.values())]
     began = time.monotonic()
     modules: dict[str, list[str]] = defaultdict(list)
-    for test in bed.run(bed.planted, ["tests", "bench"], False):
+    for test in bed.run(bed.planted, places, False) if places else ():
         modules[test.partition("::")[0]].append(test)
     seconds = time.monotonic() - began
-    record = read_record(bed.clean)
     for module, tests in modules.items():
         unexplained = {test for test in tests if not bed.run(bed.clean, [test], True)}
         called = record[module].functions if module in record else ()

@@ -64,6 +64,7 @@ class DraftHead:
     """Drafts with a model's own head, for several sequences together in a batch."""
 
     name = "mtp"
+    title = "the draft head"
     reads_hidden = True
     MOST_WAITING = 16  # states that wait for the next draft; a step of the head computes more at once
 
@@ -86,6 +87,10 @@ class DraftHead:
         transformer = self.transformer
         cache_bytes = pool.num_pages * transformer.layout.page_bytes
         return f"Draft head: one layer; KV cache: {pool.num_pages:,} pages ({cache_bytes / 2**20:,.0f} MiB)"
+
+    def behind(self, sequence: Sequence) -> int:
+        """It computes its entries as hidden states come."""
+        return 0
 
     def end(self, sequence: Sequence):
         self.followers.release(sequence)

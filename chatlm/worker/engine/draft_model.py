@@ -115,6 +115,7 @@ class DraftModel:
 
     name = "model"
     reads_hidden = False
+    NEWEST = 8  # tokens that it has to compute between two drafts, at most
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
@@ -139,6 +140,20 @@ class DraftModel:
         return (f"Draft model {self.called}: width {model.width}, {len(model.layers)} layers, weights in "
                 f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
                 f"({cache_bytes / 2**20:,.0f} MiB)")
+
+    @property
+    def title(self) -> str:
+        return f"the draft model {self.called}"
+
+    def behind(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence it has to compute before it can draft, but for the newest ones; 0: it
+        has drafted for the sequence lately."""
+        known = self._follower(sequence).own.computed
+        return fresh if (fresh := len(sequence.tokens) - known) > self.NEWEST else 0
+
+    def _follower(self, sequence: Sequence) -> Follower:
+        work = of_vocabulary(sequence.work, self.transformer.model.vocab_size)
+        return self.followers.follow(sequence, work)
 
     def end(self, sequence: Sequence):
         self.followers.release(sequence)
@@ -188,7 +203,7 @@ class DraftModel:
             length = min(length, sequence.limit - len(tokens) - 1, self.longest - len(tokens))
             if length < 1 or len(plan) == self.max_rows:
                 continue
-            follower = self.followers.follow(sequence, of_vocabulary(sequence.work, own_size))
+            follower = self._follower(sequence)
             own = follower.own
             self.followers.settle(follower)
             fresh = tokens[own.computed:]

@@ -24,11 +24,6 @@ class Draft(NamedTuple):
     at: int = 0                      # the length of the sequence that it continues
     forced: int = 0                  # how many of its first tokens a grammar forces, whoever proposed more
 
-    @property
-    def worth(self) -> float:
-        """How many of its tokens are right, on average, by its own estimate."""
-        return sum(self.chances)
-
     def first(self, count: int) -> Draft:
         return self._replace(tokens=self.tokens[:count], chances=self.chances[:count])
 
@@ -288,7 +283,8 @@ class Drafting:
                 record.rest(len(sequence.tokens), min(2 * (rows - 1), self.LONGEST_PAUSE))
 
     def _consider(self, sequence: Sequence, draft: Draft):
-        """Make it the sequence's draft if it is worth more than that, as measured. Later sources see it."""
+        """Make it the sequence's draft if its tokens are likelier than as many of that one's, as measured: a
+        row costs the same, whoever drafted it. Later sources see it."""
         if not draft.tokens:
             return
         record = self.records[sequence]
@@ -296,7 +292,7 @@ class Drafting:
         factor = record.factor
         measured = draft._replace(tokens=draft.tokens[:len(chances)],
                                   chances=tuple(min(factor * chance, 0.99) for chance in chances))
-        if measured.worth > sequence.draft.worth:
+        if sum(measured.chances) > sum(sequence.draft.chances[:len(measured.tokens)]):
             record.proposed = draft
             record.chances = chances
             record.counts = counts

@@ -6,11 +6,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
-from typing import Protocol, TYPE_CHECKING
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TYPE_CHECKING
 
+from chatlm.common.log import log
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.part import EnginePart
-from chatlm.worker.engine.times import StepTimes
+from chatlm.worker.engine.times import PromptTimes, StepTimes, Times
 
 if TYPE_CHECKING:
     import numpy
@@ -24,6 +26,7 @@ class Drafter(Protocol):
     """What computes drafts: a second model, or a model's own draft head."""
 
     name: str           # of the source, a field of DraftCounts
+    title: str          # in the log
     reads_hidden: bool  # does it need the model's hidden states after each step?
     transformer: Transformer
     followers: Followers
@@ -32,146 +35,266 @@ class Drafter(Protocol):
     runner: StepRunner
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
+    def behind(self, sequence: Sequence) -> int: ...
     def end(self, sequence: Sequence): ...
     def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray): ...
     def line(self) -> str: ...
 
 
 class Rate:
-    """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
+    """How often a drafted token is right if all before it are; older drafts count less."""
 
-    MEMORY = 0.9  # weight of what was known, with each draft
-    RIGHT = 1.4   # tokens assumed to be right before anything is known,
-    OF = 2.0      # of so many
+    ASSUMED = 0.7   # before anything is known,
+    OF = 2.0        # as if so many tokens had been judged
 
-    def __init__(self):
+    def __init__(self, memory: float, assumed: float = ASSUMED):
+        """memory: the weight of what was known, with each draft."""
+        self.memory = memory
+        self.assumed = assumed
         self.right = 0.0
         self.judged = 0.0
 
     @property
     def share(self) -> float:
-        return (self.right + self.RIGHT) / (self.judged + self.OF)
+        return (self.right + self.OF * self.assumed) / (self.judged + self.OF)
 
     def judge(self, verified: int, accepted: int):
-        self.right = self.MEMORY * self.right + accepted
-        self.judged = self.MEMORY * self.judged + min(accepted + 1, verified)
+        self.right = self.memory * self.right + accepted
+        self.judged = self.memory * self.judged + min(accepted + 1, verified)
 
 
-def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> int:
+class Length(NamedTuple):
+    """How many tokens to draft, and how many tokens a second that gives."""
+
+    tokens: int
+    speed: float
+
+
+def best_length(share: float, draft_s: float, step_s: Seq[float], most: int, least_speed: float = 0.0
+                ) -> Length:
     """How many tokens to draft for the most tokens a second, 0 if drafts do not pay.
 
     share: the probability that a token is right if those before it are. draft_s: to draft a token, one after
-    the other. step_s: of a step that verifies k tokens, by k."""
-    best = 0
-    best_speed = 1 / step_s[0]
+    the other. step_s: of a step that verifies k tokens, by k. least_speed: what is had without these
+    drafts."""
+    best = Length(0, max(1 / step_s[0], least_speed))
     tokens = 1.0
     for length in range(1, most + 1):
         tokens += share ** length
         speed = tokens / (step_s[length] + length * draft_s)
-        if speed > best_speed:
-            best = length
-            best_speed = speed
+        if speed > best.speed:
+            best = Length(length, speed)
     return best
 
 
-class ModelDrafts(EnginePart):
-    """The source. Where no draft pays, it rests: it drafts one token after REST tokens, then after twice as
-    many, and so on, to see whether drafts pay now. Answers that begin meanwhile rest as long, since a second
-    model would have to compute their prompts too."""
+def best_speed(chances: Seq[float], step_s: Seq[float]) -> float:
+    """The most tokens a second that a draft can give that is there already, however it is cut."""
+    tokens = 1.0
+    best = 1 / step_s[0]
+    for chance, seconds in zip(chances, step_s[1:]):
+        tokens += chance
+        best = max(best, tokens / seconds)
+    return best
 
-    FIRST = 4              # tokens of a draft before anything is measured,
-    LONGEST = 7            # and at most
+
+class Savings:
+    """Seconds that drafts have saved, less what they cost, as measured.
+
+    A small share of the time of all steps may be spent on trying. Where drafts never pay, they so cost no
+    more than that."""
+
+    FIRST_S = 1.0   # that may be lost before anything is known
+    TRIES = 0.02    # of the time of steps
+    MOST_S = 5.0    # saved or lost seconds that count
+
+    def __init__(self):
+        self.balance_s = self.FIRST_S
+
+    def add(self, seconds: float):
+        self.balance_s = max(min(self.balance_s + seconds, self.MOST_S), -self.MOST_S)
+
+
+@dataclass
+class Watched:
+    """What is known of a sequence's drafts."""
+
+    rate: Rate
+    resting: int  # there are none until it has so many tokens
+    seen: int     # tokens that it had when drafts were last thought of
+    rest: int = 0  # tokens of the last rest
+
+
+class ModelDrafts(EnginePart):
+    """The source.
+
+    A sequence whose drafts do not pay rests: one token is drafted after REST more tokens, then after twice as
+    many, and so on. Before a second model drafts for a sequence, it has to compute the sequence's tokens. It
+    does so once that is paid for: by what drafts have saved before, or by what they will save if the answer
+    goes on for as long as it already is."""
+
+    LONGEST = 7            # tokens of a draft
     REST = 64              # tokens of the first rest,
     LONGEST_REST = 4096    # and of the longest
+    WAIT = 16              # tokens until it is looked again whether computing a sequence is paid for
     LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
     MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
+    MEMORY = 0.9           # of how often drafts of a sequence were right,
+    LONG_MEMORY = 0.97     # and those of all
+    TOLD_AFTER = 50        # judged drafts before the log says whether they pay, and after each change
 
     rests = False
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.name = drafter.name
-        self.times = StepTimes()       # of the model's steps
-        self.draft_rows = 1            # in a step of the model, at most
+        self.times = Times()            # of the model's steps
+        self.size = 1.0                 # of its weights, in those of the model
+        self.draft_rows = 1             # in a step of the model, at most
         self.draft_times = StepTimes()  # of a draft's steps, by how many draft
-        self.rates: dict[Sequence, Rate] = {}
-        self.resting: dict[Sequence, int] = {}  # sequences without drafts until they have so many tokens
-        self.rest = 0                  # tokens without drafts, since none paid last time
+        self.prompt_times = PromptTimes()   # of tokens that it has to compute before it can draft
+        self.savings = Savings()
+        self.rate = Rate(self.LONG_MEMORY)  # of all sequences
+        self.watched: dict[Sequence, Watched] = {}
+        self.beside = 1                 # sequences that were to have drafts last
+        self.untold = self.TOLD_AFTER   # drafts until the log says whether they pay
+        self.pays: bool | None = None   # what it said last
 
-    def plan_by(self, times: StepTimes, draft_rows: int):
-        """Choose lengths by these times of the engine's steps, and by the rows that these may have."""
+    def plan_by(self, times: Times, draft_rows: int, weights_bytes: int):
+        """Choose lengths by these times of the engine's steps, and by the rows that these may have.
+        weights_bytes: of the engine's model."""
         self.times = times
         self.draft_rows = draft_rows
+        self.size = self.drafter.transformer.weights_bytes / weights_bytes
 
     def prepare_steps(self):
         """Record the model's steps, where they can be recorded before they run."""
         self.drafter.runner.prepare(lambda fraction: None)
 
     def begin(self, sequence: Sequence):
-        self.rates[sequence] = Rate()
-        if sequence.placeholders:
-            self.resting[sequence] = sys.maxsize  # it sees no pictures, and drafts nothing after them
-        else:
-            self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
+        # it sees no pictures, and drafts nothing after them
+        resting = sys.maxsize if sequence.placeholders else 0
+        self.watched[sequence] = Watched(Rate(self.MEMORY, self.rate.share), resting, len(sequence.tokens))
 
     def end(self, sequence: Sequence):
         self.drafter.end(sequence)
-        del self.rates[sequence], self.resting[sequence]
+        del self.watched[sequence]
 
     def forget(self):
         self.drafter.followers.forget()
 
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
-        self.rates[sequence].judge(verified, accepted)
+        self.watched[sequence].rate.judge(verified, accepted)
+        self.rate.judge(verified, accepted)
+        if self.times.rows.measured:
+            alone_s, with_s = self.times.rows.expected(self.beside, self.beside + verified)[::verified]
+            self.savings.add(accepted * alone_s / self.beside - (with_s - alone_s))
+        self.untold -= 1
+        if self.untold <= 0 and self.times.rows.measured:
+            self._tell()
+
+    def _tell(self):
+        """Say in the log whether drafts pay, when that has changed."""
+        draft_s, step_s = self.times_of(1, self.LONGEST)
+        share = self.rate.share
+        best = best_length(share, draft_s, step_s, self.LONGEST)
+        if (best.tokens > 0) == self.pays:
+            return
+        self.pays = best.tokens > 0
+        self.untold = self.TOLD_AFTER
+        known = (f"{self.drafter.title} is right about {share:.0%} of the tokens, and takes "
+                 f"{draft_s / step_s[0]:.2f} of the model's time")
+        if self.pays:
+            log.info("%s: one answer alone is %.2f times as fast with it", known, best.speed * step_s[0])
+        else:
+            log.info("%s: too seldom for what it costs, so it is only tried now and then", known)
 
     def awaits(self, sequence: Sequence) -> bool:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
         return sequence.drafts and (
-            self.resting[sequence] <= len(sequence.tokens) + 3 <= self.drafter.longest)
+            self.watched[sequence].resting <= len(sequence.tokens) + 3 <= self.drafter.longest)
 
     def wants_hidden(self, sequence: Sequence) -> bool:
         """Not while drafts have not paid for long."""
         if not sequence.drafts or not self.drafter.reads_hidden or sequence.placeholders:
             return False
-        return (self.rest <= self.LONGEST_WATCHED
-                or len(sequence.tokens) + self.REST >= self.resting[sequence])
+        watched = self.watched[sequence]
+        return (watched.rest <= self.LONGEST_WATCHED
+                or len(sequence.tokens) + self.REST >= watched.resting)
 
     def read_hidden(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
         if sequence.drafts:
             self.drafter.read_hidden(sequence, first, count, rows)
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
-        lengths = {sequence: self._length(sequence, len(sequences)) for sequence in sequences}
+        self.beside = max(len(sequences), 1)
+        lengths = {sequence: self._length(sequence) for sequence in sequences}
         lengths = {sequence: length for sequence, length in lengths.items() if length}
         began_s = time.monotonic()
         drawn = self.drafter.draft(lengths)
         steps = max(map(len, drawn.values()), default=0)
-        if steps and self.drafter.computed <= self.MOST_COMPUTED * len(drawn):
-            self.draft_times.note(len(drawn), (time.monotonic() - began_s) / steps)
+        if lengths:
+            self._note(len(drawn), steps, time.monotonic() - began_s)
         return [self._draft_of(sequence, drawn.get(sequence, ())) for sequence in sequences]
 
-    def _length(self, sequence: Sequence, beside: int) -> int:
-        """How many tokens to draft for a sequence, one of `beside`; 0 if another source has already drafted
-        more tokens that are likely right than this one would."""
-        most = min(self.LONGEST, self.draft_rows // beside - 1)
-        share = self.rates[sequence].share
-        if most < 1 or len(sequence.tokens) < self.resting[sequence]:
+    def _note(self, count: int, steps: int, seconds: float):
+        """Drafts of `count` sequences took so long, in so many steps."""
+        self.savings.add(-seconds)
+        computed = self.drafter.computed
+        if steps and computed <= self.MOST_COMPUTED * count:
+            self.draft_times.note(count, seconds / steps)
+        elif computed > self.MOST_COMPUTED * count:
+            known = count and self.draft_times.measured
+            draft_s = self.draft_times.expected(count, count)[0] if known else 0.0
+            self.prompt_times.note(computed, seconds, steps * draft_s)
+
+    def times_of(self, beside: int, most: int) -> tuple[float, list[float]]:
+        """Seconds to draft a token, and those of a step that verifies k tokens, by k up to `most`."""
+        step_s = self.times.rows.expected(beside, beside * (most + 1))[::beside]
+        measured = self.draft_times.measured
+        return self.draft_times.expected(beside, beside)[0] if measured else self.size * step_s[0], step_s
+
+    @property
+    def _prompt_token_s(self) -> float:
+        return self.prompt_times.token_s or self.size * self.times.token_s
+
+    def _length(self, sequence: Sequence) -> int:
+        """How many tokens to draft for a sequence; 0 if it rests, or if another source has already drafted
+        what gives more tokens a second."""
+        beside = self.beside
+        watched = self.watched[sequence]
+        length = len(sequence.tokens)
+        rows = self.draft_rows // beside - 1
+        most = min(self.LONGEST, rows)
+        if self.times.rows.measured:
+            step_s = self.times.rows.expected(beside, beside)[0]
+            self.savings.add(self.savings.TRIES * (length - watched.seen) * step_s / beside)
+        watched.seen = length
+        if most < 1 or length < watched.resting or not self.times.rows.measured:
             return 0
-        best = min(most, self.FIRST)
-        if self.draft_times.measured and self.times.measured:
-            [draft_s] = self.draft_times.expected(beside, beside)
-            step_s = self.times.expected(beside, beside * (most + 1))[::beside]
-            best = best_length(share, draft_s, step_s, most)
-        if sequence.draft.worth >= sum(share ** (i + 1) for i in range(best or 1)):
+        there = len(sequence.draft.tokens)
+        draft_s, step_s = self.times_of(beside, max(most, min(there, rows)))
+        least = best_speed(sequence.draft.chances, step_s)
+        best = best_length(watched.rate.share, draft_s, step_s, most, least)
+        if not best.tokens and least * step_s[0] > 1:
             return 0
-        self.rest = 0 if best else min(max(2 * self.rest, self.REST), self.LONGEST_REST)
-        if not best:
-            self.resting[sequence] = len(sequence.tokens) + self.rest
-        return max(best, 1)
+        saved_s = step_s[0] - 1 / best.speed if best.tokens else 0.0   # with each token
+        answered = length - len(sequence.work.prompt_ids)
+        cost_s = self.drafter.behind(sequence) * self._prompt_token_s
+        if not best.tokens:
+            cost_s += draft_s + step_s[1] - step_s[0]
+        if cost_s and cost_s > self.savings.balance_s + answered * saved_s:
+            watched.resting = length + self.WAIT
+            return 0
+        if not best.tokens:
+            watched.rest = min(max(2 * watched.rest, self.REST), self.LONGEST_REST)
+            watched.resting = length + watched.rest
+            return 1
+        watched.rest = 0
+        return best.tokens
 
     def _draft_of(self, sequence: Sequence, tokens: Seq[int]) -> Draft:
         if not tokens:
             return NO_DRAFT
-        share = self.rates[sequence].share
+        share = self.watched[sequence].rate.share
         return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
                      len(sequence.tokens))

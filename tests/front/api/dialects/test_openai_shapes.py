@@ -480,6 +480,13 @@ def test_completions_that_cannot_be_are_400(url, change, code):
     assert refused(url, COMPLETIONS, **change, stream=True)[0] == 400
 
 
+@pytest.mark.parametrize("prompts, change", [(1, {"best_of": 1}), (1, {"best_of": 2, "n": 2}), (128, {})])
+def test_as_many_completions_as_may_be_are_given(url, prompts, change):
+    """best_of is n, which is 1 if it is not given; 128 prompts are as many as may be."""
+    choices = ask(url, COMPLETIONS, prompt=["x"] * prompts, max_tokens=1, **change)["choices"]
+    assert len(choices) == prompts * change.get("n", 1)
+
+
 # tokenize, detokenize, apply-template
 
 

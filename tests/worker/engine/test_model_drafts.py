@@ -1,0 +1,159 @@
+"""What a model that drafts costs and brings, on a played clock: it decides by the times of both models'
+steps, by what computing a prompt takes, and by how often it was right."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from chatlm.common.messages.requests import Usage
+from chatlm.worker.engine import model_drafts
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting
+from chatlm.worker.engine.model_drafts import ModelDrafts, Savings, best_length, best_speed
+from chatlm.worker.engine.times import Times
+
+STEP_S = 0.05       # of the model, one row
+
+
+class Machine:
+    """A clock, and a model and its drafter on it. A row more in a step takes `slope` of a step; a step of the
+    drafter `draft`, and a token of a prompt there `token`, also in steps."""
+
+    def __init__(self, monkeypatch, right, slope=0.1, draft=0.3, token=0.02):
+        self.now_s = 0.0
+        self.right, self.slope, self.draft_s, self.token_s = right, slope, draft * STEP_S, token * STEP_S
+        self.random = random.Random(1)
+        self.computed = 0
+        self.known = {}         # sequence -> tokens that the drafter has computed
+        monkeypatch.setattr(model_drafts, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        self.source = ModelDrafts(self)
+        self.drafting = Drafting([self.source], times := Times())
+        self.transformer = SimpleNamespace(weights_bytes=draft * 1e9)
+        self.source.plan_by(times, 64, 1e9)
+        times.token_s = token * STEP_S / draft
+        for rows in (1, 2, 4, 8, 64):
+            times.rows.note(rows, self.step_s(rows))
+
+    name, title, reads_hidden, longest = "model", "the draft model small", False, 1 << 20
+
+    def step_s(self, rows):
+        return STEP_S * (1 + self.slope * (rows - 1))
+
+    # as a drafter
+
+    def behind(self, sequence):
+        fresh = len(sequence.tokens) - self.known.get(sequence, 0)
+        return fresh if fresh > 8 else 0
+
+    def draft(self, wanted):
+        drafts = {}
+        self.computed = 0
+        for sequence, length in wanted.items():
+            fresh = len(sequence.tokens) - self.known.get(sequence, 0)
+            self.known[sequence] = len(sequence.tokens)
+            self.computed += fresh
+            self.now_s += (fresh if fresh > 8 else 0) * self.token_s + length * self.draft_s
+            drafts[sequence] = [1] * length
+        return drafts
+
+    def end(self, sequence):
+        self.known.pop(sequence, None)
+
+    # as an engine
+
+    def answer(self, prompt, tokens, right=None):
+        """How long an answer takes after its first token, to what it takes without drafts."""
+        right = self.right if right is None else right
+        work = SimpleNamespace(prompt_ids=range(prompt), background=False)
+        output = SimpleNamespace(usage=Usage(), grammar=None, ready=True)
+        sequence = Sequence(work, output, [0] * (prompt + 1))
+        self.drafting.begin(sequence)
+        began_s = self.now_s
+        while len(sequence.tokens) < prompt + tokens:
+            self.drafting.propose([sequence], 1, 64)
+            drafted = len(sequence.draft.tokens)
+            accepted = 0
+            while accepted < drafted and self.random.random() < right:
+                accepted += 1
+            self.now_s += self.step_s(1 + drafted)
+            came = [1] * accepted + [2]
+            sequence.tokens += came
+            self.drafting.judge(sequence, drafted, accepted, came)
+        self.drafting.end(sequence)
+        return (self.now_s - began_s) / ((tokens - 1) * STEP_S)
+
+
+class Sequence:
+    """Enough of one for a source."""
+
+    drafts, finished, pending, placeholders = True, False, 1, None
+
+    def __init__(self, work, output, tokens):
+        self.work, self.output, self.tokens, self.draft = work, output, tokens, NO_DRAFT
+
+
+def mean(values):
+    values = [*values]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("prompt, tokens", [(50, 200), (1000, 300), (4000, 40)])
+@pytest.mark.parametrize("right, slope, draft", [(0.5, 0.1, 0.4), (0.9, 0.45, 0.6), (0.05, 0.02, 0.2)],
+                         ids=["seldom right", "dear rows", "never right"])
+def test_drafts_that_do_not_pay_cost_little(prompt, tokens, right, slope, draft, monkeypatch):
+    machine = Machine(monkeypatch, right, slope, draft)
+    first = machine.answer(prompt, tokens)
+    assert first < 1.1 + prompt * machine.token_s / (tokens * STEP_S)       # one try, to know what it costs
+    assert mean(machine.answer(prompt, tokens) for _ in range(40)) < 1.03
+
+
+def test_drafts_that_pay_are_used_at_once(monkeypatch):
+    machine = Machine(monkeypatch, 0.93, 0.1, 0.3)
+    machine.answer(50, 100)
+    assert mean(machine.answer(50, 200) for _ in range(20)) < 1 / 1.3
+
+
+def test_a_prompt_is_computed_only_if_that_is_paid_back(monkeypatch):
+    """It takes as long as 80 steps: an answer of 30 tokens saves ten, one of 1,000 three hundred."""
+    machine = Machine(monkeypatch, 0.93, 0.1, 0.3)
+    machine.answer(50, 20)
+    machine.source.savings.balance_s = 0.0
+    assert mean(machine.answer(4000, 30) for _ in range(20)) < 1.04
+    assert mean(machine.answer(4000, 1000) for _ in range(5)) < 0.9
+
+
+def test_drafts_begin_to_pay_again(monkeypatch):
+    machine = Machine(monkeypatch, 0.3)
+    for _ in range(40):
+        machine.answer(50, 200)
+    assert mean(machine.answer(50, 200, right=0.95) for _ in range(60)) < 0.85
+
+
+def test_what_is_there_already_is_taken_if_it_gives_more(monkeypatch):
+    step_s = [STEP_S * (1 + 0.1 * rows) for rows in range(9)]
+    there = best_speed([0.99, 0.98, 0.97, 0.96], step_s)
+    assert there == pytest.approx((1 + 0.99 + 0.98 + 0.97 + 0.96) / step_s[4])
+    assert best_length(0.9, 0.3 * STEP_S, step_s, 7).tokens
+    assert not best_length(0.9, 0.3 * STEP_S, step_s, 7, there).tokens
+    assert best_speed([0.05], step_s) == pytest.approx(1 / STEP_S)
+
+
+def test_the_log_says_whether_drafts_pay(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    machine = Machine(monkeypatch, 0.93, 0.1, 0.3)
+    for _ in range(4):
+        machine.answer(50, 200)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the draft model small is right about 9")
+    assert "0.30 of the model's time: one answer " in line
+    assert mean(machine.answer(50, 200, right=0.1) for _ in range(60)) < 1.05
+    [_, line] = [record.getMessage() for record in caplog.records]
+    assert line.endswith("too seldom for what it costs, so it is only tried now and then")
+
+
+def test_savings_are_bounded():
+    savings = Savings()
+    savings.add(1e9)
+    assert savings.balance_s == Savings.MOST_S
+    savings.add(-1e9)
+    assert savings.balance_s == -Savings.MOST_S
