@@ -1,7 +1,7 @@
-"""Servers that many modules ask, one of each kind for all tests of a process. They live as long as the session.
+"""Servers that many modules ask: one of each kind, as long as the session, for all tests of a process.
 
-Tests here only ask. What a test leaves, others find: it uses names of its own, and compares what was there before with
-what is there after. A test that ends a server, restarts it, counts all that it did or needs other flags starts its own.
+What a test leaves, others find. So it uses names of its own, and compares what was there before and after.
+A test that ends a server, restarts it, counts all that it did or needs other flags starts its own.
 """
 
 import json
@@ -39,8 +39,9 @@ class KeepingServer:
 @pytest.fixture(scope="session")
 def default_server(default_model_path, tmp_path_factory):
     """(URL, first lines of its log) of a server of the default model, which keeps responses."""
+    database = tmp_path_factory.mktemp("kept") / "kept.db"
     log = []
-    with server(default_model_path, "--verbose", "--database", tmp_path_factory.mktemp("kept") / "kept.db", log=log) as (_, url):
+    with server(default_model_path, "--verbose", "--database", database, log=log) as (_, url):
         yield url, log
 
 
@@ -94,8 +95,7 @@ def logging_tools(folder):
 
 @pytest.fixture(scope="session")
 def tools_server(default_model_path, tmp_path_factory):
-    """A server of the default model with a database and tools: those of `fake` and `many` run at once, of `asks` after
-    a yes."""
+    """A server of the default model with a database and tools: `asks` runs after a yes, the others at once."""
     folder = tmp_path_factory.mktemp("tools_server")
     tools = logging_tools(folder)
     allowed = {"alwaysAllow": ["*"]}
@@ -109,7 +109,8 @@ def tools_server(default_model_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def knowing_server(default_model_path, default_embedder_path, tmp_path_factory):
-    """A server of the default model and the real all-MiniLM-L6-v2, with a tool server, for the owners of two KEYS.
+    """A server of the default model and the real all-MiniLM-L6-v2, with tools, for the owners of two KEYS.
+
     Tests of it kill its workers: others come, and lose nothing."""
     folder = tmp_path_factory.mktemp("knowing")
     tools = logging_tools(folder) | {"alwaysAllow": ["*"]}

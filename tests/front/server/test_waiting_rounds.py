@@ -1,4 +1,4 @@
-"""While a tool runs, in every API whose tools the server runs: who may end its call, and what tells a client that it waits."""
+"""While a tool runs, in every API: who ends its call, and what tells a client that it waits."""
 
 import asyncio
 import json
@@ -48,7 +48,8 @@ def waiting_place(gate):
 
 async def asked(at, api, stream, **headers):
     """(status, text) of an answer."""
-    async with at.http.post(at.url + api.path, json=api.body | {"stream": stream}, headers=headers) as response:
+    body = api.body | {"stream": stream}
+    async with at.http.post(at.url + api.path, json=body, headers=headers) as response:
         return response.status, await response.text()
 
 
