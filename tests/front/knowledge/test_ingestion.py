@@ -435,6 +435,22 @@ async def test_what_is_embedded_is_charged_to_the_key_once(tmp_path):
         assert (name, background, tokens) == ("one", 1, 7 * windows) and requests == -(
             -windows // ingest.TEXTS
         )
+        counted = ask.ingest.ledger.totals[True]        # for /metrics
+        assert (counted.requests, counted.prompt_tokens) == (requests, tokens)
+
+
+async def test_a_file_that_is_deleted_while_it_is_embedded_costs_nothing(tmp_path):
+    pool = EmbeddingPool(gate=asyncio.Event())
+    async with knowing(tmp_path / "k.db", pool=pool) as ask:
+        file = await ask.file(ONE, LONG)
+        _, store = await ask(ONE, STORES, {"file_ids": [file]})
+        await pool.until_open(1)
+        await ask.place.client.delete(f"{ask.place.url}{STORES}/{store['id']}", headers=ask.headers_of(ONE))
+        pool.gate.set()
+        while ask.ingest.tasks:
+            await asyncio.wait([*ask.ingest.tasks.values()], timeout=30)
+        assert ask.ingest.ledger.totals[True].requests == 0
+        assert await ask.rows("SELECT * FROM usage") == []
 
 
 async def test_on_a_full_disk_ingestion_waits(tmp_path, monkeypatch):
