@@ -1,17 +1,19 @@
 """chat_server compared with other servers: the same model, the same machine, one run; medians, ranges and ratios.
 
-    python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH] [--model FILE.gguf] [--rounds 5]
-                            [--only single,16,...] [--json FILE]
+    python bench/compare.py --llama-server PATH [--ik-llama-server PATH] [--ik-llama-bench PATH]
+                            [--model NAME] [--rounds 5] [--only single,16,...] [--json FILE]
     python bench/compare.py --model FILE.gguf --vllm VENV/bin/vllm FOLDER --openvino VENV/bin/python FOLDER --url name=http://127.0.0.1:9000
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
     python bench/compare.py --before "/old/.venv/bin/python /old/chat_server.py"      # two versions of ours
 
+--model takes a GGUF file, or a name of bench/model_files.py: real models that others put into packages.
+
 All are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
-cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperature 0, ignore_eos. Every prompt
-is new, so the caches, though on, do not help. Tokens are the servers' own usage figures, times are this
-process's. Tokens per second include the time for the prompt, except where a context is stated. Beside each
-figure stands the CPU time of the server's whole process tree during the measurement: programs that use more
-cores than they need show it there.
+cores sends them `/v1/chat/completions` requests over HTTP, or `/v1/completions` for a model without a chat
+template: streamed, temperature 0, ignore_eos. Every prompt is new, so the caches, though on, do not help.
+Tokens are the servers' own usage figures, times are this process's. Tokens per second include the time for
+the prompt, except where a context is stated. Beside each figure stands the CPU time of the server's whole
+process tree during the measurement: programs that use more cores than they need show it there.
 
 llama-server runs with -t 1, with -t 2 (--threads), and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's
 long spinning is slow while another program is busy). Ratios are to the better of the first two. It gets as many
@@ -62,6 +64,7 @@ import numpy    # noqa: E402
 
 from contestants import (  # noqa: E402
     ChatServer, Layout, LlamaServer, contestants, running_server, server_of)
+from model_files import NAMES, model_file    # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUEST_LIMIT_S = 600
@@ -96,19 +99,37 @@ async def ask(session, server, messages, tokens):
     return read_answer(first_s, total_s, body, tokens)
 
 
-async def stream(session, server, messages, tokens, **more):
-    """(seconds to the first text, to the end, the bytes); parsed only later, as parsing would take time from the servers."""
-    body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}, **more}
+@functools.cache
+def metadata(model):
+    sys.path.insert(0, str(ROOT))
+    from chatlm.worker.weights.formats.gguf.file import read_gguf
+    return read_gguf(Path(model))[0]
+
+
+def request(server, messages, **body):
+    """The URL and the body. A model without a chat template continues the messages as text."""
     if server.contestant.model_name:
         body["model"] = server.contestant.model_name
+    if Path(server.model).is_dir() or "tokenizer.chat_template" in metadata(server.model):
+        return f"{server.url}/v1/chat/completions", body | {"messages": messages}
+    text = "\n".join(message["content"] for message in messages)
+    return f"{server.url}/v1/completions", body | {"prompt": text}
+
+
+TEXT = re.compile(rb'"(?:content|text)":\s*"[^"]')     # of an event
+
+
+async def stream(session, server, messages, tokens, **more):
+    """(seconds to the first text, to the end, the bytes); parsed only later, as parsing would take time from the servers."""
+    url, body = request(server, messages, max_tokens=tokens, temperature=0, ignore_eos=True, stream=True,
+                        stream_options={"include_usage": True}, **more)
     received, started, first_s = bytearray(), time.perf_counter(), None
-    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+    async with session.post(url, json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{server.url} answered {response.status}: {await response.text()}")
         async for data in response.content.iter_any():
             received += data
-            if first_s is None and re.search(rb'"content":\s*"[^"]', received):
+            if first_s is None and TEXT.search(received):
                 first_s = time.perf_counter() - started
     total_s = time.perf_counter() - started
     return first_s or total_s, total_s, bytes(received)
@@ -149,9 +170,7 @@ async def decode_speed(session, server, context, seed):
 @functools.cache
 def words_alone(model):
     """A logit_bias that limits an answer to WORDS, each of one token, so that its text tokenizes to the same tokens again."""
-    sys.path.insert(0, str(ROOT))
-    from chatlm.worker.weights.formats.gguf.file import read_gguf
-    tokens = read_gguf(Path(model))[0]["tokenizer.ggml.tokens"]
+    tokens = metadata(model)["tokenizer.ggml.tokens"]
     spelled = {f"{space}{word}" for word in WORDS for space in "\u0120\u2581"}       # as BPE and sentencepiece write a space
     return {str(token): 100 for token, text in enumerate(tokens) if text in spelled}
 
@@ -208,13 +227,12 @@ async def beside_a_long_prompt(session, server, clients, seed):
 async def note_pieces(session, server, messages, came):
     """Stream an answer without an end; note (when it began, when the piece came) of each piece. It is drawn, so that it does not repeat
     itself: of an answer that does, drafts make twenty tokens of a piece."""
-    body = {"messages": messages, "max_tokens": 2000, "temperature": 1, "seed": 1, "ignore_eos": True, "stream": True}
-    if server.contestant.model_name:
-        body["model"] = server.contestant.model_name
+    url, body = request(server, messages, max_tokens=2000, temperature=1, seed=1, ignore_eos=True,
+                        stream=True)
     began = time.perf_counter()
-    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+    async with session.post(url, json=body) as response:
         async for line in response.content:
-            if re.search(rb'"content":\s*"[^"]', line):
+            if TEXT.search(line):
                 came.append((began, time.perf_counter()))
 
 
@@ -538,12 +556,6 @@ def report(figures, competing, about, arguments):
 # 7. command line -------------------------------------------------------------------------------------------------
 
 
-def default_model():
-    sys.path.insert(0, str(ROOT))
-    from chatlm.common.hub.default_model import fetch_default_model
-    return fetch_default_model()
-
-
 def parse_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama-server", help="the binary to compare with")
@@ -555,7 +567,7 @@ def parse_command_line():
                         help="a server of this machine that runs already; may be given several times")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="of the rivals, in turn")
     parser.add_argument("--ik-args", type=shlex.split, default=["-rtr"], help="flags of both, in one string")
-    parser.add_argument("--model", help="a GGUF file (default: the server's default model)")
+    parser.add_argument("--model", default="default", help=f"a GGUF file, or one of {', '.join(NAMES)}")
     parser.add_argument("--rounds", type=int, default=5)
     names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
     asked = [scenario.name for scenario in SCENARIOS if scenario.asked]
@@ -573,7 +585,7 @@ def parse_command_line():
                      "--openvino PYTHON FOLDER, --url NAME=URL, --before \"PYTHON SCRIPT\", or --ours-only alone")
     if unknown := set(arguments.only) - set(names):
         parser.error(f"--only knows {','.join(names)}, not {','.join(sorted(unknown))}")
-    arguments.model = Path(arguments.model).resolve() if arguments.model else default_model()
+    arguments.model = model_file(arguments.model)
     return arguments
 
 

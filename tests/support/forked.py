@@ -209,7 +209,9 @@ class Forked:
             waiting.register(self.end, select.POLLIN)
             if not waiting.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            self.returncode = self.template.status(self.pid)
+            with self.template.lock:    # another thread may have asked: a status is told once
+                if self.returncode is None:
+                    self.returncode = self.template.status(self.pid)
         return self.returncode
 
     def poll(self):
@@ -234,7 +236,7 @@ class Asking:
     """A front's connection to the process that forks its children."""
 
     def __init__(self, descriptor):
-        self.lock, self.connection = threading.Lock(), socket.socket(fileno=descriptor)
+        self.lock, self.connection = threading.RLock(), socket.socket(fileno=descriptor)
 
     def start_child(self, command, role, environment, original=start.start_child):
         """What start.start_child does."""

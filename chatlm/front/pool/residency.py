@@ -67,7 +67,6 @@ class MemoryShare:
         self.memory_state = MemoryState.OUT
         self.empties = True         # can its workers release KV pages alone?
         self.is_requested = pinned  # was loading requested by anything other than a job?
-        self.is_loaded_for_requests = False     # did requests wait when it was last loaded?
         self.taken_s = 0.0          # when it last took its bytes
         self.waits_since_s: float | None = None
 
@@ -149,6 +148,11 @@ class MemoryShare:
         may_take = MemoryState.IN in NEXT_MEMORY_STATES[self.memory_state]
         return may_take and bool(self.is_requested or len(self.pool.dispatcher.pending))
 
+    @property
+    def waits_in_background(self) -> bool:
+        """Do only low-priority requests wait for it?"""
+        return not self.is_requested and not self.pool.dispatcher.busy
+
     def take(self):
         """Take the missing bytes: load, or get the KV pages back."""
         was_out = self.memory_state is MemoryState.OUT
@@ -156,7 +160,6 @@ class MemoryShare:
                  shown_bytes(self.missing))
         self.become(MemoryState.IN)
         self.is_requested = False
-        self.is_loaded_for_requests = bool(len(self.pool.dispatcher.pending))
         self.taken_s = time.monotonic()
         if was_out:
             self.pool.supervisor.load()
@@ -195,7 +198,6 @@ class MemoryShare:
             if self.pool.supervisor.has_ended:
                 self.become(MemoryState.OUT)
 
-
     @property
     def is_idle(self) -> bool:
         return bool(self.pool.supervisor.ready_workers) and not self.pool.dispatcher.jobs
@@ -219,48 +221,24 @@ class MemoryShare:
             return False
         return not any(worker.crashes_in_row for worker in self.pool.workers)
 
-    @property
-    def has_answered(self) -> bool:
-        """Was it loaded for requests, and are all of them answered?"""
-        return self.is_loaded_for_requests and self.is_idle
+    def may_leave(self, now: float, in_background: bool) -> bool:
+        """May others have its bytes? Not while it loads. Then once it has been idle for as long as its load
+        took, or, however much it is used, once it has stayed STAY_LOADS times as long.
 
-    def may_leave(self, now: float, early: bool) -> bool:
-        """May others have its bytes? Not while it loads, nor until it has stayed STAY_LOADS times as long as
-        its load took. early: that time may be cut short once it has answered the requests that loaded it."""
+        in_background: do they need the bytes for low-priority requests alone? These take none from a model
+        in use that is not idle."""
         if self.memory_state not in (MemoryState.IN, MemoryState.EMPTIED) or self.pinned or self.is_loading:
             return False
         supervisor = self.pool.supervisor
+        dispatcher = self.pool.dispatcher
         ready_s = [worker.ready_s for worker in supervisor.ready_workers]
         begin_s = max(min(ready_s), self.taken_s) if ready_s else self.taken_s
-        if now - begin_s >= Residency.STAY_LOADS * supervisor.load_s:
+        stayed_s = now - begin_s
+        if min(dispatcher.idle_s(now), stayed_s) >= supervisor.load_s:
             return True
-        return early and self.has_answered
-
-
-class LoadingTime:
-    """Counts how long models were loading, so that models may change at once as long as they do so seldom.
-
-    Each second earns a quarter of a second of loading, up to CREDIT_S in advance. While there is credit, a
-    model that has answered may leave early. A model that stays STAY_LOADS times as long as its load took has
-    earned that load, so loading never takes more than a quarter of the time."""
-
-    CREDIT_S = 10.0
-
-    def __init__(self):
-        self.credit_s = 0.0
-        self.loading = 0    # how many models are loading since the last count
-        self.counted_s: float | None = None
-
-    def count(self, now: float):
-        """Count the time since the last call."""
-        passed_s = now - self.counted_s if self.counted_s is not None else 0.0
-        self.counted_s = now
-        earned_s = passed_s / (1 + Residency.STAY_LOADS)
-        self.credit_s = min(self.credit_s + earned_s - passed_s * self.loading, self.CREDIT_S)
-
-    @property
-    def has_credit(self) -> bool:
-        return self.credit_s >= 0
+        if in_background and dispatcher.in_use:
+            return False
+        return stayed_s >= Residency.STAY_LOADS * supervisor.load_s
 
 
 class NoRoom(ConfigError):
@@ -268,22 +246,25 @@ class NoRoom(ConfigError):
 
 
 class Residency:
-    """Gives memory to the models that wait for it, the longest waiting first.
+    """Gives memory to the models that wait for it, the longest waiting first. Models for which only
+    low-priority requests wait come last, and never take the place of a model that others are using.
 
     To make room, it unloads models in this order: those that only run low-priority requests; idle ones, the
     least recently used first; busy ones, the first loaded first. From an idle model it takes only the KV
     pages if those are enough.
 
+    Models whose requests never pause take turns. A turn answers all that comes meanwhile, and is long beside
+    a load, so most of the time is answers. An idle model's turn ends earlier (`MemoryShare.may_leave`).
+
     Every admitted model is eventually loaded, because each fits beside the pinned ones, which stay."""
 
-    STAY_LOADS = 3.0  # a model that may not leave early stays this many times as long as its load took
+    STAY_LOADS = 3.0  # a turn of a model that is never idle, in times of its load
     TICK_S = 0.1
 
     def __init__(self, budget: int):
         """budget: bytes for all models; 0 until it is known."""
         self.budget = budget
         self.shares: list[MemoryShare] = []
-        self.loading_time = LoadingTime()
         self.changed = asyncio.Event()
 
     def room_beside_pinned(self, *shares: MemoryShare) -> int:
@@ -345,11 +326,6 @@ class Residency:
 
     def settle(self, now: float):
         """Advance all transitions, and load what fits, in the order of waiting."""
-        self.loading_time.count(now)
-        self._settle(now)
-        self.loading_time.loading = sum(share.is_loading for share in self.shares)
-
-    def _settle(self, now: float):
         for share in self.shares:
             share.go_on()
             is_unused = share.taken and share.is_idle
@@ -364,9 +340,9 @@ class Residency:
         # Once the first share in line has to wait, the ones behind it only get what it will leave over.
         has_to_wait = False
         spare = math.inf
-        for share in sorted(self.shares, key=lambda share: share.waits_since_s or math.inf):
-            if not share.waits:
-                continue
+        line = [share for share in self.shares if share.waits]
+        line.sort(key=lambda share: (share.waits_in_background, share.waits_since_s))
+        for share in line:
             missing = share.missing
             if missing <= min(self.budget - self.used, spare):
                 share.take()
@@ -381,8 +357,9 @@ class Residency:
         """Unload models other than `share`'s, if that frees enough bytes. Returns how many bytes others may
         take now: what will be left over, or infinity if unloading cannot free enough."""
         free = self.budget - self.used + sum(other.coming for other in self.shares)
-        early = self.loading_time.has_credit
-        others = [other for other in self.shares if other is not share and other.may_leave(now, early)]
+        in_background = share is not None and share.waits_in_background
+        others = [other for other in self.shares
+                  if other is not share and other.may_leave(now, in_background)]
         others.sort(key=self._rank)
         spare = sum(other.spare for other in others)
         leave = list[MemoryShare]()

@@ -26,7 +26,6 @@ class Drafter(Protocol):
     """What computes drafts: a second model, or a model's own draft head."""
 
     name: str           # of the source, a field of DraftCounts
-    title: str          # in the log
     reads_hidden: bool  # does it need the model's hidden states after each step?
     transformer: Transformer
     followers: Followers
@@ -34,6 +33,8 @@ class Drafter(Protocol):
     longest: int        # tokens of a sequence that it can follow
     runner: StepRunner
 
+    @property
+    def title(self) -> str: ...  # in the log
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
     def behind(self, sequence: Sequence) -> int: ...
     def end(self, sequence: Sequence): ...

@@ -220,7 +220,7 @@ async def test_a_file_system_that_hangs_holds_neither_other_folders_nor_the_end(
     async with knowing(tmp_path / "k.db", settings=settings) as ask:
         store, files = await files_of(ask)
         room = ask.place.front.rooms["knowledge"].following
-        monkeypatch.setattr(following, "look", lambda folder: gate.wait() and look(folder))
+        monkeypatch.setattr(following, "look", lambda folder: gate.wait(60) and look(folder))
         monkeypatch.setattr(following, "PATIENCE_S", 0.01)
         for _ in range(2):                # the second does not ask again
             with pytest.raises(following.Hangs):

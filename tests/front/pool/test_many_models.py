@@ -104,15 +104,29 @@ async def test_each_model_answers_as_alone(start_models, nanochat_fixtures, clie
     assert {text: got[text, "gen5"] for text in texts} == expected
 
 
-async def test_models_that_have_answered_change_at_once(start_models, client, monkeypatch):
-    """Without an early leave the third answer would take a thousand times as long as a load."""
+async def test_an_idle_model_s_turn_ends_early(start_models, client, monkeypatch):
+    """Else the third answer would take a thousand times as long as a load."""
     monkeypatch.setattr(Residency, "STAY_LOADS", 1000.0)
     models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
-    models.source.residency.loading_time.credit_s = models.source.residency.loading_time.CREDIT_S
     async with served(models) as url, asyncio.timeout(60):
         for name in ("gen1", "gen5", "gen1", "gen5"):
             assert content(await ask(client, url, name))
             assert models.source.residency.used <= models.source.residency.budget
+
+
+async def test_requests_without_pause_are_answered_together(start_models, client):
+    """Four clients of each model ask it three times; each model is loaded once for all of them."""
+    models = await start_models("gen1", "gen5", models_memory=230 * MIB, prefix_memory=0)
+    answered = []   # models, in the order of their answers
+
+    async def ask_again(url, name):
+        for _ in range(3):
+            assert content(await ask(client, url, name))
+            answered.append(name)
+
+    async with served(models) as url, asyncio.timeout(60):
+        await asyncio.gather(*(ask_again(url, name) for name in ("gen1", "gen5") * 4))
+    assert len(answered) == 24 and answered == sorted(answered, key=answered.index)
 
 
 async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanochat_fixtures, monkeypatch):

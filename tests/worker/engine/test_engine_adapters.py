@@ -173,7 +173,7 @@ def test_answers_go_on_while_an_adapter_is_read(engine, alone, folders, monkeypa
     """Until its files are read, all answers come to their ends; what needs it waits for it."""
     engine.pool.forget_cached()
     told, may_read, read = [], threading.Event(), engine.transformer.read_adapter
-    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait() and read(folder))
+    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait(60) and read(folder))
     inbox, tokens = Inbox(engine, told.append), {}
     for work in works_of(engine):
         engine.add(work)
@@ -218,7 +218,7 @@ def texts_of(engine):
 def test_only_an_adapter_s_answers_wait_for_it(engine, folders, monkeypatch):
     """While an adapter is read the base answers, and only answers with the adapter wait for it."""
     told, may_read, read = [], threading.Event(), engine.transformer.read_adapter
-    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait() and read(folder))
+    monkeypatch.setattr(engine.transformer, "read_adapter", lambda folder: may_read.wait(60) and read(folder))
     inbox = Inbox(engine, told.append)
     inbox.obey(LoadAdapter("slow", str(folders["down"])))
     for name, adapter in (("base", ""), ("one", "slow"), ("left", "slow"), ("other", "down")):
