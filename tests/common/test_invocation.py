@@ -65,6 +65,18 @@ def test_a_checkout_is_started_by_this_python(program, tmp_path):
     assert said(python, program, program, activated) == ["python chat_server.py", "python -m pip install x", "hf"]
 
 
+def test_a_python_that_is_too_old_is_told_of_a_newer_one(program):
+    say = "from chatlm.common.invocation import advice_for_old_python; print(advice_for_old_python())"
+
+    def advice(python):
+        done = subprocess.run([python, "-c", say], cwd=program, capture_output=True, text=True, check=True,
+                              timeout=60, env={"PATH": "/usr/bin", "PYTHONPATH": str(program)})
+        return done.stdout.strip()
+
+    assert advice(sys.executable) == "; run `.venv/bin/python chat_server.py` instead"
+    assert advice(program / ".venv/bin/python") == ""
+
+
 def test_an_installation_is_started_by_its_command(program, tmp_path):
     python = made_venv(tmp_path / "other")
     (packages,) = (tmp_path / "other").glob("lib/python*/site-packages")
