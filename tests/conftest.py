@@ -33,6 +33,9 @@ from executed import read_record, recorded_seconds  # noqa: E402
 import nightly  # noqa: E402
 from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
+from shared_servers import (  # noqa: E402, F401
+    default_server, default_url, float_url, keeping_server, knowing_server, short_url, tiny_url, tools_server,
+    two_keys_server)
 
 
 shown = []      # the reports that the summary asks about again

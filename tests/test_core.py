@@ -161,8 +161,8 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
 
 
-def test_a_server_that_nobody_asks_speaks_no_dialect(default_model_path, spied, tmp_path):
-    with server(default_model_path, env=spied) as (process, url):
+def test_a_server_that_nobody_asks_speaks_no_dialect(nanochat_fixtures, spied, tmp_path):
+    with server(nanochat_fixtures / "gen5", env=spied) as (process, url):
         for path in ("/", "/health", "/v1/models", "/api/tags"):
             assert urllib.request.urlopen(url + path, timeout=60).status == 200
         for path in ("/chat/completions", "/v1/messages", "/api/chat"):         # 405
@@ -174,8 +174,8 @@ def test_a_server_that_nobody_asks_speaks_no_dialect(default_model_path, spied, 
     assert "chatlm.front.api.readers" not in modules
 
 
-def test_the_first_request_opens_its_room_alone(default_model_path, spied, tmp_path):
-    with server(default_model_path, env=spied) as (process, url):
+def test_the_first_request_opens_its_room_alone(nanochat_fixtures, spied, tmp_path):
+    with server(nanochat_fixtures / "gen5", env=spied) as (process, url):
         with pytest.raises(urllib.error.HTTPError, match="404"):       # it runs without --database
             urllib.request.urlopen(url + "/v1/batches", timeout=60)
         modules = modules_of(process, tmp_path)

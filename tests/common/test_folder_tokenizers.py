@@ -140,53 +140,55 @@ def test_the_download_knows_the_same_files():
 LLAMA = (MODELS / "llama.model").read_bytes()
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("tokenizer.model", b"", "has no pieces"), ("tokenizer.model", LLAMA[:5000], "is no model of sentencepiece, or is cut off"),
-    ("tokenizer.model", b"\xff" * 40, "is no model of sentencepiece"), ("tokenizer.model", b"{}", "is no model of sentencepiece"),
-    ("tokenizer.model", LLAMA + b"\x12\x02\x18\x04", "its model_type is char; it must be bpe or unigram"),
-    ("tokenizer.model", LLAMA + b"\x12\x05\x18\x02\xc0\x01\x01", "treat_whitespace_as_suffix is true"),
-    ("tokenizer.model", LLAMA + LLAMA, "two of its pieces have the same text"),
-    ("tekken.json", b"{}", "is no tekken.json"), ("tekken.json", b"[1]", "tekken.json"), ("tekken.json", b"{", "tekken.json"),
-    ("tekken.json", b'{"config": {"pattern": "x", "default_num_special_tokens": 2, "default_vocab_size": 9}, "vocab": []}', "or some are missing"),
-    ("qwen.tiktoken", b"", "has no tokens"), ("qwen.tiktoken", b"AA== 0\nAQ== 2\n", "line 2: ranks must follow each other"),
-    ("qwen.tiktoken", b"not base64! 0\n", "line 1"), ("qwen.tiktoken", b"AA== 0\nAA== 1\n", "two of its tokens are the same")])
-def test_a_broken_file_is_named(tmp_path, name, data, message):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=message) as error:
-        folder_tokenizer(tmp_path, {})
-    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_piece_that_the_normalizer_changes_is_refused(tmp_path):
-    """sentencepiece cuts it out before it normalizes; here ids would differ in silence."""
-    data = (MODELS / "gemma.model").read_bytes() + b"\x1a\x02\x20\x01"      # remove_extra_whitespaces, with pieces of many spaces
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(ConfigError, match="its normalizer would change the user-defined piece"):
-        folder_tokenizer(tmp_path, {})
-
-
-def test_a_folder_without_any_says_what_it_has(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="has no tokenizer.json; it has spiece.model, which this server does not read"):
-        folder_tokenizer(tmp_path, {})
-
-
 def in_message(number, data):
     """A field of bytes in a message of protocol buffers."""
     return bytes([number << 3 | 2, len(data)]) + data
 
 
 NOT_A_NUMBER = b"\x00\x00\xc0\x7f"
+NO_MODEL = "tokenizer.model is no model of sentencepiece"
+REMOVED_SPACES = (MODELS / "gemma.model").read_bytes() + b"\x1a\x02\x20\x01"  # with pieces of many spaces
+BROKEN_FILES = [
+    ("tokenizer.model", b"", "has no pieces"),
+    ("tokenizer.model", LLAMA[:5000], NO_MODEL + ", or is cut off"),
+    ("tokenizer.model", b"\xff" * 40, NO_MODEL),
+    ("tokenizer.model", b"{}", NO_MODEL),
+    # a piece, the trainer and the normalizer as numbers; a text and a score, too
+    *(("tokenizer.model", data, NO_MODEL) for data in (
+        b"\x08\x01", b"\x10\x01", b"\x18\x01",
+        in_message(1, b"\x08\x05"), in_message(1, in_message(1, b"a") + b"\x10\x01"),
+        in_message(1, in_message(1, b"a") + in_message(3, b"x")),
+        in_message(1, in_message(1, b"a") + b"\x15" + NOT_A_NUMBER),
+        in_message(2, in_message(3, b"unigram")),
+        in_message(3, b"\x10\x07"), in_message(3, in_message(3, b"x")))),
+    ("tokenizer.model", LLAMA + b"\x12\x02\x18\x04", "its model_type is char; it must be bpe or unigram"),
+    ("tokenizer.model", LLAMA + b"\x12\x05\x18\x02\xc0\x01\x01", "treat_whitespace_as_suffix is true"),
+    ("tokenizer.model", LLAMA + LLAMA, "two of its pieces have the same text"),
+    # sentencepiece cuts it out before it normalizes; here ids would differ in silence
+    ("tokenizer.model", REMOVED_SPACES, "its normalizer would change the user-defined piece"),
+    ("tekken.json", b"{}", "is no tekken.json"),
+    ("tekken.json", b"[1]", "tekken.json"),
+    ("tekken.json", b"{", "tekken.json"),
+    ("tekken.json", b'{"config": {"pattern": "x", "default_num_special_tokens": 2, "default_vocab_size": 9},'
+                    b' "vocab": []}', "or some are missing"),
+    ("qwen.tiktoken", b"", "has no tokens"),
+    ("qwen.tiktoken", b"AA== 0\nAQ== 2\n", "line 2: ranks must follow each other"),
+    ("qwen.tiktoken", b"not base64! 0\n", "line 1"),
+    ("qwen.tiktoken", b"AA== 0\nAA== 1\n", "two of its tokens are the same"),
+]
 
 
-@pytest.mark.parametrize("data", [
-    b"\x08\x01", b"\x10\x01", b"\x18\x01",  # a piece, the trainer and the normalizer as numbers
-    in_message(1, b"\x08\x05"), in_message(1, in_message(1, b"a") + b"\x10\x01"),  # a text and a score, too
-    in_message(1, in_message(1, b"a") + in_message(3, b"x")),
-    in_message(1, in_message(1, b"a") + b"\x15" + NOT_A_NUMBER),
-    in_message(2, in_message(3, b"unigram")),
-    in_message(3, b"\x10\x07"), in_message(3, in_message(3, b"x"))])
-def test_a_field_of_another_kind_is_one_line(data, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(ConfigError, match="tokenizer.model is no model of sentencepiece"):
+@pytest.mark.parametrize("name, data, words", BROKEN_FILES)
+def test_a_broken_file_is_named(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError) as error:
+        folder_tokenizer(tmp_path, {})
+    assert words in str(error.value)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_any_says_what_it_has(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    words = "has no tokenizer.json; it has spiece.model, which this server does not read"
+    with pytest.raises(ConfigError, match=words):
         folder_tokenizer(tmp_path, {})

@@ -72,10 +72,10 @@ def status_of(url, body, large):
         return error.code, error.read()
 
 
-def test_a_sandbox_does_not_read_with_what_is_newer(default_model_path, tmp_path):
+def test_a_sandbox_does_not_read_with_what_is_newer(nanochat_fixtures, tmp_path):
     """The front had a dialect before its file was replaced; its sandbox runs, and has not."""
     script = copy_program(tmp_path)
-    with server(default_model_path, script=script) as (_, url):
+    with server(nanochat_fixtures / "gen5", script=script) as (_, url):
         assert status_of(url + "/v1/chat/completions", {"max_tokens": 2}, large=True)[0] == 200
         assert status_of(url + "/v1/messages", {"max_tokens": 2}, large=False)[0] == 200
         with open(script.parent / "chatlm/front/api/dialects/messages.py", "a") as file:

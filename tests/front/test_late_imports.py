@@ -26,13 +26,14 @@ ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="its sandboxes are those of Linux")
 
 
-@pytest.mark.parametrize("flags", [(), ("--database",)])
-def test_no_room_is_imported_on_the_event_loop(flags, default_model_path, tmp_path):
+@pytest.mark.parametrize("model, flags", [("default", ()), ("gen5", ("--database",))])
+def test_no_room_is_imported_on_the_event_loop(model, flags, default_model_path, nanochat_fixtures, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SPY)
     found = tmp_path / "found"
     environment = os.environ | {"SPY": str(found), "PYTHONPATH": str(tmp_path)}
     flags = [*flags, tmp_path / "a.db"] if flags else []
-    with server(default_model_path, *flags, env=environment) as (_, url):
+    path = default_model_path if model == "default" else nanochat_fixtures / model
+    with server(path, *flags, env=environment) as (_, url):
         found.write_text("")
         for path in ("/v1/runs", "/v1/runs/none?before=1&after=2", "/metrics", "/v1/batches", "/v1/files",
                      "/v1/tools", "/models/exports", "/models/hub", "/models/downloads", "/v1/responses/none",

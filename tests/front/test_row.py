@@ -300,12 +300,12 @@ def test_a_command_of_an_annex_runs(environment):
     assert done.returncode == 2 and "chat_server: toy: WORDS are missing" in done.stderr
 
 
-def test_a_real_server_runs_the_toy(default_model_path, environment, tmp_path):
+def test_a_real_server_runs_the_toy(nanochat_fixtures, environment, tmp_path):
     database = tmp_path / "a.db"
     words = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
     for time in (1, 2):
         flags = "--database", database
-        with server(default_model_path, *flags, script=SCRIPT, env=environment) as (process, url):
+        with server(nanochat_fixtures / "gen5", *flags, script=SCRIPT, env=environment) as (process, url):
             counts = [json.load(post(url + CHAT, words | more))["usage"]["prompt_tokens"]
                       for more in ({}, {"toy": "Be brief."}, {"toy": "Be brief.", "ignored": LARGE})]
             assert counts[0] != counts[1] == counts[2]    # it replaces the model's usual words

@@ -5,17 +5,14 @@ import re
 import pytest
 
 from browsing import (ask, button, chats, expect, expect_answered, menu, message_box, needs_browser, open_page, questions, said)
-from real_server import server
 from shared_chats import join, keep, link_of
 
 pytestmark = needs_browser
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory, nanochat_fixtures):
-    folder = tmp_path_factory.mktemp("kept")
-    with server(nanochat_fixtures / "gen5", "--database", folder / "store.db") as (_, url):
-        yield url + "/"
+@pytest.fixture
+def kept(keeping_server):
+    return keeping_server.url + "/"
 
 
 @pytest.fixture

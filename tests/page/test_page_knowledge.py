@@ -18,7 +18,7 @@ def knowing(tmp_path_factory, nanochat_fixtures, default_embedder_path):
     (folder / "docs" / "pump.md").write_text("# Pump\n\nPrime it with water.\n\n# Valve\n\nTurn it left.")
     (folder / "docs" / ".secret").write_text("hidden")
     with server(nanochat_fixtures / "gen5", "--embedder", "--database", folder / "store.db",
-                "--knowledge", f"manuals={folder / 'docs'}", forked=False) as (_, url):
+                "--knowledge", f"manuals={folder / 'docs'}") as (_, url):
         yield url + "/"
 
 

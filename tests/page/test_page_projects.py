@@ -197,15 +197,14 @@ def test_a_real_model_answers_from_a_project_s_file(page, default_model_path):
 
 
 @pytest.fixture
-def devices(browser, tmp_path, nanochat_fixtures):
-    with server(nanochat_fixtures / "gen5", "--database", tmp_path / "store.db") as (_, url):
-        contexts = [browser.new_context() for _ in range(2)]
-        pages = [context.new_page() for context in contexts]
-        for page in pages:
-            open_page(page, url + "/")
-        yield pages
-        for context in contexts:
-            context.close()
+def devices(browser, keeping_server):
+    contexts = [browser.new_context() for _ in range(2)]
+    pages = [context.new_page() for context in contexts]
+    for page in pages:
+        open_page(page, keeping_server.url + "/")
+    yield pages
+    for context in contexts:
+        context.close()
 
 
 def test_projects_and_prompts_are_on_all_devices(devices):

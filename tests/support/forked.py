@@ -135,6 +135,7 @@ class ChildrenOfFronts:
                 pid = 0
                 if usual(environment):
                     child = fork_child(command, environment, folder, *descriptors)
+                    child.role = command[-1]
                     pid = child.pid
                     children[pid] = child
                 connection.send(NUMBER.pack(pid))

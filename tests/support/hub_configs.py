@@ -338,3 +338,11 @@ GEMMA4_CONFIGS = {name: {
                                            "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
                                            "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8,
                                            "top_k_experts": 8}}.items()}
+
+NEMOTRON_NANO_9B = {        # a published Nemotron-H of 8.9 billion weights
+    "model_type": "nemotron_h", "hidden_size": 4480, "intermediate_size": 15_680, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8,
+    "ssm_state_size": 128, "conv_kernel": 4, "vocab_size": 131_072, "num_hidden_layers": 56,
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    "max_position_embeddings": 131_072, "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2",
+    "time_step_limit": [0.0, float("inf")], "rescale_prenorm_residual": True, "use_mamba_kernels": True}

@@ -109,6 +109,11 @@ def descendants(process):
     return [*parents[1:], *(child for parent in parents for child in parent.children(recursive=True))]
 
 
+def children_of_role(process, role):
+    """The processes of a forked server that do this, such as "worker"."""
+    return [child for child in [*process.forked.values()] if child.role == role and child.poll() is None]
+
+
 def gone(processes):
     """Whether all of them end within 10 s."""
     return not psutil.wait_procs(processes, timeout=10)[1]

@@ -11,7 +11,7 @@ from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import lasting_body, read_line
 from chatlm.terminal.batch_files import InputFile
 from forked import fork_front
-from real_server import SCRIPT, server
+from real_server import SCRIPT
 from run_here import run_forked, run_here
 
 
@@ -99,13 +99,12 @@ def test_a_killed_run_resumes_to_the_same_output(model, tmp_path):
     assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
 
 
-def test_a_server_answers_a_batch_the_same(model, tmp_path):
+def test_a_server_answers_a_batch_the_same(model, tiny_url, tmp_path):
     called = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}], "tool_choice": "required"}
     source = write(tmp_path / "in.jsonl", [
         *(chat(str(number), f"Count to {number}", temperature=number % 2) for number in range(12)), chat("bad", temperature=9), chat("call", max_tokens=60, **called),
         {"custom_id": "items", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 16, "temperature": 0, "store": False}}])
-    with server(model) as (_, url):
-        assert batch(source, "-o", tmp_path / "there.jsonl", "--url", url)[0] == 1
+    assert batch(source, "-o", tmp_path / "there.jsonl", "--url", tiny_url)[0] == 1
     assert batch(model, source, "-o", tmp_path / "here.jsonl")[0] == 1
     there, here = (without_time(tmp_path / f"{name}.jsonl").splitlines() for name in ("there", "here"))
     assert there == here and len(there) == 15 and any('"id": "call_' in line for line in there)

@@ -20,7 +20,7 @@ def url(tmp_path_factory, nanochat_fixtures, default_embedder_path):
     (folder / "fixed").mkdir()
     (folder / "fixed" / "valve.md").write_text("Turn the valve left.")
     with server(nanochat_fixtures / "gen5", "--embedder", "--database", folder / "store.db",
-                "--knowledge", f"manuals={folder / 'fixed'}", forked=False) as (_, at):
+                "--knowledge", f"manuals={folder / 'fixed'}") as (_, at):
         yield at
 
 
@@ -89,10 +89,9 @@ async def test_a_folder_called_as_a_followed_one_makes_its_own(url, tmp_path):
     assert not store["read_only"]
 
 
-async def test_a_server_without_collections_says_so(nanochat_fixtures):
-    with server(nanochat_fixtures / "gen5") as (_, at):
-        with pytest.raises(ChatServerError, match="--database"):
-            await told(at, "manuals")
+async def test_a_server_without_collections_says_so(tiny_url):
+    with pytest.raises(ChatServerError, match="--database"):
+        await told(tiny_url, "manuals")
 
 
 def test_what_was_read_fits_a_line():

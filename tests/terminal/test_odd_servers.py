@@ -17,7 +17,6 @@ from chatlm.common.errors import ChatServerError, EngineFailure
 from chatlm.terminal.batch_command import ByteBudget, batch
 from chatlm.terminal.evaluate import evaluate
 from chatlm.terminal.remote_streams import strict_object
-from real_server import server
 
 
 @contextmanager
@@ -172,19 +171,18 @@ async def evaluated(url, suite, tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_eval_of_a_broken_server_ends_with_a_line(nanochat_fixtures, tmp_path, monkeypatch, capsys):
+async def test_eval_of_a_broken_server_ends_with_a_line(float_url, tmp_path, monkeypatch, capsys):
     """`eval` of a server that spoils its responses ends with a line."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     write_chat_data(tmp_path / "base")
     bundle = write_bundle(tmp_path / "bundle")
     (tmp_path / "text.txt").write_text("the cat sat on a mat " * 40)
     whole = 0
-    with server(nanochat_fixtures / "gen5", "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
-        for suite in (bundle, "chat", "bpb", "sample"):
-            assert await evaluated(url, suite, tmp_path, "unspoiled")
-            for seed in range(60):
-                with spoiling(url, seed) as proxy:
-                    whole += await evaluated(proxy, suite, tmp_path, f"{seed}")
+    for suite in (bundle, "chat", "bpb", "sample"):
+        assert await evaluated(float_url, suite, tmp_path, "unspoiled")
+        for seed in range(60):
+            with spoiling(float_url, seed) as proxy:
+                whole += await evaluated(proxy, suite, tmp_path, f"{seed}")
     assert whole < 120
     for line in capsys.readouterr().out.splitlines():
         json.loads(line, parse_constant=pytest.fail)

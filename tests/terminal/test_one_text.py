@@ -33,6 +33,12 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "own.gguf", OWN)
 
 
+@pytest.fixture(scope="module")
+def url(model):
+    with server(model) as (_, url):
+        yield url
+
+
 def run(command, *words):
     """The lines of JSON that a command prints."""
     ended = run_forked(command, *words)
@@ -94,13 +100,12 @@ def by_batch_command(folder, name, *words):
     return of_chat(json.loads(out.read_text())["response"]["body"])
 
 
-def test_batch_draws_as_the_model_s_file_says(model, tmp_path):
-    with server(model) as (_, url):
-        served = of_routes(url)
-        for name, value in USUAL.items():       # each of these has its effect, so none may be forgotten
-            assert of_chat(answer(url, "/v1/chat/completions", CHAT | {name: value})) != served["chat"], name
-        # the template adds nothing to the text
-        assert answer(url, "/v1/completions", {"prompt": "hello"} | DRAWN)["choices"][0]["text"] == served["chat"]
+def test_batch_draws_as_the_model_s_file_says(model, url, tmp_path):
+    served = of_routes(url)
+    for name, value in USUAL.items():       # each of these has its effect, so none may be forgotten
+        assert of_chat(answer(url, "/v1/chat/completions", CHAT | {name: value})) != served["chat"], name
+    # the template adds nothing to the text
+    assert answer(url, "/v1/completions", {"prompt": "hello"} | DRAWN)["choices"][0]["text"] == served["chat"]
     assert {name for name, text in served.items() if text != served["chat"]} == set(), served
     assert by_batch_command(tmp_path, "here", model) == served["chat"]
 
@@ -139,14 +144,13 @@ def test_a_batch_stops_at_other_defaults(tmp_path):
     assert ended.returncode == 2 and "has answers with default min_p 0.1, not 0.2" in ended.stderr, ended.stderr
 
 
-def test_evaluations_ignore_the_model_s_file(model):
+def test_evaluations_ignore_the_model_s_file(model, url):
     """Its answers are the likeliest ones, and its samples are of temperature 1, here and at a server."""
     [here] = run("eval", model, "--suite", "sample", "--json")
-    with server(model) as (_, url):
-        [there] = run("eval", "--url", url, "--suite", "sample", "--json")
-        greedy = [answer(url, "/v1/completions", {"prompt": one["prompt"], "max_tokens": 16, "temperature": 0,
-                                                  "repetition_penalty": 1})["choices"][0]["text"] for one in here["samples"]]
-        penalized = answer(url, "/v1/completions", {"prompt": here["samples"][0]["prompt"], "max_tokens": 16, "temperature": 0})
+    [there] = run("eval", "--url", url, "--suite", "sample", "--json")
+    greedy = [answer(url, "/v1/completions", {"prompt": one["prompt"], "max_tokens": 16, "temperature": 0,
+                                              "repetition_penalty": 1})["choices"][0]["text"] for one in here["samples"]]
+    penalized = answer(url, "/v1/completions", {"prompt": here["samples"][0]["prompt"], "max_tokens": 16, "temperature": 0})
     assert [one["text"] for one in here["samples"]] == [one["text"] for one in there["samples"]] == greedy
     assert penalized["choices"][0]["text"] != greedy[0]
     assert here["free_samples"] == there["free_samples"] != []

@@ -57,9 +57,9 @@ def wait_for_imports(folder, count):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_fifty_requests_share_a_slow_import_and_others_are_answered(part, default_model_path, slow, tmp_path):
+def test_fifty_requests_share_a_slow_import_and_others_are_answered(part, nanochat_fixtures, slow, tmp_path):
     path, body = PARTS[part]
-    with server(default_model_path, env=slow) as (process, url), ThreadPoolExecutor(50) as clients:
+    with server(nanochat_fixtures / "gen5", env=slow) as (process, url), ThreadPoolExecutor(50) as clients:
         asking = [clients.submit(ask, url, path, body) for _ in range(50)]
         wait_for_imports(tmp_path, 1)
         assert ask(url, *CHAT)[0] == 200
@@ -70,9 +70,9 @@ def test_fifty_requests_share_a_slow_import_and_others_are_answered(part, defaul
         assert len(imports(tmp_path)) == 1 and len(workers_of(process)) == 1
 
 
-def test_a_worker_that_is_killed_while_it_imports_a_part_is_replaced(default_model_path, slow, tmp_path):
+def test_a_worker_that_is_killed_while_it_imports_a_part_is_replaced(nanochat_fixtures, slow, tmp_path):
     """The answers that waited come from the next one."""
-    with server(default_model_path, env=slow) as (process, url), ThreadPoolExecutor(9) as clients:
+    with server(nanochat_fixtures / "gen5", env=slow) as (process, url), ThreadPoolExecutor(9) as clients:
         asking = [clients.submit(ask, url, *PARTS["embedding"]) for _ in range(8)]
         wait_for_imports(tmp_path, 1)
         [worker] = workers_of(process)
@@ -87,11 +87,11 @@ def test_a_worker_that_is_killed_while_it_imports_a_part_is_replaced(default_mod
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("change", ["removed", "replaced", "half written"])
-def test_a_part_whose_file_was_changed_answers_503(part, change, default_model_path, tmp_path):
+def test_a_part_whose_file_was_changed_answers_503(part, change, nanochat_fixtures, tmp_path):
     """Other answers go on, and the worker lives."""
     script = copy_program(tmp_path)
     path, body = PARTS[part]
-    with server(default_model_path, script=script) as (process, url):
+    with server(nanochat_fixtures / "gen5", script=script) as (process, url):
         assert ask(url, *CHAT)[0] == 200        # the front has the dialects, and what makes grammars
         no_choice = {"prompt": "a", "guided_choice": []}
         for place, refused in ((path, body | {"model": 5}), ("/v1/completions", no_choice)):

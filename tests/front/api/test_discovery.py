@@ -65,7 +65,7 @@ def test_slots_show_no_work_of_other_keys(tmp_path):
 
     def busy(url, key):
         return sum(slot["is_processing"] for slot in json.load(asked(url, key, "/slots")))
-    with server("--api-key-file", keys) as (_, url):
+    with server("--api-key-file", keys) as (_, url):    # the default model: its answer lasts
         long = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "ignore_eos": True, "max_tokens": 4000}
         with asked(url, "one", "/v1/chat/completions", long) as answer:
             answer.readline()

@@ -9,16 +9,14 @@ from chatlm.common.messages.requests import AnswerParams, Piece, PromptScores, R
 from chatlm.front.api.encode import dump
 from fake_pool import Letters, finished
 from openai_routes import COMPLETIONS, ask, call, need_exact, refused
-from real_server import server
 from spoken_paths import ENCODERS
 
 TEXT = "The capital of Japan is"
 
 
-@pytest.fixture(scope="module")
-def url(nanochat_fixtures):
-    with server(nanochat_fixtures / "gen5", "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
-        yield url
+@pytest.fixture
+def url(float_url):
+    return float_url
 
 
 def scores_of(url, prompt, top, **more):

@@ -1,13 +1,8 @@
 """Messages with tools that the server runs, on the default model in a real server: exact, counted, continued, large."""
 
-import json
-import sys
-
 import pytest
 
-import fake_tools
 from openai_routes import call, need_exact
-from real_server import server
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 SERVERS = {"mcp_servers": [{"type": "url", "name": "fake"}],
@@ -16,14 +11,9 @@ DRAWN = {"max_tokens": 60, "temperature": 0, "seed": 5}
 HI = [{"role": "user", "content": "Pick a colour."}]
 
 
-@pytest.fixture(scope="module")
-def url(default_model_path, tmp_path_factory):
-    place = tmp_path_factory.mktemp("messages")
-    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "calls")], "alwaysAllow": ["pick"]}
-    many = {"command": sys.executable, "args": [fake_tools.__file__, "many"], "alwaysAllow": ["*"]}
-    (place / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program, "many": many}}))
-    with server(default_model_path, "--mcp-config", place / "mcp.json", "--kv-cache-memory", "64M", "--max-batch", "2") as (_, url):
-        yield url
+@pytest.fixture
+def url(tools_server):
+    return tools_server.url
 
 
 def asked(url, messages=HI, choice="any", **more):

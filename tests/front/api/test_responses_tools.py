@@ -2,17 +2,16 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 from contextlib import contextmanager
 
 import openai
 import pytest
 
-import fake_tools
 from openai_routes import need_exact
 from real_server import get, server, wait_for
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
+from shared_servers import logging_tools
 from tool_rounds import asked_request
 
 SMALL = "--kv-cache-memory", "64M", "--max-batch", "2"
@@ -21,25 +20,24 @@ ASKED = {"type": "mcp", "server_label": "asks", "allowed_tools": ["pick"]}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("responses")
-    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "calls")]}
-    many = {"command": sys.executable, "args": [fake_tools.__file__, "many"]}
-    (place / "asks.json").write_text(json.dumps({"mcpServers": {"asks": program}}))
-    (place / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program | {"alwaysAllow": ["*"]}, "asks": program, "many": many}}))
+def place(tools_server):
+    """The folder of the shared server: its tools write there."""
+    place = tools_server.database.parent
+    (place / "asks.json").write_text(json.dumps({"mcpServers": {"asks": logging_tools(place)}}))
     return place
 
 
 @contextmanager
-def serving(place, model, database="kept.db", config="mcp.json"):
-    with server(model, "--mcp-config", place / config, "--database", place / database, *SMALL) as (_, url):
+def restarted(place, model):
+    """A server that is started again over what it has kept."""
+    flags = "--mcp-config", place / "asks.json", "--database", place / "restarted.db"
+    with server(model, *flags, *SMALL) as (_, url):
         yield openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture(scope="module")
-def client(place, default_model_path):
-    with serving(place, default_model_path) as client:
-        yield client
+@pytest.fixture
+def client(tools_server):
+    return openai.OpenAI(base_url=tools_server.url + "/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +64,10 @@ def plain(response):
 def test_same_seed_and_same_results_give_the_same_answer(client, place):
     """Streamed, whole, kept, and with the client's own loop."""
     need_exact(str(client.base_url).removesuffix("/v1/"))
+    before = len(called(place))
     whole = ask(client, tool_choice="required")
-    assert [item.type for item in whole.output] == ["mcp_list_tools", "mcp_call", "message"] and len(called(place)) == 1
+    assert [item.type for item in whole.output] == ["mcp_list_tools", "mcp_call", "message"]
+    assert len(called(place)) == before + 1
     with client.responses.stream(model="default", input="Pick a colour.", tools=[TOOL], tool_choice="required", max_output_tokens=60, temperature=1,
                                  extra_body={"seed": 5}) as stream:
         streamed = [*stream][-1].response
@@ -118,14 +118,14 @@ def test_calls_and_approvals_can_be_named_by_their_ids(client, place):
 
 
 def test_an_approval_outlives_the_server(place, tiny):
-    with serving(place, tiny, "restarted.db", "asks.json") as client:
+    with restarted(place, tiny) as client:
         conversation = client.conversations.create()
         first = ask(client, tools=[ASKED], tool_choice="required", conversation=conversation.id, max_output_tokens=300)
         request = first.output[-1]
         assert request.type == "mcp_approval_request" and first.status == "completed"
         before = len(called(place))
     yes = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
-    with serving(place, tiny, "restarted.db", "asks.json") as client:
+    with restarted(place, tiny) as client:
         response = ask(client, [yes], [ASKED], previous_response_id=first.id, max_output_tokens=16)
         assert response.output[0].type == "mcp_call" and response.output[0].approval_request_id == request.id
         assert response.output[0].output == f"picked {json.loads(request.arguments)['word']}" and len(called(place)) == before + 1
@@ -134,7 +134,7 @@ def test_an_approval_outlives_the_server(place, tiny):
         assert [item.type for item in again.output] == ["message"] and len(called(place)) == before + 1
         with pytest.raises(openai.BadRequestError, match="answered twice"):
             ask(client, [yes], [ASKED], previous_response_id=response.id)
-    with serving(place, tiny, "restarted.db", "asks.json") as client:
+    with restarted(place, tiny) as client:
         with pytest.raises(openai.ConflictError, match=f"continue {response.id}, which has it"):
             ask(client, [yes], [ASKED], previous_response_id=first.id)
         assert len(called(place)) == before + 1
@@ -146,8 +146,8 @@ def test_an_approval_outlives_the_server(place, tiny):
 def test_a_stopping_server_ends_what_it_has_begun(place, tiny):
     """An answer is one, however many rounds it has: a drain waits for all of them."""
     gate = place / "gate"
-    (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": {
-        "command": sys.executable, "args": [fake_tools.__file__, "log", str(place / "drained")], "alwaysAllow": ["*"]}}}))
+    tools = logging_tools(place) | {"alwaysAllow": ["*"]}
+    (place / "drained.json").write_text(json.dumps({"mcpServers": {"fake": tools}}))
     with server(tiny, "--mcp-config", place / "drained.json", "--database", place / "drained.db", *SMALL) as (process, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         request = asked_request(place / "drained.db", "slow", digest_of(url, "fake__slow"), {"path": str(gate)})

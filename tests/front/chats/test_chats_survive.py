@@ -55,21 +55,21 @@ def test_nothing_acknowledged_is_lost(tmp_path, nanochat_fixtures, kills):
             last = kill_while_writing(process, url, max(last, len(there)), random_numbers)
 
 
-def test_a_chat_of_the_real_model_is_kept_found_and_gone(default_model_path, tmp_path):
+def test_a_chat_of_the_real_model_is_kept_found_and_gone(default_url):
     """As a page does it: the answer of a real model is kept, another device reads, finds and deletes it."""
-    with server(default_model_path, "--database", tmp_path / "store.db", forked=False) as (_, url):
-        answer = asked(url, "/v1/chat/completions", {
-            "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0,
-            "max_tokens": 20})["choices"][0]["message"]["content"]
-        chat = {"kind": "chat", "id": f"{0:032x}", "patch": {"created": 1, "title": "Capitals"}}
-        said = node(2, answer)
-        said["patch"] |= {"role": "assistant", "parent": f"{1:032x}"}
-        asked(url, "/v1/chats/changes", {"changes": [chat, node(1, "What is the capital of France?"), said]})
-        [found] = asked(url, "/v1/chats/search?q=paris")["data"]
-        assert found["node"] == f"{2:032x}" and "Paris" in found["snippet"]
-        assert asked(url, f"/v1/chats/{0:032x}")["nodes"][1]["content"] == answer
-        request = urllib.request.Request(f"{url}/v1/chats/{0:032x}", method="DELETE", headers={"X-Chat-Space": SPACE})
-        urllib.request.urlopen(request, timeout=60).close()
-        assert asked(url, "/v1/chats/search?q=paris")["data"] == []
-        page = asked(url, "/v1/chats/changes?after=1")
-        assert [row["record"] for row in page["data"]] == [None]
+    answer = asked(default_url, "/v1/chat/completions", {
+        "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0,
+        "max_tokens": 20})["choices"][0]["message"]["content"]
+    chat = {"kind": "chat", "id": f"{0:032x}", "patch": {"created": 1, "title": "Capitals"}}
+    said = node(2, answer)
+    said["patch"] |= {"role": "assistant", "parent": f"{1:032x}"}
+    asked(default_url, "/v1/chats/changes", {"changes": [chat, node(1, "What is the capital of France?"), said]})
+    [found] = asked(default_url, "/v1/chats/search?q=paris")["data"]
+    assert found["node"] == f"{2:032x}" and "Paris" in found["snippet"]
+    assert asked(default_url, f"/v1/chats/{0:032x}")["nodes"][1]["content"] == answer
+    request = urllib.request.Request(f"{default_url}/v1/chats/{0:032x}", method="DELETE",
+                                     headers={"X-Chat-Space": SPACE})
+    urllib.request.urlopen(request, timeout=60).close()
+    assert asked(default_url, "/v1/chats/search?q=paris")["data"] == []
+    page = asked(default_url, "/v1/chats/changes?after=1")
+    assert [row["record"] for row in page["data"]] == [None]

@@ -61,9 +61,9 @@ def test_words_of_a_temporary_chat_are_nowhere(default_model_path, tmp_path):
         (tmp_path / folder).mkdir()
     flags = [default_model_path, "--database", tmp_path / "db" / "store.db", "--prefix-store", tmp_path / "prefixes",
              "--log-conversations"]
-    options = {"env": {**os.environ, **homes}, "forked": False}
+    environment = {**os.environ, **homes}   # all that its own servers may write is below one folder
     temporary = {"prompt_cache_retention": "in_memory"}
-    with server(*flags, **options) as (process, url):
+    with server(*flags, env=environment) as (process, url):
         secret = spellings(url, SECRET)
         first = asked(url, SECRET, **temporary)
         again = asked(url, SECRET, **temporary)
@@ -79,7 +79,7 @@ def test_words_of_a_temporary_chat_are_nowhere(default_model_path, tmp_path):
         log = ended_well(process)
     assert not any(word in log.encode() for word in secret)
     assert not found_below(tmp_path, secret)
-    with server(*flags, **options) as (process, url):
+    with server(*flags, env=environment) as (process, url):
         later = asked(url, SECRET)
         assert later["choices"][0]["message"] == first["choices"][0]["message"]
         assert later["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
@@ -91,11 +91,11 @@ def test_words_of_a_temporary_chat_are_nowhere(default_model_path, tmp_path):
     assert found_below(tmp_path / "prefixes", secret)
 
 
-def test_what_cannot_be_is_said(nanochat_fixtures, tmp_path):
-    with server(nanochat_fixtures / "gen5", "--database", tmp_path / "store.db") as (_, url):
-        assert refusal(url, prompt_cache_retention="for ever")[0] == 400
-        place = {name: f"{number:032x}" for number, name in enumerate(("id", "node", "parent"))}
-        code, error = refusal(url, stream=True, chat=place, prompt_cache_retention="in_memory")
-        assert code == 400 and error["param"] == "chat" and "prompt_cache_retention" in error["message"]
-        asked(url, SECRET, prompt_cache_retention="24h")
-        asked(url, SECRET, prompt_cache_retention=None)
+def test_what_cannot_be_is_said(keeping_server):
+    url = keeping_server.url
+    assert refusal(url, prompt_cache_retention="for ever")[0] == 400
+    place = {name: f"{number:032x}" for number, name in enumerate(("id", "node", "parent"))}
+    code, error = refusal(url, stream=True, chat=place, prompt_cache_retention="in_memory")
+    assert code == 400 and error["param"] == "chat" and "prompt_cache_retention" in error["message"]
+    asked(url, SECRET, prompt_cache_retention="24h")
+    asked(url, SECRET, prompt_cache_retention=None)

@@ -20,7 +20,6 @@ from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer, cut_as_upstream
 from nightly import by_day
 from openai_routes import call
-from real_server import server
 from run_here import run_here
 
 # What scripts/chat_eval.py, loss_eval.py and dataloader.py at 92d63d4 find on the data of chat_tasks with gpt.py at each
@@ -276,21 +275,21 @@ async def test_a_text_beyond_the_context_is_only_scored(start_pool):
 # the command
 
 
-def test_the_command_answers_chat_tasks(nanochat_fixtures, base, tmp_path):
+def test_the_command_answers_chat_tasks(nanochat_fixtures, float_url, base, tmp_path):
     """It scores rows too, here and through a server."""
     write_chat_data(base)
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(text) for text in documents()))
     model, found = nanochat_fixtures / "gen5", {}
     chat, rows = ("--suite", "chat", "--max-per-task", 2), ("--suite", "bpb", "--text", tmp_path / "lines.jsonl", "--max-per-task", 2)
-    with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
-        assert call(url, "/v1/models")[2]["data"][0]["scored_length"] == 5120
-        for place, words in (("here", (model, "--dtype", "float32")), ("there", ("tiny", "--url", url))):
-            for suite in (chat, rows):
-                code, line, errors = run_eval(*words, *suite, "--json", home=tmp_path)
-                assert code == 0, errors
-                body = json.loads(line)
-                found.setdefault(place, []).append({name: value for name, value in body.items() if name not in ("model", "seconds", "nats", "bpb")})
-                found.setdefault("bpb", []).append(body.get("bpb"))
+    assert call(float_url, "/v1/models")[2]["data"][0]["scored_length"] == 5120
+    for place, words in (("here", (model, "--dtype", "float32")), ("there", ("tiny", "--url", float_url))):
+        for suite in (chat, rows):
+            code, line, errors = run_eval(*words, *suite, "--json", home=tmp_path)
+            assert code == 0, errors
+            body = json.loads(line)
+            computed = {name: value for name, value in body.items() if name not in ("model", "seconds", "nats", "bpb")}
+            found.setdefault(place, []).append(computed)
+            found.setdefault("bpb", []).append(body.get("bpb"))
     assert found["here"] == found["there"] and found["bpb"][1] == pytest.approx(found["bpb"][3], rel=1e-6) and found["here"][0]["items"]["GSM8K"] == 2
     assert found["here"][0]["left_out"] == ["HumanEval: it runs programs that the model writes, only with --confirm-run-unsafe-code"]
     code, table, _ = run_eval(model, "--dtype", "float32", "--suite", "chat", "--max-per-task", 1, "--confirm-run-unsafe-code", home=tmp_path)

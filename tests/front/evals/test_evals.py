@@ -261,7 +261,7 @@ async def test_a_too_long_item_loses_its_beginning(start_pool, tmp_path):
 # the command
 
 
-def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
+def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, float_url, tmp_path):
     """It runs here or through a server."""
     bundle, model = write_bundle(tmp_path / "bundle"), nanochat_fixtures / "gen5"
     code, table, errors = run_eval(model, "--dtype", "float32", "--suite", bundle, home=tmp_path)
@@ -273,16 +273,20 @@ def test_the_eval_command_prints_a_table_or_json(nanochat_fixtures, tmp_path):
     code, line, _ = run_eval(model, "--dtype", "float32", "--suite", bundle, "--json", home=tmp_path)       # of the answers that are kept
     here = json.loads(line)
     assert code == 0 and here["suite"] == "bundle" and f"{here['core_metric']:.4f}" in lines[7]
-    with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (_, url):
-        code, line, errors = run_eval("tiny", "--suite", bundle, "--json", "--url", url, home=tmp_path)
-        assert code == 0, errors
-        assert {name: value for name, value in json.loads(line).items() if name not in ("model", "seconds")} == {
-            name: value for name, value in here.items() if name not in ("model", "seconds")}
-        there = json.loads(run_eval("tiny", "--suite", "sample", "--url", url, "--json", home=tmp_path)[1])["free_samples"] if WHOLE else None
-        code, text, _ = run_eval("tiny", "--suite", "sample", "--url", url, home=tmp_path)
-        samples = text.splitlines()[1:]
-        assert len(samples) >= 15 and samples[7].startswith("without a prompt, 1: ") and samples[0].startswith("The capital of France is ->")
-        answer = call(url, "/v1/completions", {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0})[2]["choices"][0]["text"]
+    code, line, errors = run_eval("tiny", "--suite", bundle, "--json", "--url", float_url, home=tmp_path)
+    assert code == 0, errors
+    assert {name: value for name, value in json.loads(line).items() if name not in ("model", "seconds")} == {
+        name: value for name, value in here.items() if name not in ("model", "seconds")}
+    there = None
+    if WHOLE:
+        line = run_eval("tiny", "--suite", "sample", "--url", float_url, "--json", home=tmp_path)[1]
+        there = json.loads(line)["free_samples"]
+    code, text, _ = run_eval("tiny", "--suite", "sample", "--url", float_url, home=tmp_path)
+    samples = text.splitlines()[1:]
+    assert len(samples) >= 15 and samples[7].startswith("without a prompt, 1: ")
+    assert samples[0].startswith("The capital of France is ->")
+    asked = {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    answer = call(float_url, "/v1/completions", asked)[2]["choices"][0]["text"]
     code, line, _ = run_eval(model, "--dtype", "float32", "--suite", "sample", "--json", home=tmp_path)
     body = json.loads(line)
     assert body["samples"][0] == {"prompt": "The capital of France is", "text": answer}
@@ -324,6 +328,7 @@ def test_a_killed_run_goes_on(nanochat_fixtures, tmp_path):
     code, table, _ = run_eval(model, *words, home=tmp_path)
     assert code == 0 and "\x1b" not in table and len(table.splitlines()) == 3
     assert sorted(json.loads(line)["item"] for line in lines()) == list(range(200))
+    # one of its own, which is killed
     with server(model, "--dtype", "float32", "--served-model-name", "tiny") as (process, url):
         errors, code = interrupted("tiny", lambda child: process.kill(), "--url", url)
     assert code in (1, 2) and url in errors.splitlines()[-1] and "Traceback" not in errors

@@ -1,26 +1,19 @@
 """`file_search` in Responses by OpenAI's client, over a real server with the default model and the real
 all-MiniLM-L6-v2. That model never learned to call functions: it is searched first."""
 
-import json
-import sys
-from contextlib import contextmanager
-
 import openai
-import psutil
 import pytest
 
-import fake_tools
-from real_server import descendants, server
+from real_server import children_of_role, server
+from shared_servers import KEYS
 
 pytestmark = pytest.mark.timeout(600)
 ZOO = b"# Cats\n\nCats sleep a lot.\n\n## Food\n\nThey eat fish and milk.\n\n# Cars\n\nA car needs fuel."
 RESULTS = ["file_search_call.results"]
 
 
-@contextmanager
-def knowing(store, *words):
-    with server("--embedder", f"--database={store}", *words, forked=False) as (process, url):
-        yield process, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+def client_of(url, key=KEYS[0]):
+    return openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
 
 
 def filled(client, name="zoo.md", content=ZOO, **more):
@@ -31,17 +24,8 @@ def filled(client, name="zoo.md", content=ZOO, **more):
 
 
 @pytest.fixture(scope="module")
-def place(default_embedder_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search")
-    program = {"command": sys.executable, "args": [fake_tools.__file__, "log", str(folder / "calls")]}
-    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": program | {"alwaysAllow": ["*"]}}}))
-    with knowing(folder / "k.db", "--mcp-config", folder / "mcp.json") as place:
-        yield place
-
-
-@pytest.fixture(scope="module")
-def client(place):
-    return place[1]
+def client(knowing_server):
+    return client_of(knowing_server.url)
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +135,7 @@ def test_it_stands_beside_functions_and_tools_of_servers(client, zoo):
     assert types(response)[:2] == ["mcp_list_tools", "mcp_call"]
 
 
-def test_a_killed_worker_changes_nothing(place, zoo):
-    process, client = place
+def test_a_killed_worker_changes_nothing(knowing_server, client, zoo):
     store, _ = zoo
     undisturbed = ask(client, store, max_output_tokens=40)
     text = []
@@ -160,22 +143,21 @@ def test_a_killed_worker_changes_nothing(place, zoo):
     for event in ask(client, store, max_output_tokens=40, stream=True):
         if event.type == "response.file_search_call.searching" or (
                 event.type == "response.output_text.delta" and len(text) == 5):
-            for each in descendants(process):
-                if "worker" in " ".join(psutil.Process(each.pid).cmdline()):
-                    each.kill()
-                    killed += 1
+            for each in children_of_role(knowing_server.process, "worker"):
+                each.kill()
+                killed += 1
         if event.type == "response.output_text.delta":
             text.append(event.delta)
     assert killed and "".join(text) == undisturbed.output_text and event.response.output[0].results
 
 
-def test_a_killed_search_process_is_started_anew(place, zoo):
-    process, client = place
+def test_a_killed_search_process_is_started_anew(knowing_server, client, zoo):
     store, _ = zoo
     before = ask(client, store).output[0].results
-    for each in descendants(process):
-        if "vectors" in " ".join(psutil.Process(each.pid).cmdline()):
-            each.kill()
+    vectors = children_of_role(knowing_server.process, "vectors")
+    assert vectors
+    for each in vectors:
+        each.kill()
     assert ask(client, store).output[0].results == before
 
 
@@ -187,39 +169,37 @@ def test_a_client_that_leaves_in_a_search_hinders_nobody(client, zoo):
     assert ask(client, store).output[0].status == "completed"
 
 
-def test_two_keys_search_their_own(default_embedder_path, tmp_path):
-    keys = "secret-of-a", "secret-of-b"
-    with knowing(tmp_path / "k.db", *(f"--api-key={key}" for key in keys)) as (_, client):
-        mine, other = (client.with_options(api_key=key) for key in keys)
-        store, _ = filled(mine)
-        theirs, file = filled(other, "bees.md", b"# Cats\n\nBees eat nectar, cats eat mice.")
-        assert ask(mine, store).output[0].results
-        said = []
-        for name in (store, "vs_" + "0" * (len(store) - 3)):
-            for names in ([name], [theirs, name]):
-                with pytest.raises(openai.NotFoundError) as error:
-                    ask(other, None, tools=[{"type": "file_search", "vector_store_ids": names}])
-                said.append(str(error.value).replace(name, "").replace("[1]", "[0]"))
-        assert len({*said}) == 1
-        found = ask(other, theirs).output[0].results
-        assert {each.file_id for each in found} == {file}
-        client.with_options(api_key=keys[0]).vector_stores.delete(store)
-        with pytest.raises(openai.NotFoundError):
-            ask(mine, store)
+def test_two_keys_search_their_own(client):
+    other = client.with_options(api_key=KEYS[1])
+    store, _ = filled(client)
+    theirs, file = filled(other, "bees.md", b"# Cats\n\nBees eat nectar, cats eat mice.")
+    assert ask(client, store).output[0].results
+    said = []
+    for name in (store, "vs_" + "0" * (len(store) - 3)):
+        for names in ([name], [theirs, name]):
+            with pytest.raises(openai.NotFoundError) as error:
+                ask(other, None, tools=[{"type": "file_search", "vector_store_ids": names}])
+            said.append(str(error.value).replace(name, "").replace("[1]", "[0]"))
+    assert len({*said}) == 1
+    found = ask(other, theirs).output[0].results
+    assert {each.file_id for each in found} == {file}
+    client.vector_stores.delete(store)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, store)
 
 
-def test_without_an_embedder_words_are_searched_and_without_a_database_it_is_ignored(
-        default_embedder_path, tmp_path):
-    with knowing(tmp_path / "k.db") as (_, client):
-        store, _ = filled(client)
-    tools = [{"type": "file_search", "vector_store_ids": [store]}]
-    with server(f"--database={tmp_path / 'k.db'}", forked=False) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        raw = client.responses.with_raw_response.create(
+def test_without_an_embedder_words_are_searched(knowing_server, zoo, default_model_path, tmp_path):
+    """Of a database that a server with an embedder has filled."""
+    database = knowing_server.copy_database(tmp_path)
+    tools = [{"type": "file_search", "vector_store_ids": [zoo[0]]}]
+    with server(default_model_path, f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
+        raw = client_of(url).responses.with_raw_response.create(
             model="default", input="fish?", tools=tools, max_output_tokens=2, include=RESULTS)
         assert raw.headers["X-Search"] == "words" and "fish" in raw.parse().output[0].results[0].text
-    with server(forked=False) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        raw = client.responses.with_raw_response.create(model="default", input="x", tools=tools,
-                                                        max_output_tokens=2)
-        assert raw.headers["X-Ignored-Tools"] == "file_search"
+
+
+def test_without_a_database_the_search_is_ignored(tiny_url, zoo):
+    tools = [{"type": "file_search", "vector_store_ids": [zoo[0]]}]
+    raw = client_of(tiny_url).responses.with_raw_response.create(model="default", input="x", tools=tools,
+                                                                 max_output_tokens=2)
+    assert raw.headers["X-Ignored-Tools"] == "file_search"

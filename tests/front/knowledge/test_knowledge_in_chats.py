@@ -3,13 +3,12 @@
 import json
 import re
 import urllib.request
-from contextlib import contextmanager
 
 import openai
-import psutil
 import pytest
 
-from real_server import descendants, server
+from real_server import children_of_role, server
+from shared_servers import KEYS
 
 pytestmark = pytest.mark.timeout(600)
 ZOO = b"# Cats\n\nCats sleep a lot.\n\n## Food\n\nThey eat fish and milk.\n\n# Cars\n\nA car needs fuel."
@@ -18,21 +17,13 @@ BOOK = "\n\n".join(
     for number in range(200)).encode()
 
 
-@contextmanager
-def knowing(store, *words):
-    with server("--embedder", f"--database={store}", *words, forked=False) as (process, url):
-        yield process, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+def client_of(url, key=KEYS[0]):
+    return openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def place(default_embedder_path, tmp_path_factory):
-    with knowing(tmp_path_factory.mktemp("knowledge") / "k.db") as place:
-        yield place
-
-
-@pytest.fixture(scope="module")
-def client(place):
-    return place[1]
+def client(knowing_server):
+    return client_of(knowing_server.url)
 
 
 def filled(client, name, content):
@@ -129,7 +120,8 @@ def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
     body = {"messages": [{"role": "user", "content": "What do cats eat?"}], "max_tokens": 4,
             "knowledge": {"stores": [store]}}
     url = f"{client.base_url}".removesuffix("/v1/") + "/chat/completions"
-    http = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {client.api_key}"}
+    http = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(http, timeout=120) as response:
         lines = response.read().split(b"\n")
     frames = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
@@ -167,45 +159,39 @@ def test_an_empty_store_gives_nothing_to_read(client):
         ask(client, [store.id], "x")
 
 
-def test_a_killed_search_process_is_started_anew(place, client, book):
-    process, _ = place
+def test_a_killed_search_process_is_started_anew(knowing_server, client, book):
     before = ask(client, [book[0]], "To which island did 17 ships sail?").knowledge
-    vectors = [each for each in descendants(process)
-               if "vectors" in " ".join(psutil.Process(each.pid).cmdline())]
+    vectors = children_of_role(knowing_server.process, "vectors")
     assert vectors
     for each in vectors:
         each.kill()
     assert ask(client, [book[0]], "To which island did 17 ships sail?").knowledge == before
 
 
-def test_stores_of_others_are_unknown_ones(default_embedder_path, tmp_path):
-    keys = "secret-of-a", "secret-of-b"
-    with knowing(tmp_path / "k.db", *(f"--api-key={key}" for key in keys)) as (_, client):
-        mine, other = client.with_options(api_key="secret-of-a"), client.with_options(api_key="secret-of-b")
-        store, _ = filled(mine, "zoo.md", ZOO)
-        assert ask(mine, [store], "What do cats eat?").knowledge["read"] == 3
-        said = []
-        for name in (store, "vs_" + "0" * (len(store) - 3)):
-            with pytest.raises(openai.NotFoundError) as error:
-                ask(other, [name], "What do cats eat?")
-            said.append(re.sub(name, "", str(error.value)))
-        assert said[0] == said[1]
+def test_stores_of_others_are_unknown_ones(client, zoo):
+    store, _ = zoo
+    assert ask(client, [store], "What do cats eat?").knowledge["read"] == 3
+    said = []
+    for name in (store, "vs_" + "0" * (len(store) - 3)):
+        with pytest.raises(openai.NotFoundError) as error:
+            ask(client.with_options(api_key=KEYS[1]), [name], "What do cats eat?")
+        said.append(re.sub(name, "", str(error.value)))
+    assert said[0] == said[1]
 
 
-def test_without_an_embedder_words_alone_are_searched_and_without_a_database_nothing(
-        default_embedder_path, tmp_path):
-    with knowing(tmp_path / "k.db") as (_, client):
-        store, _ = filled(client, "book.md", BOOK)
-    with server(f"--database={tmp_path / 'k.db'}", forked=False) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        raw = client.chat.completions.with_raw_response.create(
+def test_without_an_embedder_words_alone_are_searched(knowing_server, book, default_model_path, tmp_path):
+    """Of a database that a server with an embedder has filled."""
+    database = knowing_server.copy_database(tmp_path)
+    with server(default_model_path, f"--database={database}", f"--api-key={KEYS[0]}") as (_, url):
+        raw = client_of(url).chat.completions.with_raw_response.create(
             model="default", messages=[{"role": "user", "content": "What does chapter 17 tell?"}],
-            max_tokens=2, extra_body={"knowledge": {"stores": [store]}})
+            max_tokens=2, extra_body={"knowledge": {"stores": [book[0]]}})
         known = raw.parse().knowledge
         assert raw.headers["X-Search"] == "words" and known["words_only"]
         assert known["passages"][0]["heading"] == "Chapter 17"
-    with server(forked=False) as (_, url):
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.NotFoundError) as error:
-            ask(client, [store], "x")
-        assert error.value.code == "no_database"
+
+
+def test_without_a_database_nothing_is_searched(tiny_url, zoo):
+    with pytest.raises(openai.NotFoundError) as error:
+        ask(client_of(tiny_url), [zoo[0]], "x")
+    assert error.value.code == "no_database"

@@ -7,11 +7,11 @@ import time
 from contextlib import closing, contextmanager
 
 import openai
-import psutil
 import pytest
 
 from documents import docx, pdf
-from real_server import server
+from real_server import children_of_role, server
+from shared_servers import KEYS
 
 pytestmark = pytest.mark.timeout(600)
 ZOO = b"# Cats\n\nCats sleep a lot.\n\n## Food\n\nThey eat fish and milk.\n\n# Cars\n\nA car needs fuel."
@@ -22,15 +22,15 @@ BOOK = "\n\n".join(
 
 
 @contextmanager
-def knowing(store, *words, log=None, forked=True):
-    with server("--embedder", f"--database={store}", *words, log=log, forked=forked) as (process, url):
+def knowing(store):
+    """A server of its own, for a test that kills it."""
+    with server("--embedder", f"--database={store}") as (process, url):
         yield process, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def client(default_embedder_path, tmp_path_factory):
-    with knowing(tmp_path_factory.mktemp("knowledge") / "k.db") as (_, client):
-        yield client
+def client(knowing_server):
+    return openai.OpenAI(base_url=knowing_server.url + "/v1", api_key=KEYS[0], max_retries=0)
 
 
 def test_a_file_is_uploaded_polled_and_found(client):
@@ -144,14 +144,13 @@ def test_a_killed_server_goes_on_where_it_was(default_embedder_path, tmp_path):
         assert len({hit.file_id for hit in hits}) == 3
 
 
-def test_a_worker_that_is_killed_loses_no_file(default_embedder_path, tmp_path):
-    with knowing(tmp_path / "k.db", forked=False) as (process, client):
-        file = client.files.create(file=("book.txt", BOOK * 2), purpose="assistants").id
-        client.embeddings.create(model="all-minilm", input="loaded")
-        store = client.vector_stores.create(file_ids=[file])
-        workers = [child for child in psutil.Process(process.pid).children() if "worker" in child.cmdline()]
-        for worker in workers:
-            worker.kill()
-        assert workers
-        assert client.vector_stores.files.poll(file, vector_store_id=store.id).status == "completed"
-        assert client.vector_stores.retrieve(store.id).file_counts.completed == 1
+def test_a_worker_that_is_killed_loses_no_file(knowing_server, client):
+    file = client.files.create(file=("book.txt", BOOK * 2), purpose="assistants").id
+    client.embeddings.create(model="all-minilm", input="loaded")
+    store = client.vector_stores.create(file_ids=[file])
+    workers = children_of_role(knowing_server.process, "worker")
+    for worker in workers:
+        worker.kill()
+    assert workers
+    assert client.vector_stores.files.poll(file, vector_store_id=store.id).status == "completed"
+    assert client.vector_stores.retrieve(store.id).file_counts.completed == 1

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 
 import openai
 import psutil
@@ -36,6 +37,7 @@ def jsonl(lines):
 
 @contextmanager
 def batching(model, store, *words, keys=(), port=0):
+    """A server of its own, for what kills it or counts what its database has."""
     with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
         yield process, openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
         process.kill()
@@ -64,10 +66,9 @@ def model(nanochat_fixtures):
     return nanochat_fixtures / "gen5"
 
 
-@pytest.fixture(scope="module")
-def running(model, tmp_path_factory):
-    with batching(model, tmp_path_factory.mktemp("store") / "store.db") as (process, client):
-        yield client
+@pytest.fixture
+def running(keeping_server):
+    return openai.OpenAI(base_url=keeping_server.url + "/v1", api_key="none", max_retries=0)
 
 
 def test_a_batch_of_each_endpoint_is_answered(running):
@@ -617,14 +618,20 @@ def test_without_the_flag_batch_routes_name_it(tiny_url):
             call()
 
 
-def test_a_key_sees_only_its_files_and_batches(model, tmp_path):
-    with batching(model, tmp_path / "a.db", keys=("first-key", "second-key")) as (_, client):
-        batch = ended(client, begun(client, [ask_line("a")]))
-        other = client.with_options(api_key="second-key")
-        assert not other.files.list().data and not other.batches.list().data
-        for call in (lambda: other.files.retrieve(batch.input_file_id), lambda: other.files.content(batch.output_file_id), lambda: other.files.delete(batch.input_file_id),
-                     lambda: other.batches.retrieve(batch.id), lambda: other.batches.cancel(batch.id),
-                     lambda: other.batches.create(input_file_id=batch.input_file_id, endpoint="/v1/chat/completions", completion_window="24h")):
-            with pytest.raises(openai.NotFoundError):
-                call()
-        assert results(client, batch.output_file_id)
+def test_a_key_sees_only_its_files_and_batches(two_keys_server):
+    client = openai.OpenAI(base_url=two_keys_server.url + "/v1", api_key="first-key", max_retries=0)
+    other = client.with_options(api_key="second-key")
+    before = [[each.id for each in listed] for listed in (other.files.list(), other.batches.list())]
+    batch = ended(client, begun(client, [ask_line("a")]))
+    assert [[each.id for each in listed] for listed in (other.files.list(), other.batches.list())] == before
+    create = partial(other.batches.create, endpoint="/v1/chat/completions", completion_window="24h")
+    for call in (
+            lambda: other.files.retrieve(batch.input_file_id),
+            lambda: other.files.content(batch.output_file_id),
+            lambda: other.files.delete(batch.input_file_id),
+            lambda: other.batches.retrieve(batch.id),
+            lambda: other.batches.cancel(batch.id),
+            lambda: create(input_file_id=batch.input_file_id)):
+        with pytest.raises(openai.NotFoundError):
+            call()
+    assert results(client, batch.output_file_id)

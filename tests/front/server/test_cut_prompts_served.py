@@ -36,7 +36,7 @@ def test_the_retry_of_a_cut_prompt_goes_on_where_it_was_cut(default_model_path):
     text = " ".join(dice.choice(["house", "tree", "river", "road", "stone", "wind"]) for _ in range(2500))
     body = {"messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 1, "temperature": 0,
             "progress": True, "stream_options": {"include_usage": True}}
-    with server(default_model_path) as (process, url):
+    with server(default_model_path) as (process, url):      # one of its own: its log is read
         first = read_until_computed(url, body, 300)
         until_idle(url)
         second = read_until_computed(url, body, first + 300)   # it did not begin anew

@@ -27,6 +27,7 @@ for module in ("pypdfium2", "mammoth", "markdownify", "openpyxl", "pptx"):
 
 @pytest.fixture(scope="module")
 def running(nanochat_fixtures):
+    """A server of its own, whose sandboxes are counted."""
     with server(nanochat_fixtures / "gen5", "--api-key", "k") as (process, url):
         yield process, url
 
@@ -153,9 +154,9 @@ def test_without_its_libraries_extract_names_them(nanochat_fixtures, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_model_reads_a_document():
+def test_the_default_model_reads_a_document(default_url):
     """The default model answers about a document."""
-    with server() as (_, url):
-        _, read = extract(url, documents.pdf(["The treasure lies under the old oak tree.", "Nothing else."]))
-        answer = json.load(post(url + "/v1/chat/completions", ask(f"{read['text']}\n\nWhere does the treasure lie?", max_tokens=30)))
-        assert "oak" in answer["choices"][0]["message"]["content"]
+    _, read = extract(default_url, documents.pdf(["The treasure lies under the old oak tree.", "Nothing else."]))
+    question = ask(f"{read['text']}\n\nWhere does the treasure lie?", max_tokens=30)
+    answer = json.load(post(default_url + "/v1/chat/completions", question))
+    assert "oak" in answer["choices"][0]["message"]["content"]

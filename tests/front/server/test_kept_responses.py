@@ -25,6 +25,7 @@ from real_server import SCRIPT, post, server
 
 @contextmanager
 def keeping(model, store, *words, keys=()):
+    """A server of its own, for what restarts it or changes its database."""
     with server(
         model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))
     ) as (process, url):
@@ -36,15 +37,20 @@ def model(nanochat_fixtures):
     return nanochat_fixtures / "gen5"
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "store.db"
+@pytest.fixture
+def store(keeping_server):
+    return keeping_server.database
 
 
-@pytest.fixture(scope="module")
-def running(model, store):
-    with keeping(model, store) as client:
-        yield client
+@pytest.fixture
+def running(keeping_server):
+    return openai.OpenAI(base_url=keeping_server.url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def first_key(two_keys_server):
+    """The client of one of two keys."""
+    return openai.OpenAI(base_url=two_keys_server.url + "/v1", api_key="first-key", max_retries=0)
 
 
 def ask(client, text="Hello", **more):
@@ -402,68 +408,71 @@ def test_a_name_with_escapes_continues_like_any(running):
     )
 
 
+def continued_responses(database):
+    """The names of kept responses that others continue."""
+    with closing(sqlite3.connect(database)) as reader:
+        rows = reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL")
+        return {name for name, in rows}
+
+
 @pytest.mark.parametrize("size", [0, 100_000])
-def test_no_client_says_what_was_said_before(model, tmp_path, size):
+def test_no_client_says_what_was_said_before(two_keys_server, first_key, size):
     """Neither beside a name that hides in escapes, of another key's response or of its own, nor alone."""
-    with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
-        mine, other = ask(client), client.with_options(api_key="second-key")
-        theirs, conversation = ask(other), other.conversations.create()
-        said = [{"role": "user", "content": "a forged turn"}]
-        for name, each in (("previous_response_id", theirs.id), ("conversation", conversation.id)):
-            body = json.dumps(
-                {"input": "x", "before_input": said, name: each, "ignored": "y" * size}
-            ).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
-            request = urllib.request.Request(
-                f"{client.base_url}responses",
-                body.encode(),
-                {"Content-Type": "application/json", "Authorization": "Bearer first-key"},
-            )
-            with pytest.raises(urllib.error.HTTPError) as found:
-                urllib.request.urlopen(request)
-            assert found.value.code == 404
-        alone = [
-            ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {})
-            for forged in (True, False)
-        ]
-        assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
-        chained = [
-            ask(
-                client,
-                previous_response_id=mine.id,
-                extra_body={"before_input": said, "ignored": "y" * size} if forged else {},
-            )
-            for forged in (True, False)
-        ]
-        assert chained[0].usage.input_tokens == chained[1].usage.input_tokens
-        assert len(client.responses.input_items.list(chained[0].id).data) == 3
-    with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
-        assert reader.execute(
-            "SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL"
-        ).fetchall() == [(mine.id,)]
-
-
-def test_a_key_sees_no_other_key_s_responses(model, tmp_path):
-    with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
-        response, other = ask(client), client.with_options(api_key="second-key")
-        conversation = client.conversations.create(
-            items=[{"type": "message", "role": "user", "content": "One"}]
+    before = continued_responses(two_keys_server.database)
+    mine, other = ask(first_key), first_key.with_options(api_key="second-key")
+    theirs, conversation = ask(other), other.conversations.create()
+    said = [{"role": "user", "content": "a forged turn"}]
+    for name, each in (("previous_response_id", theirs.id), ("conversation", conversation.id)):
+        body = json.dumps(
+            {"input": "x", "before_input": said, name: each, "ignored": "y" * size}
+        ).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
+        request = urllib.request.Request(
+            f"{first_key.base_url}responses",
+            body.encode(),
+            {"Content-Type": "application/json", "Authorization": "Bearer first-key"},
         )
-        for use in (
-            lambda: other.responses.retrieve(response.id),
-            lambda: other.responses.delete(response.id),
-            lambda: other.responses.input_items.list(response.id),
-            lambda: ask(other, previous_response_id=response.id),
-            lambda: ask(other, conversation=conversation.id),
-            lambda: other.conversations.retrieve(conversation.id),
-            lambda: other.conversations.delete(conversation.id),
-            lambda: other.conversations.items.list(conversation.id),
-            lambda: other.conversations.update(conversation.id, metadata={}),
-        ):
-            with pytest.raises(openai.NotFoundError):
-                use()
-        with pytest.raises(openai.BadRequestError, match=f'there is no item "{response.output[0].id}"'):
-            ask(other, [reference(response.output[0])])
-        assert client.responses.retrieve(response.id) and client.conversations.retrieve(conversation.id)
+        with pytest.raises(urllib.error.HTTPError) as found:
+            urllib.request.urlopen(request)
+        assert found.value.code == 404
+    alone = [
+        ask(first_key, extra_body={"before_input": said, "ignored": "y" * size} if forged else {})
+        for forged in (True, False)
+    ]
+    assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
+    chained = [
+        ask(
+            first_key,
+            previous_response_id=mine.id,
+            extra_body={"before_input": said, "ignored": "y" * size} if forged else {},
+        )
+        for forged in (True, False)
+    ]
+    assert chained[0].usage.input_tokens == chained[1].usage.input_tokens
+    assert len(first_key.responses.input_items.list(chained[0].id).data) == 3
+    assert continued_responses(two_keys_server.database) - before == {mine.id}
+
+
+def test_a_key_sees_no_other_key_s_responses(first_key):
+    response, other = ask(first_key), first_key.with_options(api_key="second-key")
+    conversation = first_key.conversations.create(
+        items=[{"type": "message", "role": "user", "content": "One"}]
+    )
+    for use in (
+        lambda: other.responses.retrieve(response.id),
+        lambda: other.responses.delete(response.id),
+        lambda: other.responses.input_items.list(response.id),
+        lambda: ask(other, previous_response_id=response.id),
+        lambda: ask(other, conversation=conversation.id),
+        lambda: other.conversations.retrieve(conversation.id),
+        lambda: other.conversations.delete(conversation.id),
+        lambda: other.conversations.items.list(conversation.id),
+        lambda: other.conversations.update(conversation.id, metadata={}),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            use()
+    with pytest.raises(openai.BadRequestError, match=f'there is no item "{response.output[0].id}"'):
+        ask(other, [reference(response.output[0])])
+    assert first_key.responses.retrieve(response.id) and first_key.conversations.retrieve(conversation.id)
 
 
 def test_responses_outlive_the_server(model, tmp_path):

@@ -273,29 +273,41 @@ def test_the_fields_of_a_key_are_read(tmp_path):
     assert found[1].digest == ApiKey.hashed("b:c=", "").digest
 
 
-@pytest.mark.parametrize("fields, words", [
-    ("tokens-per-day=many", "tokens-per-day= must be a whole number"), ("tokens-per-day=-1", "tokens-per-day= must be a whole number"),
-    ("tokens-per-day=", "tokens-per-day= must be"), ("tokens-per-day=1 tokens-per-day=2", "has tokens-per-day= twice"), ("role=root", "role= must be admin"),
-    ("rol=admin", 'there is no field "rol" of a key'), ("over-budget=refuse", "over-budget= needs tokens-per-day="),
-    ("tokens-per-day=1 over-budget=later", "over-budget= must be refuse or background"), ("models=", "models= must be"), ("models=,", "models= must be")])
-def test_a_bad_key_line_is_named_without_the_key(tmp_path, fields, words):
-    """It is one error that names line and field and never the key."""
-    with pytest.raises(ConfigError) as error:
-        keys_of(tmp_path, "alice: a", f"bob: SECRET {fields}")
-    assert "line 2" in str(error.value) and words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
+OWNER = "owner= must be a name of at most 64 letters, digits and . _ @ -"
+UNSEEN = "line 1: the key's name has characters that cannot be shown"
+# lines of a file of keys, the last of which is wrong by itself or contradicts another: what the message has
+WRONG_KEYS = [
+    (["bob: SECRET tokens-per-day=many"], "tokens-per-day= must be a whole number"),
+    (["bob: SECRET tokens-per-day=-1"], "tokens-per-day= must be a whole number"),
+    (["bob: SECRET tokens-per-day="], "tokens-per-day= must be"),
+    (["bob: SECRET tokens-per-day=1 tokens-per-day=2"], "has tokens-per-day= twice"),
+    (["bob: SECRET role=root"], "role= must be admin"),
+    (["bob: SECRET rol=admin"], 'there is no field "rol" of a key'),
+    (["bob: SECRET over-budget=refuse"], "over-budget= needs tokens-per-day="),
+    (["bob: SECRET tokens-per-day=1 over-budget=later"], "over-budget= must be refuse or background"),
+    (["bob: SECRET models="], "models= must be"),
+    (["bob: SECRET models=,"], "models= must be"),
+    *((["bob: SECRET owner=" + owner], OWNER) for owner in ("", "a b", "-a", "a/b", "ä", "x" * 65, "a'b")),
+    *(([f"{name}: SECRET"], UNSEEN) for name in ("a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil")),
+    (["bob: SECRET tokens-per-day=5", "bob: b"], 'the key\'s name, "bob", is also that of --api-key-file'),
+    (["bob: SECRET models=x,y", "carol: c", "bob: b models=x"], "another models="),
+    (["bob: SECRET role=admin", "bob: b"], "another role="),
+    (["bob: SECRET tokens-per-day=5", "bob: b tokens-per-day=5 over-budget=refuse"], "another over-budget="),
+    (["bob: SECRET owner=ann", "bob: b owner=bob"], "another owner="),
+    (["SECRET", "line-1: b role=admin"], "line 2: the key's name"),
+    (["SECRET", "SECRET role=admin"], "line 2: the key is that of --api-key-file"),
+    (["bob: SECRET", "carol: SECRET"], 'where it has the name "bob"'),
+    (["bob: SECRET", "carol: SECRET tokens-per-day=1"], "another tokens-per-day="),
+]
 
 
-@pytest.mark.parametrize("lines, words", [
-    (("bob: a tokens-per-day=5", "bob: b"), 'line 2: the key\'s name, "bob", is also that of --api-key-file'),
-    (("bob: a models=x,y", "carol: c", "bob: b models=x"), "another models="), (("bob: a role=admin", "bob: b"), "another role="),
-    (("bob: a tokens-per-day=5", "bob: b tokens-per-day=5 over-budget=refuse"), "another over-budget="),
-    (("SECRET", "line-1: b role=admin"), "line 2: the key's name"), (("SECRET", "SECRET role=admin"), "line 2: the key is that of --api-key-file"),
-    (("bob: SECRET", "carol: SECRET"), 'where it has the name "bob"'), (("bob: SECRET", "carol: SECRET tokens-per-day=1"), "another tokens-per-day=")])
-def test_contradictions_of_a_key_are_refused(tmp_path, lines, words):
-    """What is said twice of a name or a key is refused if it differs."""
+@pytest.mark.parametrize("lines, words", WRONG_KEYS)
+def test_what_a_file_of_keys_cannot_say_is_named_without_the_key(tmp_path, lines, words):
+    """In one line, with that of the file."""
     with pytest.raises(ConfigError) as error:
         keys_of(tmp_path, *lines)
-    assert words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert words in message and f"line {len(lines)}" in message and "SECRET" not in message and "\n" not in message
 
 
 def test_a_flag_s_key_lifts_no_limit_of_the_file(tmp_path):
@@ -310,12 +322,6 @@ def test_one_name_may_have_several_keys(tmp_path):
     """The keys have the same fields."""
     found = keys_of(tmp_path, "bob: a models=x,y tokens-per-day=5", "bob: b tokens-per-day=5 models=y,x", "c", "c")
     assert [key.name for key in found] == ["bob", "bob", "line-3", "line-4"]
-
-
-@pytest.mark.parametrize("name", ["a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil"])
-def test_a_name_that_cannot_be_shown_is_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match="line 1: the key's name has characters that cannot be shown"):
-        keys_of(tmp_path, f"{name}: SECRET")
 
 
 async def test_over_its_budget_a_key_waits_or_is_refused(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from real_server import SCRIPT, ask, copy_program, events, get, gone, post, serv
 
 def test_the_default_model_answers_over_both_apis(default_model_path):
     """The page is served."""
-    with server() as (process, url):
+    with server() as (process, url):    # one of its own: it chooses the model, and has nothing in its cache
         answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?")))
         assert "".join(event.get("token", "") for event in answer) == "The capital of Japan is Tokyo."
         assert answer[-1]["finish_reason"] == "stop" and answer[-1]["usage"]["completion_tokens"] == 8
@@ -297,15 +297,9 @@ def test_each_missing_library_names_the_pip_command(form, missing, copied, tmp_p
 # the real clients on the real model
 
 
-@pytest.fixture(scope="module")
-def smollm_url(default_model_path):
-    with server() as (process, url):
-        yield url
-
-
-def test_the_openai_package_chats_with_a_real_model(smollm_url):
+def test_the_openai_package_chats_with_a_real_model(default_url):
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=smollm_url + "/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=default_url + "/v1", api_key="none", max_retries=0) as client:
         question = {"model": client.models.list().data[0].id, "temperature": 0,
                     "messages": [{"role": "user", "content": "What is the capital of Japan?"}]}
         whole = client.chat.completions.create(**question)
@@ -317,8 +311,8 @@ def test_the_openai_package_chats_with_a_real_model(smollm_url):
         assert longer.usage.completion_tokens == 30 and longer.choices[0].finish_reason == "length"
 
 
-def test_emoji_and_cjk_arrive_as_whole_characters(smollm_url):
-    answer = events(post(smollm_url + "/chat/completions", ask("Repeat exactly: 日本語 👩‍👩‍👧 🎉🎉", max_tokens=60)))
+def test_emoji_and_cjk_arrive_as_whole_characters(default_url):
+    answer = events(post(default_url + "/chat/completions", ask("Repeat exactly: 日本語 👩‍👩‍👧 🎉🎉", max_tokens=60)))
     pieces = [event["token"] for event in answer if "token" in event]
     assert all("\ufffd" not in piece for piece in pieces)
     assert re.search(r"[\u3040-\u9fff]|[\U0001f300-\U0001faff]", "".join(pieces))     # several tokens a character
@@ -337,9 +331,9 @@ def test_generate_needs_no_server(default_model_path, nanochat_fixtures):
     assert piped.returncode == 0 and "3 tokens" in piped.stderr
 
 
-def test_chat_with_a_server_remembers_and_clears(smollm_url):
+def test_chat_with_a_server_remembers_and_clears(default_url):
     """It quits too."""
-    said = cli("chat", "--url", smollm_url, "-t", "0", "-m", "30",
+    said = cli("chat", "--url", default_url, "-t", "0", "-m", "30",
                stdin="What is the capital of Japan?\nAnd of France?\nclear\nAnd of France?\nquit\nnever read\n")
     assert said.returncode == 0
     japan, france, forgotten = said.stdout.split("\n", 2)

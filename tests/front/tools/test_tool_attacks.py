@@ -102,12 +102,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(place):
+def url(place, nanochat_fixtures):
     config = place / "mcp.json"
     config.write_text(json.dumps({"mcpServers": {"fake": PROGRAM, "other": PROGRAM}}))
     keys = place / "keys.txt"
     keys.write_text("ann: key-ann tools=*\nben: key-ben tools=fake\n")
-    with real_server.server("--mcp-config", config, "--api-key-file", keys, "--kv-cache-memory", "4M", "--max-batch", "2") as (_, url):
+    flags = "--mcp-config", config, "--api-key-file", keys, "--kv-cache-memory", "4M", "--max-batch", "2"
+    with real_server.server(nanochat_fixtures / "gen5", *flags) as (_, url):
         yield url
 
 

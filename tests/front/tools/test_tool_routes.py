@@ -1,4 +1,4 @@
-"""GET /v1/tools and POST /v1/tools/call of a real server with the default model."""
+"""GET /v1/tools and POST /v1/tools/call of a real server."""
 
 import asyncio
 import http.client
@@ -39,8 +39,8 @@ def program(*faults, **fields):
 
 
 @pytest.fixture(scope="module")
-def url(place):
-    with real_server.server("--mcp-config", config(place), "--tool-result", "1000", *SMALL) as (_, url):
+def url(place, nanochat_fixtures):
+    with real_server.server(nanochat_fixtures / "gen5", "--mcp-config", config(place), "--tool-result", "1000", *SMALL) as (_, url):
         yield url
 
 

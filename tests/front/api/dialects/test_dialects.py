@@ -201,6 +201,7 @@ def test_two_dialects_cannot_have_one_path(toy, monkeypatch):
 def test_a_real_server_and_its_sandbox_speak_a_toy(default_model_path, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import toy_row\ntoy_row.speak_toy()\n")
     paths = os.pathsep.join(map(str, (tmp_path, SCRIPT.parent, SUPPORT)))
+    # the default model, whose answers always have words
     with server(default_model_path, env=os.environ | {"PYTHONPATH": paths}) as (_, url):
         for more in ({}, {"zz": LARGE}):
             answer = json.load(post(url + "/toy/say", {"say": "Hello", "most": 3} | more))

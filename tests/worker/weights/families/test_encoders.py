@@ -189,12 +189,6 @@ def test_a_gguf_cross_encoder_matches_transformers(made, tmp_path):
     assert scores == pytest.approx([expected_score(reranker, theirs.encode(*pair)) for pair in PAIRS], abs=1e-4)
 
 
-def test_a_gguf_of_a_bert_that_ranks_is_refused(made, tmp_path):
-    save_gguf(tmp_path / "model.gguf", "bert", made("bert"), **{"pooling_type": 4})
-    with pytest.raises(ConfigError, match=r"pooling_type is 4 \(rank\), but the file lacks a part of the head"):
-        engine_of(tmp_path / "model.gguf", None)
-
-
 def test_the_config_says_if_scores_are_probabilities(made, tmp_path):
     """Whether a score is a probability is what the config says."""
     made("bert", True).save_pretrained(tmp_path)
@@ -232,7 +226,9 @@ def test_a_folder_computed_otherwise_is_refused(made, change, words, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"pooling_type": 0}, r"bert.pooling_type is 0 \(none\); in a bert model it must be 1 \(mean\), 2"), ({"pooling_type": 7}, r"is 7 \(unknown\)"),
+    ({"pooling_type": 0}, r"bert.pooling_type is 0 \(none\); in a bert model it must be 1 \(mean\), 2"),
+    ({"pooling_type": 4}, r"pooling_type is 4 \(rank\), but the file lacks a part of the head"),
+    ({"pooling_type": 7}, r"is 7 \(unknown\)"),
     ({"attention.causal": True}, "bert.attention.causal is true: such embeddings are not supported; this server computes bert models with attention to both sides")])
 def test_a_gguf_computed_otherwise_is_refused(made, changes, words, tmp_path):
     save_gguf(tmp_path / "model.gguf", "bert", made("bert"), **changes)

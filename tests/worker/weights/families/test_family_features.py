@@ -32,8 +32,9 @@ from chatlm.worker.weights.formats.gguf.file import read_gguf
 from flat_models import ModelSpec, model_of
 from attention_kinds import attention
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
-from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
-from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
+from families import GROWING, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
+from hub_configs import (
+    GRANITE_H_TINY, HUB_CONFIGS, NEMOTRON_NANO_9B, QWEN3_NEXT, QWEN35_4B, QWEN36_35B)
 from tiny_gguf import small_gguf_metadata, write_gguf
 from works import assignment
 
@@ -71,80 +72,38 @@ def test_a_router_with_jitter_matches_transformers(jitter):
     assert torch.equal(ids, their_ids) and torch.allclose(shares, their_shares)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3; it must be 2"), ({"input_jitter_noise": "a"}, ""), ({"router_jitter_noise": 2.0}, "router_jitter_noise is 2.0; it must be")])
-def test_phi_moe_has_two_experts_for_a_token(change, words, tmp_path):
-    config = tiny_config("phimoe").to_dict() | {"model_type": "phimoe"} | change
-    if not words:
-        return spec_of(tmp_path, config)
-    with pytest.raises(ConfigError, match=words):
-        spec_of(tmp_path, config)
-
-
-@pytest.mark.parametrize("kind, config, words", [
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true; this key is not supported in a gpt2 model. Supported: activation_function"),
-    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false; in a gpt2 model it must be true"),
-    ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu"; it must be one of gelu, gelu_new'),
-    ("pythia", {"hidden_act": "silu"}, 'hidden_act is "silu"; it must be one of gelu, gelu_new'), ("pythia", {"rotary_pct": 1.5}, "rotary_pct is 1.5; it must be a finite number from 0.01 to 1"),
-    ("starcoder2", {"norm_type": "rms_norm"}, 'norm_type is "rms_norm"; it must be one of layer_norm'), ("starcoder2", {"mlp_type": "gated"}, 'mlp_type is "gated"; it must be one of default'),
-    ("cohere2", {"use_parallel_block": False}, "use_parallel_block is false; in a cohere2 model it must be true"), ("cohere2", {"rotary_pct": 0.5}, "rotary_pct is 0.5; it must be 1"),
-    ("cohere2", {"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi"; it must be one of rope_gptj')])
-def test_a_layer_norm_family_s_limits_are_named(kind, config, words, tmp_path):
-    """What a family with layer norms cannot have is named."""
-    with pytest.raises(ConfigError) as caught:
-        spec_of(tmp_path, tiny_config(kind).to_dict() | {"model_type": MODELS[kind][0]} | config)
-    assert words in str(caught.value)
+def test_noise_of_training_is_not_read(tmp_path):
+    spec_of(tmp_path, tiny_config("phimoe").to_dict() | {"model_type": "phimoe", "input_jitter_noise": "a"})
 
 
 # --- Nemotron-H ----------------------------------------------------------------------------------------------------
 
 
-NANO_9B = {"model_type": "nemotron_h", "hidden_size": 4480, "intermediate_size": 15_680, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
-           "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "vocab_size": 131_072, "num_hidden_layers": 56,
-           "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "max_position_embeddings": 131_072,
-           "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "time_step_limit": [0.0, float("inf")], "rescale_prenorm_residual": True, "use_mamba_kernels": True}
-
-
 def test_a_nemotron_h_has_transformers_weights(tmp_path):
     """A published Nemotron-H has as many weights as transformers."""
     import transformers
-    spec = spec_of(tmp_path, NANO_9B)
+    spec = spec_of(tmp_path, NEMOTRON_NANO_9B)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     count = sum(math.prod(shape) for shape in spec.shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
     assert len(spec.layers) == 31 and spec.paged_layers == 4 and {its.rope.size for its in spec.attentions} == {0}
     assert [number for number, layer in enumerate(spec.layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
-    listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
+    listed = dict(NEMOTRON_NANO_9B)
+    del listed["num_hidden_layers"]
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
-    assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
+    listed["layers_block_type"] = [names[kind] for kind in listed.pop("hybrid_override_pattern")]
+    assert spec_of(tmp_path, listed) == spec
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"hybrid_override_pattern": "M-MX"}, 'hybrid_override_pattern[3] is "X"; it must be one of linear_attention'), ({"hybrid_override_pattern": "-E-"}, "none of its layers is full_attention"),
-    ({"layers_block_type": "mamba"}, 'layers_block_type[0] is "m"; it must be one of'), ({"layers_block_type": {"0": "mamba"}}, "layers_block_type is an object"),
-    ({"hybrid_override_pattern": None}, "layers_block_type is missing, and so is"),
-    ({"hybrid_override_pattern": "M*E", "mlp_bias": True}, "mlp_bias is true; in a model with experts it must be false"),
-    ({"layers_block_type": ["mamba", 3]}, "layers_block_type[1] is 3"), ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu"; it must be one of relu2'),
-    ({"hybrid_override_pattern": "M-M-"}, "none of its layers is full_attention"), ({"n_groups": 3}, "mamba_num_heads is 128; it must be a multiple of 3"),
-    ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is a list of 2"), ({"hybrid_override_pattern": "M*E", "n_group": 3}, "the number of experts is 8; it must be a multiple of 3"),
-    ({"hybrid_override_pattern": "M*E", "n_group": 8}, "the number of experts is 8; it must be a multiple of 16"),
-    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 5}, "topk_group is 1; it must be 2"),
-    ({"hybrid_override_pattern": "M*E", "n_group": 2, "topk_group": 3}, "topk_group is 3; it must be an integer from 1 to 2"),
-    ({"hybrid_override_pattern": "M*E", "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to 8"),
-    ({"hybrid_override_pattern": "M*E", "moe_latent_size": 0}, "moe_latent_size is 0; it must be an integer from 1"),
-    ({"hybrid_override_pattern": "M*E", "routed_scaling_factor": -1}, "routed_scaling_factor is -1; it must be a finite number from 0.0001")])
-def test_what_a_nemotron_h_cannot_have_is_named(change, words, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        spec_of(tmp_path, NANO_9B | change)
-    assert words in str(caught.value)
-
-
-NANO_30B = NANO_9B | {"hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32, "num_key_value_heads": 2, "mamba_num_heads": 64, "mamba_head_dim": 64,
-                      "num_hidden_layers": 52, "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "max_position_embeddings": 262_144,
-                      "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "rope_theta": 10_000, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6,
-                      "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-                      "routed_scaling_factor": 2.5}
+NANO_30B = NEMOTRON_NANO_9B | {
+    "hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32, "num_key_value_heads": 2,
+    "mamba_num_heads": 64, "mamba_head_dim": 64, "num_hidden_layers": 52,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "max_position_embeddings": 262_144, "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "rope_theta": 10_000,
+    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5}
 SUPER_120B = NANO_30B | {"hidden_size": 4096, "mamba_num_heads": 128, "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
                          "n_routed_experts": 512, "num_experts_per_tok": 22, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
                          "num_hidden_layers": 88, "hybrid_override_pattern": "MEMEMEM*E" * 8 + "MEMEMEMEMEMEMEME"}
@@ -194,20 +153,10 @@ def test_nemotron_3_s_draft_heads_are_left_out(tmp_path):
         assert len(ours.architecture.layers) == 3 and all(torch.equal(tensor, plain[name]) for name, tensor in tensors_of(ours).items())
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("block_count", 0, "block_count is 0; it must be an integer from 1"), ("nextn_predict_layers", 5, "block_count leaves no layers beside the draft head"),
-    ("expert_group_used_count", 9, "the number of experts"), ("attention.head_count_kv", ["2"] * 5, 'head_count_kv is "2"; it must be an integer'),
-    ("moe_latent_size", 33, ""), ("expert_weights_norm", 1, "expert_weights_norm is 1; it must be true or false"),
-    ("expert_weights_scale", float("inf"), "expert_weights_scale is Infinity; it must be a finite number"), ("rope.scaling.factor", 2.0, "")])
-def test_a_nemotron_3_s_wrong_metadata_is_named(key, value, words, tmp_path):
-    changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
-    if not words:
-        spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
-        assert spec.layers[0].feed.latent == (33 if "latent" in key else 0)
-        return
-    with pytest.raises(ConfigError) as caught:
-        spec_of_changed_gguf(tmp_path, "nemotron3", changes)
-    assert words in str(caught.value)
+@pytest.mark.parametrize("key, value, latent", [("moe_latent_size", 33, 33), ("rope.scaling.factor", 2.0, 0)])
+def test_nemotron_3_s_latent_size_comes_from_its_file(key, value, latent, tmp_path):
+    spec = spec_of_changed_gguf(tmp_path, "nemotron3", {f"nemotron_h_moe.{key}": value})[1]
+    assert spec.layers[0].feed.latent == latent
 
 
 # --- keys that change nothing ------------------------------------------------------------------------------------
@@ -270,19 +219,6 @@ def test_a_window_that_is_switched_off_changes_nothing(more, tmp_path):
     assert spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more) == spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"])
 
 
-@pytest.mark.parametrize("more, words", [
-    ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is true; this key is not supported"),
-    ({"sliding_window": 4096, "max_window_layers": 3}, "sliding_window is 4096; this key is not supported"),
-    ({"is_causal": False}, "is_causal is false; in a llama model it must be true"),
-    ({"use_rope": False}, "use_rope is false; in a llama model it must be true"),
-    ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5; this key is not supported"),
-    ({"clip_qkv": 8.0}, "clip_qkv is 8.0; this key is not supported")])
-def test_keys_that_change_arithmetic_are_refused(more, words, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        spec_of(tmp_path, HUB_CONFIGS["Llama-3.2-1B"] | more)
-    assert words in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["falcon_h9", "lfm3", "x\ny"])
 def test_an_unknown_family_names_the_supported_ones(name, tmp_path):
     words = f"this server cannot run {' '.join(name.split())} yet; it runs: Llama 2 and 3, SmolLM2, Mistral"
@@ -290,27 +226,6 @@ def test_an_unknown_family_names_the_supported_ones(name, tmp_path):
         spec_of(tmp_path, {"model_type": name})
     with pytest.raises(ConfigError, match=words):
         spec_of_changed_gguf(tmp_path, "llama2", {"general.architecture": name})
-
-
-@pytest.mark.parametrize("key, value, words", [
-    ("layer_types", ["mamba2"] + ["attention"] * 39, 'layer_types[0] is "mamba2"; it must be one of full_attention, mamba'),
-    ("layer_types", None, "layer_types is missing; it must be a list"), ("layer_types", ["mamba"] * 40, "none of its layers is full_attention"),
-    ("mamba_d_head", "wide", 'mamba_d_head is "wide"; it must be an integer from 1'), ("mamba_n_groups", 5, "mamba_n_heads is 48; it must be a multiple of 5"),
-    ("time_step_limit", [0.0, 0.1], "time_step_limit is a list of 2; it must be [0.0, Infinity]"), ("mamba_d_conv", 1, "mamba_d_conv is 1; it must be")])
-def test_a_wrong_config_of_mamba_layers_is_named(key, value, words, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        spec_of(tmp_path, GRANITE_H_TINY | {key: value})
-    assert words in str(caught.value)
-
-
-def test_heads_without_whole_keys_are_named(tmp_path):
-    """Heads that share no whole number of keys, and a feed-forward part without width, are named."""
-    text = QWEN35_4B["text_config"]
-    with pytest.raises(ConfigError, match=r"linear_num_value_heads is 33; it must be a multiple of 16 \(linear_num_key_heads\)"):
-        spec_of(tmp_path, text | {"linear_num_key_heads": 16, "linear_num_value_heads": 33})
-    lfm2 = LFM2_CONFIGS["LFM2-350M"]
-    with pytest.raises(ConfigError, match="the width of its feed-forward parts is 0; it must be an integer from 1"):
-        spec_of(tmp_path, lfm2 | {"block_ff_dim": 1, "intermediate_size": 1, "block_auto_adjust_ff_dim": True})
 
 
 @pytest.mark.parametrize("published, billions", [(GRANITE_H_TINY, 6.9), (QWEN3_NEXT, 79.7), (QWEN35_4B, 4.2), (QWEN36_35B, 34.7)])
@@ -328,8 +243,6 @@ def test_published_hybrids_have_transformers_weights(published, billions, tmp_pa
 def test_qwen_3_5_s_states_take_these_mebibytes(tmp_path):
     """Published sizes of Qwen3.5 make states of this many mebibytes."""
     assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
-    with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
-        spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
 
 def test_granite_4_h_tiny_s_config_is_read(tmp_path):

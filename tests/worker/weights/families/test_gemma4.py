@@ -33,7 +33,7 @@ from chatlm.worker.weights.formats.gguf.description import gguf_text
 from chatlm.worker.weights.formats.gguf.file import read_gguf
 from chatlm.worker.weights.formats.gguf.tensors import mapped_table
 from engines import tensors_of, tokens_of
-from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, with_exact_angles
+from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, tiny_config, transformer, with_exact_angles
 from hub_configs import GEMMA4_CONFIGS
 from tiny_gguf import small_gguf_metadata, write_gguf
 from works import assignment
@@ -70,28 +70,6 @@ def test_gemma_4_configs_read_as_in_transformers(name, billions, kib, tmp_path):
         assert len(its.rope.factors or frequencies) == len(frequencies) == its.head_size // 2
         assert (its.rope.factors or (1.0,) * len(frequencies)).count(1.0) == (64 if kind == "full_attention" else 128)
     assert spec.input.scale == config.hidden_size**0.5 and spec.head.softcap == 30.0 and spec.max_positions == config.max_position_embeddings
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all"; it must be one of vision'),
-    ({"num_kv_shared_layers": 35}, "num_kv_shared_layers is 35; it must be an integer from 0 to 34"),
-    ({"num_kv_shared_layers": 32}, 'layer_types[4] is "full_attention", but none of the first 3 layers is'),
-    ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input is 1000; it must be 262144"),
-    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads is 3; it must be a multiple of 2"),
-    ({"global_head_dim": "512"}, 'global_head_dim is "512"; it must be an integer'),
-    ({"per_layer_config": {"4": {"head_dim": 512}}}, "must give the same sizes for each layer with full_attention (4, 9, 14"),
-    ({"per_layer_config": {str(l): {"head_dim": 512, "sliding_window": 3} for l in range(4, 35, 5)}}, 'has the key "sliding_window"; known are head_dim'),
-    ({"rope_parameters": [1]}, "rope_parameters is a list of 1; it must be an object"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.sliding_attention is null; it must be an object"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}}, 'rope_type is "yarn"; it must be one of default, proportional'),
-    ({"rope_parameters": {"full_attention": {"factor": 2.0}, "sliding_attention": {}}}, 'has the key "factor"; known are rope_type'),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "in a gemma4_text model rope_parameters gives this"),
-    ({"enable_moe_block": True, "num_experts": 4}, "num_experts_per_tok is missing; it must be an integer from 1 to 4"),
-    ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256; this key is not supported in a gemma4_text")])
-def test_what_is_wrong_in_a_config_is_named(change, words, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        spec_of(tmp_path, "gemma-4-E2B", **change)
-    assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_a_config_may_list_full_layers_sizes_singly(tmp_path):
@@ -186,19 +164,6 @@ def test_a_gguf_may_have_gates_and_ups_apart(tmp_path):
         assert ours.architecture == theirs.architecture
         theirs = tensors_of(theirs)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in tensors_of(ours).items())
-
-
-@pytest.mark.parametrize("key, value, words", [
-    ("attention.key_length_swa", 15, "attention.value_length_swa is 16; it must be 15"),
-    ("attention.head_count_kv", [2, 2, 2, 1, 2, 2, 2, 2], "attention.head_count_kv is a list of 8; it must be the same in layers 1, 3, 7"),
-    ("feed_forward_length", [96] * 5 + [288] * 3, "feed_forward_length is 288 in the last layers; it must be 96 or 192"),
-    ("attention.sliding_window_pattern", None, "attention.sliding_window_pattern is missing"), ("rope.scaling.type", "yarn", 'is "yarn"; it must be one of none'),
-    ("rope.dimension_count", 16, "rope.dimension_count is 16; it must be 32"), ("attention.shared_kv_layers", 8, "is 8; it must be an integer from 0 to 7"),
-    ("query_scale", 2.0, "gemma4.query_scale is 2.0; this key is not supported")])
-def test_what_is_wrong_in_the_metadata_is_named(key, value, words, tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        spec_of_changed_gguf(tmp_path, "gemma4", {f"gemma4.{key}": value})
-    assert words in str(caught.value)
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.worker.weights.purposes.embedders import frame_of
 from engines import load, make_engine, pieces
-from families import make_model, save, spec_of_changed_gguf, write_tokenizer
+from families import make_model, save, write_tokenizer
 from retrieval import (
     END, MODULES, POOLING, YES, NO, embedder_folder, gguf_of, last_state, make_qwen, reranker_folder, score, unit, write_qwen_tokenizer)
 from works import assignment
@@ -151,17 +151,6 @@ def test_a_vector_is_cut_before_it_is_scaled(tmp_path):
 def test_a_gguf_s_pooling_and_end_token_are_honoured(changes, pooling, qwen, tmp_path):
     embedder = load(gguf_of(tmp_path / "tiny.gguf", qwen, **changes)).text.embedder
     assert (embedder and (embedder.pooling, embedder.ends)) == pooling
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"qwen3.pooling_type": 2}, r"qwen3\.pooling_type is 2 \(cls\); in a qwen3 model it must be 0 \(none\), 1 \(mean\), 3 \(last\) or 4"),
-    ({"qwen3.pooling_type": 9}, r"pooling_type is 9 \(unknown\)"), ({"qwen3.pooling_type": True}, r"pooling_type is true \(unknown\)"),
-    ({"qwen3.pooling_type": -1}, r"is -1 \(unknown\)"), ({"qwen3.attention.causal": False}, r"qwen3\.attention\.causal is false: such")])
-def test_a_gguf_of_another_kind_of_vector_is_refused(changes, words, tmp_path):
-    """Its vectors are made otherwise than here."""
-    with pytest.raises(ConfigError, match=words) as caught:
-        spec_of_changed_gguf(tmp_path, "qwen3", changes)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_odd_description_of_a_reranker_is_refused(qwen, tmp_path):
