@@ -65,37 +65,48 @@ class Rate:
 
 
 class Length(NamedTuple):
-    """How many tokens to draft, and how many tokens a second that gives."""
+    """How many tokens to draft, and how many tokens that gives more than the same time does without."""
 
     tokens: int
-    speed: float
+    gain: float
 
 
-def best_length(share: float, draft_s: float, step_s: Seq[float], most: int, least_speed: float = 0.0
-                ) -> Length:
+def best_length(share: float, draft_s: float, step_s: Seq[float], most: int, speed: float = 0.0) -> Length:
     """How many tokens to draft for the most tokens a second, 0 if drafts do not pay.
 
     share: the probability that a token is right if those before it are. draft_s: to draft a token, one after
-    the other. step_s: of a step that verifies k tokens, by k. least_speed: what is had without these
-    drafts."""
-    best = Length(0, max(1 / step_s[0], least_speed))
+    the other. step_s: of a step that verifies k tokens, by k. speed: tokens a second that the sequence has
+    now, with all its sources: what the time for a draft is worth."""
+    speed = max(speed, 1 / step_s[0])
+    best = Length(0, 0.0)
+    right = 0.0
+    for length in range(1, most + 1):
+        right += share ** length
+        gain = right - speed * (step_s[length] - step_s[0] + length * draft_s)
+        if gain > best.gain:
+            best = Length(length, gain)
+    return best
+
+
+def gain_of(chances: Seq[float], step_s: Seq[float], speed: float = 0.0) -> float:
+    """The same of a draft that is there already, however it is cut."""
+    speed = max(speed, 1 / step_s[0])
+    best = 0.0
+    right = 0.0
+    for chance, seconds in zip(chances, step_s[1:]):
+        right += chance
+        best = max(best, right - speed * (seconds - step_s[0]))
+    return best
+
+
+def best_speed(share: float, draft_s: float, step_s: Seq[float], most: int) -> float:
+    """The most tokens a second with drafts of one length, or without."""
+    speeds = [1 / step_s[0]]
     tokens = 1.0
     for length in range(1, most + 1):
         tokens += share ** length
-        speed = tokens / (step_s[length] + length * draft_s)
-        if speed > best.speed:
-            best = Length(length, speed)
-    return best
-
-
-def best_speed(chances: Seq[float], step_s: Seq[float]) -> float:
-    """The most tokens a second that a draft can give that is there already, however it is cut."""
-    tokens = 1.0
-    best = 1 / step_s[0]
-    for chance, seconds in zip(chances, step_s[1:]):
-        tokens += chance
-        best = max(best, tokens / seconds)
-    return best
+        speeds.append(tokens / (step_s[length] + length * draft_s))
+    return max(speeds)
 
 
 class Savings:
@@ -104,12 +115,11 @@ class Savings:
     A small share of the time of all steps may be spent on trying. Where drafts never pay, they so cost no
     more than that."""
 
-    FIRST_S = 1.0   # that may be lost before anything is known
     TRIES = 0.02    # of the time of steps
-    MOST_S = 5.0    # saved or lost seconds that count
+    MOST_S = 1.0    # saved or lost seconds that count, and what may be lost at first
 
     def __init__(self):
-        self.balance_s = self.FIRST_S
+        self.balance_s = self.MOST_S
 
     def add(self, seconds: float):
         self.balance_s = max(min(self.balance_s + seconds, self.MOST_S), -self.MOST_S)
@@ -123,6 +133,26 @@ class Watched:
     resting: int  # there are none until it has so many tokens
     seen: int     # tokens that it had when drafts were last thought of
     rest: int = 0  # tokens of the last rest
+    alone: int = 0     # tokens for which no other source had a draft
+    tokens: float = 0.0    # that came lately; the newest count most
+    seconds: float = 0.0   # in which they came
+    at_s: float = 0.0      # when drafts were last thought of
+    guess: Seq[int] = ()   # what was drafted then
+
+    def note(self, length: int, now_s: float):
+        """It has so many tokens now."""
+        if self.at_s:
+            self.tokens = self.MEMORY * self.tokens + length - self.seen
+            self.seconds = self.MEMORY * self.seconds + now_s - self.at_s
+        self.seen = length
+        self.at_s = now_s
+
+    MEMORY = 0.9
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second; 0.0: not known."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class ModelDrafts(EnginePart):
@@ -130,8 +160,8 @@ class ModelDrafts(EnginePart):
 
     A sequence whose drafts do not pay rests: one token is drafted after REST more tokens, then after twice as
     many, and so on. Before a second model drafts for a sequence, it has to compute the sequence's tokens. It
-    does so once that is paid for: by what drafts have saved before, or by what they will save if the answer
-    goes on for as long as it already is."""
+    does so if they are few, or if its drafts will save more: in an answer that is as long as the mean of the
+    last ones, or that goes on for as long as it already is."""
 
     LONGEST = 7            # tokens of a draft
     REST = 64              # tokens of the first rest,
@@ -139,6 +169,8 @@ class ModelDrafts(EnginePart):
     WAIT = 16              # tokens until it is looked again whether computing a sequence is paid for
     LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
     MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
+    MEAN = 64.0            # tokens of an answer for which nothing else drafts, before any has ended,
+    NEWEST = 0.2           # and the weight of the newest answer
     MEMORY = 0.9           # of how often drafts of a sequence were right,
     LONG_MEMORY = 0.97     # and those of all
     TOLD_AFTER = 50        # judged drafts before the log says whether they pay, and after each change
@@ -156,6 +188,7 @@ class ModelDrafts(EnginePart):
         self.savings = Savings()
         self.rate = Rate(self.LONG_MEMORY)  # of all sequences
         self.watched: dict[Sequence, Watched] = {}
+        self.mean = self.MEAN           # tokens of an answer for which nothing else drafts
         self.beside = 1                 # sequences that were to have drafts last
         self.untold = self.TOLD_AFTER   # drafts until the log says whether they pay
         self.pays: bool | None = None   # what it said last
@@ -178,34 +211,47 @@ class ModelDrafts(EnginePart):
 
     def end(self, sequence: Sequence):
         self.drafter.end(sequence)
-        del self.watched[sequence]
+        alone = self.watched.pop(sequence).alone
+        if alone:
+            self.mean += self.NEWEST * (alone - self.mean)
 
     def forget(self):
         self.drafter.followers.forget()
 
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
-        self.watched[sequence].rate.judge(verified, accepted)
-        self.rate.judge(verified, accepted)
         if self.times.rows.measured:
             alone_s, with_s = self.times.rows.expected(self.beside, self.beside + verified)[::verified]
             self.savings.add(accepted * alone_s / self.beside - (with_s - alone_s))
-        self.untold -= 1
-        if self.untold <= 0 and self.times.rows.measured:
-            self._tell()
+
+    def _learn(self, watched: Watched, tokens: Seq[int]):
+        """Note which of the tokens that were drafted last were right: also of those that were not verified,
+        as far as the tokens that came show it."""
+        guess = watched.guess
+        came = tokens[watched.seen:watched.seen + len(guess)]
+        watched.guess = ()
+        if guess and came:
+            right = next((i for i, pair in enumerate(zip(guess, came)) if pair[0] != pair[1]), len(came))
+            for rate in (watched.rate, self.rate):
+                rate.judge(len(came), right)
+            if right == len(came):
+                watched.resting = 0  # it may pay now
+            self.untold -= 1
+            if self.untold <= 0 and self.times.rows.measured:
+                self._tell()
 
     def _tell(self):
         """Say in the log whether drafts pay, when that has changed."""
         draft_s, step_s = self.times_of(1, self.LONGEST)
         share = self.rate.share
-        best = best_length(share, draft_s, step_s, self.LONGEST)
-        if (best.tokens > 0) == self.pays:
+        speed = best_speed(share, draft_s, step_s, self.LONGEST) * step_s[0]
+        if (speed > 1) == self.pays:
             return
-        self.pays = best.tokens > 0
+        self.pays = speed > 1
         self.untold = self.TOLD_AFTER
         known = (f"{self.drafter.title} is right about {share:.0%} of the tokens, and takes "
                  f"{draft_s / step_s[0]:.2f} of the model's time")
         if self.pays:
-            log.info("%s: one answer alone is %.2f times as fast with it", known, best.speed * step_s[0])
+            log.info("%s: one answer alone is %.2f times as fast with it", known, speed)
         else:
             log.info("%s: too seldom for what it costs, so it is only tried now and then", known)
 
@@ -269,21 +315,25 @@ class ModelDrafts(EnginePart):
         if self.times.rows.measured:
             step_s = self.times.rows.expected(beside, beside)[0]
             self.savings.add(self.savings.TRIES * (length - watched.seen) * step_s / beside)
-        watched.seen = length
+        self._learn(watched, sequence.tokens)
+        if not sequence.draft.tokens:
+            watched.alone += length - watched.seen
+        watched.note(length, time.monotonic())
         if most < 1 or length < watched.resting or not self.times.rows.measured:
             return 0
         there = len(sequence.draft.tokens)
         draft_s, step_s = self.times_of(beside, max(most, min(there, rows)))
-        least = best_speed(sequence.draft.chances, step_s)
-        best = best_length(watched.rate.share, draft_s, step_s, most, least)
-        if not best.tokens and least * step_s[0] > 1:
+        best = best_length(watched.rate.share, draft_s, step_s, most, watched.speed)
+        other = gain_of(sequence.draft.chances, step_s, watched.speed)
+        if other and other >= best.gain:
             return 0
-        saved_s = step_s[0] - 1 / best.speed if best.tokens else 0.0   # with each token
-        answered = length - len(sequence.work.prompt_ids)
         cost_s = self.drafter.behind(sequence) * self._prompt_token_s
-        if not best.tokens:
+        saved_s = 0.0
+        if best.tokens:
+            saved_s = max(self.mean, watched.alone) * best.gain / (1 + best.gain) * step_s[0]
+        else:
             cost_s += draft_s + step_s[1] - step_s[0]
-        if cost_s and cost_s > self.savings.balance_s + answered * saved_s:
+        if cost_s > max(saved_s, self.savings.balance_s, 0.0):
             watched.resting = length + self.WAIT
             return 0
         if not best.tokens:
@@ -296,6 +346,8 @@ class ModelDrafts(EnginePart):
     def _draft_of(self, sequence: Sequence, tokens: Seq[int]) -> Draft:
         if not tokens:
             return NO_DRAFT
-        share = self.watched[sequence].rate.share
+        watched = self.watched[sequence]
+        watched.guess = tokens
+        share = watched.rate.share
         return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
                      len(sequence.tokens))

@@ -8,8 +8,8 @@ import pytest
 
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine import model_drafts
-from chatlm.worker.engine.drafts import NO_DRAFT, Drafting
-from chatlm.worker.engine.model_drafts import ModelDrafts, Savings, best_length, best_speed
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft, Drafting
+from chatlm.worker.engine.model_drafts import ModelDrafts, Savings, best_length, gain_of
 from chatlm.worker.engine.times import Times
 
 STEP_S = 0.05       # of the model, one row
@@ -19,7 +19,7 @@ class Machine:
     """A clock, and a model and its drafter on it. A row more in a step takes `slope` of a step; a step of the
     drafter `draft`, and a token of a prompt there `token`, also in steps."""
 
-    def __init__(self, monkeypatch, right, slope=0.1, draft=0.3, token=0.02):
+    def __init__(self, monkeypatch, right, slope=0.1, draft=0.3, token=0.02, sources=()):
         self.now_s = 0.0
         self.right, self.slope, self.draft_s, self.token_s = right, slope, draft * STEP_S, token * STEP_S
         self.random = random.Random(1)
@@ -27,7 +27,7 @@ class Machine:
         self.known = {}         # sequence -> tokens that the drafter has computed
         monkeypatch.setattr(model_drafts, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         self.source = ModelDrafts(self)
-        self.drafting = Drafting([self.source], times := Times())
+        self.drafting = Drafting([*sources, self.source], times := Times())
         self.transformer = SimpleNamespace(weights_bytes=draft * 1e9)
         self.source.plan_by(times, 64, 1e9)
         times.token_s = token * STEP_S / draft
@@ -72,11 +72,10 @@ class Machine:
         while len(sequence.tokens) < prompt + tokens:
             self.drafting.propose([sequence], 1, 64)
             drafted = len(sequence.draft.tokens)
-            accepted = 0
-            while accepted < drafted and self.random.random() < right:
-                accepted += 1
+            came = [1 if self.random.random() < right else 2 for _ in range(drafted + 1)]
+            accepted = next((i for i, token in enumerate(came[:drafted]) if token != 1), drafted)
+            came = came[:accepted + 1]
             self.now_s += self.step_s(1 + drafted)
-            came = [1] * accepted + [2]
             sequence.tokens += came
             self.drafting.judge(sequence, drafted, accepted, came)
         self.drafting.end(sequence)
@@ -113,6 +112,12 @@ def test_drafts_that_pay_are_used_at_once(monkeypatch):
     assert mean(machine.answer(50, 200) for _ in range(20)) < 1 / 1.3
 
 
+def test_a_try_that_is_right_is_followed_by_drafts(monkeypatch):
+    """Where drafts pay from 75 % on, the first answer does not rest after its first try."""
+    machine = Machine(monkeypatch, 0.95, 0.2, 0.55)
+    assert machine.answer(50, 400) < 0.95
+
+
 def test_a_prompt_is_computed_only_if_that_is_paid_back(monkeypatch):
     """It takes as long as 80 steps: an answer of 30 tokens saves ten, one of 1,000 three hundred."""
     machine = Machine(monkeypatch, 0.93, 0.1, 0.3)
@@ -122,6 +127,34 @@ def test_a_prompt_is_computed_only_if_that_is_paid_back(monkeypatch):
     assert mean(machine.answer(4000, 1000) for _ in range(5)) < 0.9
 
 
+class Copies:
+    """A source like lookup: of ten tokens it drafts eight, which are right."""
+
+    name, rests = "lookup", False
+
+    def begin(self, sequence): ...
+    def judge(self, sequence, draft, verified, accepted): ...
+    def end(self, sequence): ...
+
+    def propose(self, sequences):
+        return [Draft("lookup", (1,) * 8, tuple(0.99 ** (i + 1) for i in range(8)), len(sequence.tokens))
+                if len(sequence.tokens) % 10 < 2 else NO_DRAFT for sequence in sequences]
+
+
+@pytest.mark.parametrize("prompt", [50, 2000])
+def test_beside_lookup_that_knows_nearly_all_little_is_lost(prompt, monkeypatch):
+    """However much was saved in other answers before."""
+    alone = Machine(monkeypatch, 1.0, sources=[Copies()])
+    both = Machine(monkeypatch, 1.0, sources=[Copies()])
+    monkeypatch.setattr(alone.source, "propose", lambda sequences: [NO_DRAFT] * len(sequences))
+    known = mean(alone.answer(prompt, 200) for _ in range(20))
+    both.drafting.sources.pop("lookup")
+    both.answer(50, 400, right=0.95)
+    both.drafting.sources = {"lookup": Copies(), "model": both.source}
+    monkeypatch.setattr(model_drafts, "time", SimpleNamespace(monotonic=lambda: both.now_s))
+    assert mean(both.answer(prompt, 200) for _ in range(20)) < 1.04 * known
+
+
 def test_drafts_begin_to_pay_again(monkeypatch):
     machine = Machine(monkeypatch, 0.3)
     for _ in range(40):
@@ -129,13 +162,19 @@ def test_drafts_begin_to_pay_again(monkeypatch):
     assert mean(machine.answer(50, 200, right=0.95) for _ in range(60)) < 0.85
 
 
-def test_what_is_there_already_is_taken_if_it_gives_more(monkeypatch):
+def test_what_is_there_already_is_taken_if_it_gives_more():
     step_s = [STEP_S * (1 + 0.1 * rows) for rows in range(9)]
-    there = best_speed([0.99, 0.98, 0.97, 0.96], step_s)
-    assert there == pytest.approx((1 + 0.99 + 0.98 + 0.97 + 0.96) / step_s[4])
+    there = gain_of([0.99, 0.98, 0.97, 0.96], step_s)
+    assert there == pytest.approx(0.99 + 0.98 + 0.97 + 0.96 - 0.4)
+    assert 0 < best_length(0.9, 0.3 * STEP_S, step_s, 7).gain < there
+    assert gain_of([0.05], step_s) == gain_of([], step_s) == 0
+
+
+def test_time_is_worth_what_the_answer_has_in_it():
+    """An answer that gets five tokens a step from lookup loses by waiting for a draft of three."""
+    step_s = [STEP_S * (1 + 0.1 * rows) for rows in range(9)]
     assert best_length(0.9, 0.3 * STEP_S, step_s, 7).tokens
-    assert not best_length(0.9, 0.3 * STEP_S, step_s, 7, there).tokens
-    assert best_speed([0.05], step_s) == pytest.approx(1 / STEP_S)
+    assert not best_length(0.9, 0.3 * STEP_S, step_s, 7, speed=5 / STEP_S).tokens
 
 
 def test_the_log_says_whether_drafts_pay(monkeypatch, caplog):
