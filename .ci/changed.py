@@ -20,7 +20,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -126,9 +125,8 @@ class Lines(NamedTuple):
 
     @classmethod
     def between(cls, before: list[ast.AST | str], after: list[ast.AST | str]) -> "Lines":
-        old, new = (Counter(ast.dump(head) for head, _ in heads(nodes)) for nodes in (before, after))
-        return cls([whole for nodes, others in ((before, new), (after, old)) for head, whole in heads(nodes)
-                    if not others[ast.dump(head)]])
+        old, new = ([(ast.dump(head), whole) for head, whole in heads(nodes)] for nodes in (before, after))
+        return cls([whole for own, others in ((old, dict(new)), (new, dict(old))) for head, whole in own if head not in others])
 
     def names(self) -> set[str]:
         """Of what they mention."""
@@ -262,10 +260,11 @@ class Change:
         named: dict[str, set[Function]] = {word: set() for word in lines.names()}
         imported = self.program[path].imported if path in self.program else set()
         for function in self.cover.callers:
-            module = function[0].removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            near = function[0] == path or module in imported or any(name.startswith(f"{module}.") for name in imported)
-            if near and (word := function[1].rpartition(".")[2]) in named:
-                named[word].add(function)
+            word = function[1].rpartition(".")[2]
+            if word in named:
+                module = module_of(function[0])
+                if function[0] == path or any(name == module or name.startswith(f"{module}.") for name in imported):
+                    named[word].add(function)
         return {function for functions in named.values() if len(functions) <= FEW for function in functions}
 
     def overrides(self, method: str, before: Pieces, after: Pieces) -> bool:
@@ -306,7 +305,7 @@ class Change:
 
     def files_that_see(self, home: str, name: str) -> list[str]:
         """The file itself, and those that import the name, or the module to take it from."""
-        module = home.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        module = module_of(home)
         wanted = {module, f"{module}.{name.partition('.')[0]}"}
         return [path for path, pieces in self.program.items() if path == home or pieces.imported & wanted]
 
@@ -337,6 +336,11 @@ class Change:
             executed = self.record.get(place.partition("::")[0])
             return 2 if place.startswith("tests/page") else 1 if executed and executed.processes else 0, executed.seconds if executed else 0.0
         return sorted([*always, *chosen], key=rank)
+
+
+def module_of(path: str) -> str:
+    """The dotted name of a file of the program."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def is_test(path: str) -> bool:
