@@ -105,7 +105,7 @@ class Pair:
         settings = Settings(model=target, draft_model=draft, context_length=8192, max_batch=8)
         self.engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))[1]
         self.sources, self.made = dict(self.engine.drafting.sources), self.engine.made
-        self.tokens = 0
+        self.asked = 0
 
     def use(self, way):
         names, engine = OUR_WAYS[way], self.engine
@@ -119,8 +119,8 @@ class Pair:
         engine.pool.forget_cached()
         for model in engine.draft_models:
             model.forget()
-        self.tokens += 1
-        params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, client=f"{self.tokens}")
+        self.asked += 1
+        params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, client=f"{self.asked}")
         engine.add(Assignment("a", ids, params, tokens))
         first_s = None
         while engine.busy:
@@ -159,7 +159,7 @@ def answers(arguments, target, draft):
     pair = Pair(target, draft)
     render = pair.engine.tokenizer.render
     ids = {kind: [tuple(render([Message("user", text)])) for text in texts] for kind, texts in questions(arguments.kinds).items()}
-    ways = {**our_answers(pair, ids, arguments.answers, arguments.rounds)}
+    ways = our_answers(pair, ids, arguments.answers, arguments.rounds)
     drafting = pair.engine.draft_models[0]
     draft_s, step_s = drafting.times_of(1, MOST)
     print(f"steps of 1 to {1 + MOST} rows: {', '.join(f'{each / step_s[0]:.2f}' for each in step_s)} (of {1e3 * step_s[0]:.1f} ms); "

@@ -29,6 +29,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +202,18 @@ class Bed:
             subprocess.run(["git", "checkout", "-q", commit], cwd=copy, check=True)
             (copy / ".venv").symlink_to(ROOT / ".venv")
 
+    @cached_property
+    def cover(self) -> Cover:
+        return Cover(self.clean, read_record(self.clean))
+
+    @cached_property
+    def quick(self) -> list[str]:
+        return self.cover.quick()
+
+    def callers(self, fault: Fault) -> list[str]:
+        """The modules of tests that by the record call its function."""
+        return self.cover.callers.get((fault.path, fault.function), [])
+
     def plant(self, faults: list[Fault]) -> None:
         """These, and no others."""
         subprocess.run(["git", "checkout", "-q", "--", "."], cwd=self.planted, check=True)
@@ -291,19 +304,16 @@ def plant_all(options: argparse.Namespace) -> None:
 
 def by_quick(bed: Bed, fault: Fault, known: str) -> tuple[str, float]:
     """As Bed.noticed. known: the test that noticed it for `changed`, or ""."""
-    record = read_record(bed.clean)
-    quick = Cover(bed.clean, record).quick()
-    if known.partition("::")[0] in quick:
+    if known.partition("::")[0] in bed.quick:
         return known, 0.0
-    places = [module for module in quick if (fault.path, fault.function) in record[module].functions]
+    places = [module for module in bed.callers(fault) if module in bed.quick]
     return bed.noticed([fault], places, first_only=True) if places else ("", 0.0)
 
 
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
     """The day's tests that execute any of these faults, all planted at once, then what failed for one fault after the other."""
     bed.plant([*faults.values()])
-    record = read_record(bed.clean)
-    places = [module for module, executed in record.items() if any((fault.path, fault.function) in executed.functions for fault in faults.values())]
+    places = [*dict.fromkeys(module for fault in faults.values() for module in bed.callers(fault))]
     began = time.monotonic()
     modules: dict[str, list[str]] = defaultdict(list)
     for test in bed.run(bed.planted, places, False) if places else ():
@@ -311,9 +321,8 @@ def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -
     seconds = time.monotonic() - began
     for module, tests in modules.items():
         unexplained = {test for test in tests if not bed.run(bed.clean, [test], True)}
-        called = record[module].functions if module in record else ()
         left = [number for number in faults if not verdicts.of(number, seed, "day")]
-        for number in sorted(left, key=lambda number: (faults[number].path, faults[number].function) not in called):
+        for number in sorted(left, key=lambda number: module not in bed.callers(faults[number])):
             if not unexplained:
                 break
             bed.plant([faults[number]])

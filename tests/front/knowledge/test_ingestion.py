@@ -5,6 +5,7 @@ import io
 import threading
 import zipfile
 from collections import namedtuple
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,18 @@ async def failure(ask, data, name, client=ONE):
     assert found["status"] == "failed" and found["usage_bytes"] == 0, found
     assert await parts_of(ask) == (0, 0, 0)
     return found["last_error"]
+
+
+@asynccontextmanager
+async def embedding(tmp_path):
+    """(a server, its embedder, a file, its new store). The embedder has the file's first texts, and waits
+    for its gate."""
+    pool = EmbeddingPool(gate=asyncio.Event())
+    async with knowing(tmp_path / "k.db", pool=pool) as ask:
+        file = await ask.file(ONE, LONG)
+        _, store = await ask(ONE, STORES, {"file_ids": [file]})
+        await pool.until_open(1)
+        yield ask, pool, file, store
 
 
 async def parts_of(ask):
@@ -187,11 +200,7 @@ async def test_a_store_has_so_many_windows(tmp_path, monkeypatch):
 
 
 async def test_a_full_owner_fails_with_a_reason(tmp_path, monkeypatch):
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (ask, pool, file, store):
         monkeypatch.setattr("chatlm.front.store.quota.LIMITS", replace(LIMITS, kept_bytes=5000))
         pool.gate.set()
         await ask.ended(ONE, f"{STORES}/{store['id']}")
@@ -249,11 +258,7 @@ async def test_an_unexpected_error_fails_one_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["from the store", "the upload", "the store"])
 async def test_a_file_that_is_deleted_while_it_is_ingested_leaves_nothing(tmp_path, what):
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (ask, pool, file, store):
         one = f"{STORES}/{store['id']}"
         path = {"from the store": f"{one}/files/{file}", "the upload": f"/v1/files/{file}", "the store": one}[
             what
@@ -311,11 +316,8 @@ async def test_owners_take_turns(tmp_path):
 
 async def test_ingestion_goes_on_after_a_restart(tmp_path):
     """A stop is no crash."""
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (_, _, _, store):
+        pass
     async with knowing(tmp_path / "k.db") as ask:
         assert (await ask.ended(ONE, f"{STORES}/{store['id']}"))["file_counts"]["completed"] == 1
         assert await ask.rows("SELECT tries FROM knowledge_files") == [(0,)]
@@ -323,11 +325,8 @@ async def test_ingestion_goes_on_after_a_restart(tmp_path):
 
 
 async def test_a_file_with_which_the_server_crashes_is_given_up(tmp_path):
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (_, _, file, store):
+        pass
     settings = Settings(database=str(tmp_path / "k.db"))
     database = await database_of(settings, ANNEXES)
     await database.run(
@@ -369,11 +368,8 @@ async def test_a_death_counts_against_the_file_that_is_read_alone(tmp_path, monk
 
 
 async def test_files_without_an_embedder_fail_with_a_reason_and_are_read_once_there_is_one(tmp_path):
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (ask, pool, file, store):
+        pass
     path = f"{STORES}/{store['id']}"
     async with knowing(tmp_path / "k.db", pool=FakePool()) as ask:
         assert (await ask.ended(ONE, path))["file_counts"]["failed"] == 1
@@ -440,11 +436,7 @@ async def test_what_is_embedded_is_charged_to_the_key_once(tmp_path):
 
 
 async def test_a_file_that_is_deleted_while_it_is_embedded_costs_nothing(tmp_path):
-    pool = EmbeddingPool(gate=asyncio.Event())
-    async with knowing(tmp_path / "k.db", pool=pool) as ask:
-        file = await ask.file(ONE, LONG)
-        _, store = await ask(ONE, STORES, {"file_ids": [file]})
-        await pool.until_open(1)
+    async with embedding(tmp_path) as (ask, pool, _, store):
         await ask.place.client.delete(f"{ask.place.url}{STORES}/{store['id']}", headers=ask.headers_of(ONE))
         pool.gate.set()
         while ask.ingest.tasks:
