@@ -19,7 +19,7 @@ def works_of(new=NEW, **sampling):
 
 def draft_always(monkeypatch, length):
     """Models draft so many tokens each time, all of which are verified; nothing is drafted from texts."""
-    monkeypatch.setattr(model_drafts, "best_length", lambda share, draft_s, step_s, most, speed=0.0: model_drafts.Length(min(most, length), 1e9))
+    monkeypatch.setattr(model_drafts, "best_cut", lambda chances, seconds, speed=0.0: model_drafts.Length(min(len(chances), length), 1e9 * bool(chances)))
     monkeypatch.setattr(DraftModel, "behind", lambda model, sequence: 0)
     monkeypatch.setattr(Lookup, "propose", lambda lookup, sequences: [NO_DRAFT] * len(sequences))
     monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most: [len(draft.tokens) for draft in drafts])

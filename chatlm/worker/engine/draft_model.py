@@ -115,7 +115,6 @@ class DraftModel:
 
     name = "model"
     reads_hidden = False
-    NEWEST = 8  # tokens that it has to compute between two drafts, at most
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
@@ -146,10 +145,8 @@ class DraftModel:
         return f"the draft model {self.called}"
 
     def behind(self, sequence: Sequence) -> int:
-        """How many tokens of a sequence it has to compute before it can draft, but for the newest ones; 0: it
-        has drafted for the sequence lately."""
-        known = self._follower(sequence).own.computed
-        return fresh if (fresh := len(sequence.tokens) - known) > self.NEWEST else 0
+        """How many tokens of a sequence it has to compute before it can draft."""
+        return len(sequence.tokens) - self._follower(sequence).own.computed
 
     def _follower(self, sequence: Sequence) -> Follower:
         work = of_vocabulary(sequence.work, self.transformer.model.vocab_size)

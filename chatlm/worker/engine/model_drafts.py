@@ -71,42 +71,36 @@ class Length(NamedTuple):
     gain: float
 
 
-def best_length(share: float, draft_s: float, step_s: Seq[float], most: int, speed: float = 0.0) -> Length:
-    """How many tokens to draft for the most tokens a second, 0 if drafts do not pay.
+def chances_of(share: float, count: int) -> tuple[float, ...]:
+    """That each of so many tokens and all before it are right; share: that one is if those before it are."""
+    return tuple(share ** length for length in range(1, count + 1))
 
-    share: the probability that a token is right if those before it are. draft_s: to draft a token, one after
-    the other. step_s: of a step that verifies k tokens, by k. speed: tokens a second that the sequence has
-    now, with all its sources: what the time for a draft is worth."""
-    speed = max(speed, 1 / step_s[0])
+
+def best_cut(chances: Seq[float], seconds: Seq[float], speed: float = 0.0) -> Length:
+    """How much of a draft gives the most tokens a second, none of it if it does not pay.
+
+    chances: that each of its tokens and all before it are right. seconds: what k of them take, with the step
+    that verifies them, by k. speed: tokens a second that the sequence has now, with all its sources: what the
+    time is worth."""
+    speed = max(speed, 1 / seconds[0])
     best = Length(0, 0.0)
     right = 0.0
-    for length in range(1, most + 1):
-        right += share ** length
-        gain = right - speed * (step_s[length] - step_s[0] + length * draft_s)
+    for length, (chance, taken_s) in enumerate(zip(chances, seconds[1:]), 1):
+        right += chance
+        gain = right - speed * (taken_s - seconds[0])
         if gain > best.gain:
             best = Length(length, gain)
     return best
 
 
-def gain_of(chances: Seq[float], step_s: Seq[float], speed: float = 0.0) -> float:
-    """The same of a draft that is there already, however it is cut."""
-    speed = max(speed, 1 / step_s[0])
-    best = 0.0
-    right = 0.0
-    for chance, seconds in zip(chances, step_s[1:]):
-        right += chance
-        best = max(best, right - speed * (seconds - step_s[0]))
-    return best
+def with_drafting(step_s: Seq[float], draft_s: float) -> list[float]:
+    """step_s, and the drafting of k tokens one after the other."""
+    return [seconds + count * draft_s for count, seconds in enumerate(step_s)]
 
 
-def best_speed(share: float, draft_s: float, step_s: Seq[float], most: int) -> float:
+def best_speed(chances: Seq[float], seconds: Seq[float]) -> float:
     """The most tokens a second with drafts of one length, or without."""
-    speeds = [1 / step_s[0]]
-    tokens = 1.0
-    for length in range(1, most + 1):
-        tokens += share ** length
-        speeds.append(tokens / (step_s[length] + length * draft_s))
-    return max(speeds)
+    return max((1 + sum(chances[:length])) / taken_s for length, taken_s in enumerate(seconds))
 
 
 class Savings:
@@ -121,6 +115,10 @@ class Savings:
     def __init__(self):
         self.balance_s = self.MOST_S
 
+    def earn(self, step_s: float):
+        """Steps have taken so long."""
+        self.add(self.TRIES * step_s)
+
     def add(self, seconds: float):
         self.balance_s = max(min(self.balance_s + seconds, self.MOST_S), -self.MOST_S)
 
@@ -128,6 +126,8 @@ class Savings:
 @dataclass
 class Watched:
     """What is known of a sequence's drafts."""
+
+    MEMORY = 0.9  # of how fast tokens came
 
     rate: Rate
     resting: int  # there are none until it has so many tokens
@@ -146,8 +146,6 @@ class Watched:
             self.seconds = self.MEMORY * self.seconds + now_s - self.at_s
         self.seen = length
         self.at_s = now_s
-
-    MEMORY = 0.9
 
     @property
     def speed(self) -> float:
@@ -168,9 +166,9 @@ class ModelDrafts(EnginePart):
     LONGEST_REST = 4096    # and of the longest
     WAIT = 16              # tokens until it is looked again whether computing a sequence is paid for
     LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
-    MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
+    MOST_COMPUTED = 8      # tokens for each sequence in a first step of a draft; with more it has prompts
     MEAN = 64.0            # tokens of an answer for which nothing else drafts, before any has ended,
-    NEWEST = 0.2           # and the weight of the newest answer
+    MEAN_CHANGE = 0.2      # and the weight of the newest answer in that mean
     MEMORY = 0.9           # of how often drafts of a sequence were right,
     LONG_MEMORY = 0.97     # and those of all
     TOLD_AFTER = 50        # judged drafts before the log says whether they pay, and after each change
@@ -213,7 +211,7 @@ class ModelDrafts(EnginePart):
         self.drafter.end(sequence)
         alone = self.watched.pop(sequence).alone
         if alone:
-            self.mean += self.NEWEST * (alone - self.mean)
+            self.mean += self.MEAN_CHANGE * (alone - self.mean)
 
     def forget(self):
         self.drafter.followers.forget()
@@ -243,7 +241,7 @@ class ModelDrafts(EnginePart):
         """Say in the log whether drafts pay, when that has changed."""
         draft_s, step_s = self.times_of(1, self.LONGEST)
         share = self.rate.share
-        speed = best_speed(share, draft_s, step_s, self.LONGEST) * step_s[0]
+        speed = best_speed(chances_of(share, self.LONGEST), with_drafting(step_s, draft_s)) * step_s[0]
         if (speed > 1) == self.pays:
             return
         self.pays = speed > 1
@@ -304,6 +302,17 @@ class ModelDrafts(EnginePart):
     def _prompt_token_s(self) -> float:
         return self.prompt_times.token_s or self.size * self.times.token_s
 
+    def _look(self, sequence: Sequence, watched: Watched):
+        """Take note of the tokens that came since drafts were last thought of."""
+        length = len(sequence.tokens)
+        if self.times.rows.measured:
+            step_s = self.times.rows.expected(self.beside, self.beside)[0]
+            self.savings.earn((length - watched.seen) * step_s / self.beside)
+        self._learn(watched, sequence.tokens)
+        if not sequence.draft.tokens:
+            watched.alone += length - watched.seen
+        watched.note(length, time.monotonic())
+
     def _length(self, sequence: Sequence) -> int:
         """How many tokens to draft for a sequence; 0 if it rests, or if another source has already drafted
         what gives more tokens a second."""
@@ -312,22 +321,17 @@ class ModelDrafts(EnginePart):
         length = len(sequence.tokens)
         rows = self.draft_rows // beside - 1
         most = min(self.LONGEST, rows)
-        if self.times.rows.measured:
-            step_s = self.times.rows.expected(beside, beside)[0]
-            self.savings.add(self.savings.TRIES * (length - watched.seen) * step_s / beside)
-        self._learn(watched, sequence.tokens)
-        if not sequence.draft.tokens:
-            watched.alone += length - watched.seen
-        watched.note(length, time.monotonic())
+        self._look(sequence, watched)
         if most < 1 or length < watched.resting or not self.times.rows.measured:
             return 0
         there = len(sequence.draft.tokens)
         draft_s, step_s = self.times_of(beside, max(most, min(there, rows)))
-        best = best_length(watched.rate.share, draft_s, step_s, most, watched.speed)
-        other = gain_of(sequence.draft.chances, step_s, watched.speed)
-        if other and other >= best.gain:
+        best = best_cut(chances_of(watched.rate.share, most), with_drafting(step_s, draft_s), watched.speed)
+        other = best_cut(sequence.draft.chances, step_s, watched.speed)
+        if other.gain and other.gain >= best.gain:
             return 0
-        cost_s = self.drafter.behind(sequence) * self._prompt_token_s
+        behind = self.drafter.behind(sequence)
+        cost_s = behind * self._prompt_token_s if behind > self.MOST_COMPUTED else 0.0
         saved_s = 0.0
         if best.tokens:
             saved_s = max(self.mean, watched.alone) * best.gain / (1 + best.gain) * step_s[0]
@@ -348,6 +352,5 @@ class ModelDrafts(EnginePart):
             return NO_DRAFT
         watched = self.watched[sequence]
         watched.guess = tokens
-        share = watched.rate.share
-        return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
+        return Draft(self.name, tuple(tokens), chances_of(watched.rate.share, len(tokens)),
                      len(sequence.tokens))

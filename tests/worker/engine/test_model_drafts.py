@@ -9,7 +9,7 @@ import pytest
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine import model_drafts
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft, Drafting
-from chatlm.worker.engine.model_drafts import ModelDrafts, Savings, best_length, gain_of
+from chatlm.worker.engine.model_drafts import ModelDrafts, Savings, best_cut, chances_of, with_drafting
 from chatlm.worker.engine.times import Times
 
 STEP_S = 0.05       # of the model, one row
@@ -42,14 +42,13 @@ class Machine:
     # as a drafter
 
     def behind(self, sequence):
-        fresh = len(sequence.tokens) - self.known.get(sequence, 0)
-        return fresh if fresh > 8 else 0
+        return len(sequence.tokens) - self.known.get(sequence, 0)
 
     def draft(self, wanted):
         drafts = {}
         self.computed = 0
         for sequence, length in wanted.items():
-            fresh = len(sequence.tokens) - self.known.get(sequence, 0)
+            fresh = self.behind(sequence)
             self.known[sequence] = len(sequence.tokens)
             self.computed += fresh
             self.now_s += (fresh if fresh > 8 else 0) * self.token_s + length * self.draft_s
@@ -164,17 +163,18 @@ def test_drafts_begin_to_pay_again(monkeypatch):
 
 def test_what_is_there_already_is_taken_if_it_gives_more():
     step_s = [STEP_S * (1 + 0.1 * rows) for rows in range(9)]
-    there = gain_of([0.99, 0.98, 0.97, 0.96], step_s)
+    there = best_cut([0.99, 0.98, 0.97, 0.96], step_s).gain
     assert there == pytest.approx(0.99 + 0.98 + 0.97 + 0.96 - 0.4)
-    assert 0 < best_length(0.9, 0.3 * STEP_S, step_s, 7).gain < there
-    assert gain_of([0.05], step_s) == gain_of([], step_s) == 0
+    assert 0 < best_cut(chances_of(0.9, 7), with_drafting(step_s, 0.3 * STEP_S)).gain < there
+    assert best_cut([0.05], step_s).gain == best_cut([], step_s).gain == 0
 
 
 def test_time_is_worth_what_the_answer_has_in_it():
     """An answer that gets five tokens a step from lookup loses by waiting for a draft of three."""
     step_s = [STEP_S * (1 + 0.1 * rows) for rows in range(9)]
-    assert best_length(0.9, 0.3 * STEP_S, step_s, 7).tokens
-    assert not best_length(0.9, 0.3 * STEP_S, step_s, 7, speed=5 / STEP_S).tokens
+    chances, seconds = chances_of(0.9, 7), with_drafting(step_s, 0.3 * STEP_S)
+    assert best_cut(chances, seconds).tokens
+    assert not best_cut(chances, seconds, speed=5 / STEP_S).tokens
 
 
 def test_the_log_says_whether_drafts_pay(monkeypatch, caplog):

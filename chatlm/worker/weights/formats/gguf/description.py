@@ -226,16 +226,16 @@ def kept_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     """`gguf_texts` of a file's own metadata: from the cache, if they were read before."""
     if not isinstance(metadata, Metadata) or metadata.spelled is None:
         return gguf_texts(path, metadata)
-    return told(path, kept_or_made(metadata.spelled, partial(made_text, path, metadata)))
+    return with_path(path, kept_or_made(metadata.spelled, partial(made_text, path, metadata)))
 
 
 def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
     """The tokenizer (as the text of a tokenizer.json), the chat template and the tokens that end answers. Of
     a decoder also its vocabulary."""
-    return told(path, made_text(path, metadata))
+    return with_path(path, made_text(path, metadata))
 
 
-def told(path: Path, made: MadeText) -> tuple[TextSpec, Vocabulary | None]:
+def with_path(path: Path, made: MadeText) -> tuple[TextSpec, Vocabulary | None]:
     """The text, for a file with this path. What is unusual about it is logged."""
     warn_of_templates(path, made.templates)
     if made.misnamed:
