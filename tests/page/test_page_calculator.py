@@ -63,7 +63,7 @@ def test_what_is_copied_and_exported_is_sensible(page, held_front):
     ask(page, "How many?")
     expect_answered(page)
     button(answers(page).last, "Copy").click()
-    page.wait_for_function("async () => (await navigator.clipboard.read())[0]?.types.includes('text/html')")
+    expect(page.locator("#announcer")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == "😀 Tom has 12+30 = 42 apples, and **5*5** is 25."
     html = page.evaluate("navigator.clipboard.read().then(([item]) => item.getType('text/html')).then(blob => blob.text())")
     assert re.sub("<[^>]*>", "", html).strip() == "😀 Tom has 12+30 = 42 apples, and 5*5 is 25."

@@ -183,7 +183,7 @@ def test_projects_come_with_files_of_chats(page, stand_in):
 
 def test_a_real_model_answers_from_a_project_s_file(page, default_model_path):
     file = {"name": "mill.md", "mimeType": "text/markdown", "buffer": b"The steam engine of the mill is called Adelaide."}
-    with server(default_model_path, "--context-length", 1024) as (_, url):
+    with server(default_model_path, "--context-length", 1024, "--temperature", 0) as (_, url):
         open_page(page, url)
         make_project(page, "Mill", "Answer in one sentence.", [file])
         project_menu(page, "Mill", "New chat in this project")
