@@ -30,6 +30,7 @@ sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
 from cover import QUICK_SECONDS, Cover  # noqa: E402
 from executed import read_record, recorded_seconds  # noqa: E402
+from lasting_timeouts import pytest_timeout_set_timer  # noqa: E402, F401
 import nightly  # noqa: E402
 from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
