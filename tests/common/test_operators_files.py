@@ -23,7 +23,7 @@ TYPED = [   # a line of a --config file, and what its refusal says
     ("[[models]]\npath = 5", "path must be text"), ("[[models]]\npath = ['a']", "path must be text"), ("[[models]]\npath = ' '", "path must not be empty"),
     ("[[models]]\npath = 'a'\nname = true", "name must be text"), ("[[models]]\npath = 'a'\npin = 1", "pin must be true or false"),
     ("[[models]]\npath = 'a'\nreplicas = true", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nreplicas = [2]", "replicas must be a whole number"),
-    ("[[models]]\npath = 'a'\nreplicas = 0", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nlora = [1]", "lora must be text"),
+    ("[[models]]\npath = 'a'\nreplicas = 0", "replicas must be a whole number"), ("[[models]]\npath = 'a'\nreplicas = 257", "from 1 to 256"), ("[[models]]\npath = 'a'\nlora = [1]", "lora must be text"),
     ("[[models]]\npath = 'a'\nadapter = {one = 1}", "adapter.one must be text"), ("[[models]]\npath = 'a'\nmax-batch = true", "max-batch must be a number or text"),
     ("[[models]]\npath = 'a'\nquantize = 8", "quantize must be text"), ("[[models]]\npath = 'a'\ndrafts = 'maybe'", "drafts"),
     ("served-model-name = [1]", "served-model-name must be text in quotes, or a list"), ("served-model-name = 1.5", "served-model-name must be text"),

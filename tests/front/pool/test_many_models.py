@@ -153,7 +153,7 @@ async def test_two_models_share_the_kv_pages_of_one(start_models, client, nanoch
 async def test_a_name_or_alias_finds_its_model(start_models, nanochat_fixtures, client):
     """Defaults do too; keys decide who sees and loads what."""
     keys = (ApiKey.hashed("all", "owner"), ApiKey.hashed("some", "bob", ("gen3", "small")), ApiKey.hashed("none", "eve", ("other",)))
-    several = (ModelEntry(str(nanochat_fixtures / "gen1"), "first"), ModelEntry(str(nanochat_fixtures / "gen2"), "chief", default=True),
+    several = (ModelEntry(str(nanochat_fixtures / "gen1"), "first"), ModelEntry(str(nanochat_fixtures / "gen2"), "chief", ("chief-2", "chief-3", "chief-4"), default=True),
                ModelEntry(str(nanochat_fixtures / "gen3"), "gen3", ("small", "gpt-4o")))
     models = await start_models(several=several, keys=keys)
     whole, some, none = ({"Authorization": f"Bearer {key}"} for key in ("all", "some", "none"))
@@ -163,6 +163,8 @@ async def test_a_name_or_alias_finds_its_model(start_models, nanochat_fixtures, 
             assert (await ask(client, url, name, headers=whole, ignored=large))[1]["model"] == model
         status, body = await ask(client, url, "chef", headers=whole)
         assert (status, body["error"]["code"]) == (404, "model_not_found") and 'did you mean "chief"' in body["error"]["message"]
+        status, body = await ask(client, url, "chie", headers=whole)
+        assert status == 404 and body["error"]["message"].endswith('did you mean "chief" or "chief-2" or "chief-3"?')
         assert (await ask(client, url, "", headers=some))[1]["model"] == "gen3"
         for name in ("first", "chief", str(nanochat_fixtures / "gen1")):
             for more in {}, {"ignored": large}:

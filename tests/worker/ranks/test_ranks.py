@@ -96,9 +96,10 @@ def kernels(monkeypatch):
     installed_core.cache_clear()
 
 
-CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) == ("tp2", "some") else [pytest.mark.slow])
+BY_DAY = ("tp2", "some"), ("pp2", "two")
+CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in BY_DAY else [pytest.mark.slow])
          for layout in LAYOUTS for kind, names in (("two", ("gpt-oss", "gen5")), ("some", EACH_TIME), ("states", STATES), ("shared", SHARED), ("all", (*MODELS, *GENERATIONS)))
-         if kind in ("all", "shared") or (layout, kind) in (("tp2", "some"), ("tp2-pp2", "two"), ("tp2-pp2", "states"), ("pp3", "states"))]
+         if kind in ("all", "shared") or (layout, kind) in (*BY_DAY, ("tp2-pp2", "two"), ("tp2-pp2", "states"), ("pp3", "states"))]
 
 
 @pytest.mark.parametrize("layout, names", CASES)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -109,11 +110,18 @@ def test_a_block_that_no_matrix_has_is_refused(folder, block):
     assert "weight_block_size[0] is" in refusal(folder) and "an integer from 1 to 1,048,576" in refusal(folder)
 
 
+def make_socket(path):
+    folder = os.open(path.parent, os.O_RDONLY)      # a socket's path has at most 107 bytes
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
 def test_pipes_and_devices_are_named_without_waiting(folder, name):
-    """Pipes, devices and folders are named without waiting for them."""
+    """Pipes, devices, sockets and folders are named without waiting for them."""
     path = folder / name
-    for make, words in ((os.mkfifo, "a pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device"), (os.mkdir, "a folder")):
+    for make, words in ((os.mkfifo, "a pipe"), (make_socket, "a socket"), (lambda path: path.symlink_to("/dev/zero"), "a device"), (os.mkdir, "a folder")):
         path.unlink(missing_ok=True)
         make(path)
         said = refusal(folder)
