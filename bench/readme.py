@@ -82,7 +82,7 @@ def number(value):
 
 
 def amount(value, unit):
-    """With its unit; seconds from a tenth of 20 s on."""
+    """With its unit; from 2,000 ms on in seconds."""
     if unit == "ms" and value >= 2000:
         return f"{value / 1000:.1f} s"
     return f"{number(value)} {unit}"

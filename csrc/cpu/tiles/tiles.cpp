@@ -77,7 +77,7 @@ bool makes_codes_first(const Tiles& tiles) {
     const bool all = false;
 #endif
     const auto makes = [&](Weight type) {
-        return !is_float(type) && (all || with_format(type, [](auto format) { return decltype(format)::EXPANDS; }));
+        return is_float(type) || all || with_format(type, [](auto format) { return decltype(format)::EXPANDS; });
     };
     if (!tiles.places) return makes(tiles.type);
     return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return makes(place.type); });

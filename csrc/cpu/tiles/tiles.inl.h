@@ -2,7 +2,8 @@
 // shapes   x in panels of 16 rows (panels.inl.h); W (N, K) of any type in formats.h, or floats; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
-//          then it stays in the L1 cache while as many groups pass by as a quarter of the L2 cache holds
+//          then it stays in the L1 cache while as many groups pass by as a quarter of the L2 cache holds. Of float tiles that
+//          are 128 columns at a time, widened to 32 bits
 // cost     decoding: a tile's bytes are read once for up to 8 rows; up to 4 rows memory is the bound.
 //          Prefill: the multipliers are the bound. A row and a 16 x 32 block of q4_1 take 11 of their instructions, and 8 more where
 //          one of 4 rows has a fine plane: that is every third block, and a quarter of the time. (Lists of each row's fine blocks,
@@ -211,22 +212,34 @@ DC_INLINE void float_columns(const uint8_t* tile, int64_t tile_bytes, const floa
     }
 }
 
+// Some columns of tiles that lie tile_bytes apart, and of a group's panel. `ahead`, unless 0: prefetch what lies that many bytes further on.
+struct FloatColumns {
+    const uint8_t* tile;
+    int64_t tile_bytes, count, ahead;
+    const float* panel;
+};
+
+// T tiles times rows row .. row + R - 1 of the panel are added to y [T][R][16].
 template <class W, int T, int R>
-__attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, int64_t ahead, const float* panel, int row,
-                                          float* y) {
-    const int64_t bytes = columns * 16 * int64_t(sizeof(W));
-    constexpr int64_t step = 256 * sizeof(W), panel_step = 16 * GROUP_ROWS;
-    Lanes total[T][R] = {};
-    const float* x = panel + 16 * row;
-    int64_t left = columns;
-    for (; left >= 16; left -= 16, tile += step, x += panel_step) {
+__attribute__((noinline)) void float_rows(const FloatColumns& columns, int row, float* y) {
+    constexpr int64_t STEP = 256 * sizeof(W), PANEL_STEP = 16 * GROUP_ROWS;
+    const int64_t bytes = columns.tile_bytes, ahead = columns.ahead;
+    const uint8_t* tile = columns.tile;
+    const float* x = columns.panel + 16 * row;
+    Lanes total[T][R];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) total[t][r] = load(y + (t * GROUP_ROWS + r) * 16);
+    int64_t left = columns.count;
+    for (; left >= 16; left -= 16, tile += STEP, x += PANEL_STEP) {
         if (ahead) {                                // within the tile, then within the one that follows these T
             const uint8_t* next = tile + ahead + (left * 16 * int64_t(sizeof(W)) > ahead ? 0 : (T - 1) * bytes);
-            for (int t = 0; t < T; t++) fetch_once(next + t * bytes, step);
+            for (int t = 0; t < T; t++) fetch_once(next + t * bytes, STEP);
         }
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
-    for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (step / 16), bytes, x + k, 1, total);
+    for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (STEP / 16), bytes, x + k, 1, total);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 8
@@ -235,7 +248,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
 
 // ---- the kernels of a type, by rows of x
 
-using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
+using FloatKernel = void (*)(const FloatColumns&, int, float*);
 
 template <class W, int T, int R = FLOAT_ROWS>
 FloatKernel pick_float(int rows) {
@@ -294,14 +307,6 @@ struct Meeting {
     int64_t ahead;
 };
 
-void multiply_floats(const Meeting& m, Sums& out) {
-    const float* const x = reinterpret_cast<const float*>(m.panel) + float_group(m.w.columns, m.group);
-    for (int row = 0, n; row < m.rows; row += n) {
-        n = int(least(FLOAT_ROWS, m.rows - row));
-        float_kernel(m.w.type, m.tiles, n)(m.w.memory + m.tile * m.tile_bytes, m.w.columns, row ? 0 : m.ahead, x, row, out.y[0][row]);
-    }
-}
-
 void multiply_blocks(const Meeting& m, Sums& out) {
     const int first = int(m.group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
     for (int row = 0, n; row < m.rows; row += n) {
@@ -329,6 +334,7 @@ struct Gathering {
 // How many groups of rows meet a tile's codes once these are made, and how many groups of the tile's blocks, of 256 columns each, have their codes
 // in the cache together. With 4 and 1 a prompt's products took 2 to 8 % longer.
 constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
+constexpr int64_t FLOAT_COLUMNS = 128;              // of two tiles in 32 bits: half of the L1 cache
 
 #if defined(__AVX512F__)
 
@@ -435,8 +441,39 @@ void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sum
     }
 }
 
-void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
-    Sums sums[EXPANDED_GROUPS];
+template <class W>
+void widen_columns(const FloatColumns& columns, int tiles, float (&to)[PAIR][16 * FLOAT_COLUMNS]) {
+    for (int t = 0; t < tiles; t++)
+        for (int64_t k = 0; k < columns.count; k++)
+            store(to[t] + 16 * k, load(reinterpret_cast<const W*>(columns.tile + t * columns.tile_bytes) + 16 * k));
+}
+
+// Several groups pass by some columns at a time, which the first cache holds; 16-bit floats are widened before rows pass by them more than once.
+// A sum goes on where it was left, so its bits stay.
+void multiply_floats(const Gathering& g, Sums* sums) {
+    const Tiles& w = g.job.tiles;
+    const bool widens = w.type != Weight::f32 && g.count() >= 2 * FLOAT_ROWS, parts = widens || g.end - g.first > 1;
+    const int64_t column_bytes = 16 * bytes_of_float(w.type), together = parts ? FLOAT_COLUMNS : w.columns;
+    alignas(64) float wide[PAIR][16 * FLOAT_COLUMNS];
+    std::memset(sums, 0, size_t(g.end - g.first) * sizeof *sums);
+    for (int64_t column = 0; column < w.columns; column += together) {
+        FloatColumns columns{w.memory + g.tile * g.tile_bytes + column * column_bytes, g.tile_bytes, least(together, w.columns - column), parts ? 0 : AHEAD, nullptr};
+        for (int t = 0; parts && t < g.tiles; t++) fetch_again(columns.tile + t * g.tile_bytes + AHEAD, columns.count * column_bytes);
+        if (widens) {
+            w.type == Weight::f16 ? widen_columns<Half>(columns, g.tiles, wide) : widen_columns<Bfloat>(columns, g.tiles, wide);
+            columns.tile = reinterpret_cast<const uint8_t*>(wide), columns.tile_bytes = sizeof wide[0];
+        }
+        for (int64_t group = g.first; group < g.end; group++) {
+            columns.panel = reinterpret_cast<const float*>(g.panel(group)) + float_group(w.columns, group) + column * GROUP_ROWS;
+            for (int row = 0, n; row < g.rows(group); row += n, columns.ahead = 0) {
+                n = int(least(FLOAT_ROWS, g.rows(group) - row));
+                float_kernel(widens ? Weight::f32 : w.type, g.tiles, n)(columns, row, sums[group - g.first].y[0][row]);
+            }
+        }
+    }
+}
+
+void multiply_types(const Gathering& g, Sums* sums) {
     bool pair = false;
     for (int t = 0; t < g.tiles && !pair; t++) {
         const TilePlace place = tile_of(g.job.tiles, g.tile + t, g.tile_bytes);
@@ -453,6 +490,12 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
                 }
         });
     }
+}
+
+void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
+    Sums sums[EXPANDED_GROUPS];
+    if (is_float(g.job.tiles.type)) multiply_floats(g, sums);
+    else multiply_types(g, sums);
     for (int64_t group = g.first; group < g.end; group++) {
         Sums& own = sums[group - g.first];
         if (g.job.adapted.adapters) add_adapters(g.job, g.tile, g.tiles, group * GROUP_ROWS, g.rows(group), own);
@@ -481,12 +524,11 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const bool gated = is_gate(job.activation);
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
     const int64_t bytes = tile_bytes(w.type, w.columns);
-    const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
+    const bool gathers = is_float(w.type) || any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / panel_bytes(w.panels, w.columns);
     const int64_t groups = group_end - group_begin, passes = (groups - 1) / EXPANDED_GROUPS + 1;
     const int64_t at_once = gathers ? (groups + passes - 1) / passes : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
-    const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
         for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
@@ -499,7 +541,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
                 const Meeting m{w, tile, bytes, int(least(step, tile_end - tile)),
                                 panel_of(job, group / GROUPS), group, int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
                 Sums sums;
-                multiply_some(m, sums);
+                multiply_blocks(m, sums);
                 if (job.adapted.adapters) add_adapters(job, tile, m.tiles, row, m.rows, sums);
                 for (int r = 0; r < m.rows; r++) finish(job, tile, m.tiles, row + r, r, sums);
             }
