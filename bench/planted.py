@@ -9,7 +9,7 @@ length, so that all rooms have their share; what only words a message or a log l
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
 For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and, of what `pytest --quick` runs, the modules that call the function by the record
-run with -x in a copy of the commit. A test that noticed the fault for `changed` need not run again for --quick. Faults that `changed` misses are then planted
+run with -x in a copy of the commit. Faults that `changed` misses are then planted
 together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
 with one fault after the other, first with those that its module calls.
 A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
@@ -292,26 +292,33 @@ def plant_all(options: argparse.Namespace) -> None:
                 verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault), first_only=True))
             if "spine" in options.by and not verdicts.of(number, options.seed, "spine"):
                 verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean), first_only=True))
-            if "quick" in options.by and (changed := verdicts.of(number, options.seed, "changed")) and not verdicts.of(number, options.seed, "quick"):
-                verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, changed["test"]))
-        if "day" not in options.by:
-            return
-        missed = {number: fault for number, fault in faults.items() if (verdicts.of(number, options.seed, "changed") or {}).get("verdict") == "missed"
-                  and not verdicts.of(number, options.seed, "day")}
-        if missed:
-            run_day(bed, verdicts, options.seed, missed)
+        if "day" in options.by:
+            run_day(bed, verdicts, options.seed, {number: fault for number, fault in faults.items() if asks_day(verdicts, number, options.seed)})
+        if "quick" in options.by:
+            for number, fault in faults.items():
+                if verdicts.of(number, options.seed, "changed") and not verdicts.of(number, options.seed, "quick"):
+                    verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, number, verdicts, options.seed))
 
 
-def by_quick(bed: Bed, fault: Fault, known: str) -> tuple[str, float]:
-    """As Bed.noticed. known: the test that noticed it for `changed`, or ""."""
-    if known.partition("::")[0] in bed.quick:
-        return known, 0.0
+def asks_day(verdicts: Verdicts, number: int, seed: int) -> bool:
+    """Is not known yet whether the day notices it?"""
+    changed = verdicts.of(number, seed, "changed")
+    return bool(changed) and changed["verdict"] == "missed" and not verdicts.of(number, seed, "day")
+
+
+def by_quick(bed: Bed, fault: Fault, number: int, verdicts: Verdicts, seed: int) -> tuple[str, float]:
+    """As Bed.noticed. A test of --quick that noticed it for another way need not run again, and what the day misses --quick misses too."""
+    others = [verdicts.of(number, seed, way) for way in ("changed", "day")]
+    known = next((verdict["test"] for verdict in others if verdict and verdict["test"].partition("::")[0] in bed.quick), "")
+    missed = others[1] is not None and others[1]["verdict"] == "missed"
     places = [module for module in bed.callers(fault) if module in bed.quick]
-    return bed.noticed([fault], places, first_only=True) if places else ("", 0.0)
+    return (known, 0.0) if known or missed or not places else bed.noticed([fault], places, first_only=True)
 
 
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
     """The day's tests that execute any of these faults, all planted at once, then what failed for one fault after the other."""
+    if not faults:
+        return
     bed.plant([*faults.values()])
     places = [*dict.fromkeys(module for fault in faults.values() for module in bed.callers(fault))]
     began = time.monotonic()
