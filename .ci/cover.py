@@ -19,7 +19,7 @@ WITH_WORDS = 3
 MOST_TIMES = 5      # that a word counts in a module
 CALLED = 2          # modules for each function that a changed line calls
 MENTION_SECONDS = 240.0     # of one process, by the record: for functions that only mention what changed
-QUICK_SECONDS = 900.0               # of one process, by the record
+QUICK_SECONDS = 1600.0              # of one process, by the record
 
 
 def room_of_tests(root: Path, path: str) -> str:
