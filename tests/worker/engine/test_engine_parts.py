@@ -213,7 +213,8 @@ def test_what_a_part_raises_at_an_end_fails_no_answer(path, monkeypatch):
     monkeypatch.setattr(steering, "ends", lambda sequence: told.append(sequence.work.id) or 1 / 0)
     found = pieces(engine, [work("short", 2, logprob_ids=(7,)), work("other")])
     assert [found[name].end.reason for name in ("short", "other")] == ["length", "length"]
-    assert sorted(told) == sorted(engine.given.others[0].loaded.ended) == ["other", "short"]
+    assert sorted(told) == ["other", "short"]
+    assert "short" in engine.given.others[0].loaded.ended       # who loads it; the other one may have ended before
 
 
 def test_parts_hear_of_the_end_of_an_answer_that_another_part_refuses(path, monkeypatch):
