@@ -368,7 +368,7 @@ async def test_a_death_counts_against_the_file_that_is_read_alone(tmp_path, monk
 
 
 async def test_files_without_an_embedder_fail_with_a_reason_and_are_read_once_there_is_one(tmp_path):
-    async with embedding(tmp_path) as (ask, pool, file, store):
+    async with embedding(tmp_path) as (_, _, file, store):
         pass
     path = f"{STORES}/{store['id']}"
     async with knowing(tmp_path / "k.db", pool=FakePool()) as ask:
