@@ -11,7 +11,7 @@ follows from the seed: fault number 7 of seed 1 is the same one as long as the p
 For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and, of what `pytest --quick` runs, the modules that call the function by the record
 run with -x in a copy of the commit. Faults that `changed` misses are then planted
 together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
-with one fault after the other, first with those that its module calls.
+with one fault after the other, first with those that its module calls. --quick is asked last, of what no verdict of the others tells already.
 A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
 the seconds that it took, and the first test that failed.
 """
@@ -280,6 +280,11 @@ class Verdicts:
     def of(self, number: int, seed: int, way: str) -> dict | None:
         return self.known.get((f"{number}", seed, way))
 
+    def is_missed(self, number: int, seed: int, way: str) -> bool:
+        """Whether it was asked, and did not notice the fault."""
+        verdict = self.of(number, seed, way)
+        return verdict is not None and verdict["verdict"] == "missed"
+
 
 def plant_all(options: argparse.Namespace) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -292,27 +297,23 @@ def plant_all(options: argparse.Namespace) -> None:
                 verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault), first_only=True))
             if "spine" in options.by and not verdicts.of(number, options.seed, "spine"):
                 verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean), first_only=True))
+        missed = [number for number in faults if verdicts.is_missed(number, options.seed, "changed")]
         if "day" in options.by:
-            run_day(bed, verdicts, options.seed, {number: fault for number, fault in faults.items() if asks_day(verdicts, number, options.seed)})
-        if "quick" in options.by:
-            for number, fault in faults.items():
-                if verdicts.of(number, options.seed, "changed") and not verdicts.of(number, options.seed, "quick"):
-                    verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, number, verdicts, options.seed))
-
-
-def asks_day(verdicts: Verdicts, number: int, seed: int) -> bool:
-    """Is not known yet whether the day notices it?"""
-    changed = verdicts.of(number, seed, "changed")
-    return bool(changed) and changed["verdict"] == "missed" and not verdicts.of(number, seed, "day")
+            run_day(bed, verdicts, options.seed, {number: faults[number] for number in missed if not verdicts.of(number, options.seed, "day")})
+        for number, fault in faults.items() if "quick" in options.by else ():
+            if verdicts.of(number, options.seed, "changed") and not verdicts.of(number, options.seed, "quick"):
+                verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, number, verdicts, options.seed))
 
 
 def by_quick(bed: Bed, fault: Fault, number: int, verdicts: Verdicts, seed: int) -> tuple[str, float]:
     """As Bed.noticed. A test of --quick that noticed it for another way need not run again, and what the day misses --quick misses too."""
-    others = [verdicts.of(number, seed, way) for way in ("changed", "day")]
-    known = next((verdict["test"] for verdict in others if verdict and verdict["test"].partition("::")[0] in bed.quick), "")
-    missed = others[1] is not None and others[1]["verdict"] == "missed"
+    for verdict in (verdicts.of(number, seed, "changed"), verdicts.of(number, seed, "day")):
+        if verdict and verdict["test"].partition("::")[0] in bed.quick:
+            return verdict["test"], 0.0
     places = [module for module in bed.callers(fault) if module in bed.quick]
-    return (known, 0.0) if known or missed or not places else bed.noticed([fault], places, first_only=True)
+    if not places or verdicts.is_missed(number, seed, "day"):
+        return "", 0.0
+    return bed.noticed([fault], places, first_only=True)
 
 
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
