@@ -118,12 +118,18 @@ def export_lines(words: Seq[str]) -> Iterator[str]:
     yield from model.notes
 
 
+def end_at_once(*_):
+    """Remove what is unfinished, also if the signal comes again meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def export_main(arguments: Seq[str]) -> int:
     """The role `export PARENT MODEL -o FOLDER ...`, which a server starts. Exit status 2: stderr says what is
     wrong."""
     parent, *words = arguments
     die_with_parent(int(parent))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and remove what is unfinished
+    signal.signal(signal.SIGTERM, end_at_once)
     try:
         for _ in export_lines(words):
             pass

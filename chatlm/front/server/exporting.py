@@ -92,8 +92,8 @@ class ExportRoutes:
         try:
             _, output = await process.communicate()
         finally:
-            if process.returncode is None:  # the client has left
-                process.terminate()
+            if process.returncode is None:  # the client has left; the next export waits until all is removed
+                await self.close()
         if process.returncode:
             lines = output.decode("utf-8", "replace").strip().splitlines()
             reason = exit_in_words(process.returncode)

@@ -1,11 +1,15 @@
 """Exports over HTTP: requests give names, never paths, and only operators may give them."""
 
 import json
+import os
+import subprocess
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import pytest
 
+from chatlm.common.processes.start import PROCESS_COMMAND, PROGRAM
 import real_server
 from exported import loaded
 
@@ -86,6 +90,28 @@ def test_a_client_that_leaves_ends_its_export(place, nanochat_fixtures):
         while export(url, name="after")[0] != 400:      # until it exists: exports go on working
             pass
     assert ".left.unfinished" not in {path.name for path in (place / "left").iterdir()}
+
+
+def test_a_server_that_ends_waits_until_an_export_has_removed_its_files(nanochat_fixtures, place):
+    """Its client has left just before: at its start, or when it has written much."""
+    for patience_s in 0.1, 0.4, 0.8, 1.2:
+        with real_server.server("--watch", nanochat_fixtures / "gen5", "--export-folder", place / "ends", *SMALL) as (_, url):
+            with suppress(TimeoutError), urllib.request.urlopen(urllib.request.Request(
+                    url + "/models/export", json.dumps({"model": "d4-sft@650", "name": f"after-{patience_s}"}).encode(),
+                    {"Content-Type": "application/json"}), timeout=patience_s):
+                pass
+        assert not [path.name for path in (place / "ends").glob(".*")]
+
+
+def test_an_export_that_is_told_to_end_again_and_again_removes_its_files(nanochat_fixtures, place):
+    (place / "told").mkdir()
+    command = [*PROCESS_COMMAND, "export", str(os.getpid()), str(nanochat_fixtures / "gen5"), "-o", str(place / "told" / "never")]
+    with subprocess.Popen(command, pass_fds=PROGRAM, stderr=subprocess.DEVNULL) as process:
+        while not (place / "told" / ".never.unfinished" / ".chat_server").exists():
+            assert process.poll() is None
+        while process.poll() is None:
+            process.terminate()
+    assert process.returncode == 1 and not list((place / "told").iterdir())
 
 
 def test_without_the_flag_nothing_is_exported(tiny_url):
