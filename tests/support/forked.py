@@ -169,7 +169,7 @@ class Template:
     fronts. imported: more modules that fronts need."""
 
     def __init__(self, what, environment, imported=()):
-        self.lock, self.ended = threading.RLock(), {}       # of processes: the status
+        self.lock, self.ended = threading.RLock(), {}       # the status by which of its forks it is: process ids come round
         self.orders, orders = socket.socketpair()
         self.ends, ends = socket.socketpair()
         passed = [orders.fileno(), ends.fileno()]
@@ -183,21 +183,21 @@ class Template:
         with self.lock:
             socket.send_fds(self.orders, [NUMBER.pack(len(order))], [descriptor, stdout, stderr, *stdin])
             self.orders.sendall(order)
-            return Forked(self, number(self.orders))
+            return Forked(self, number(self.orders), number(self.orders))
 
-    def status(self, pid):
+    def status(self, which):
         with self.lock:
-            while pid not in self.ended:
+            while which not in self.ended:
                 ended = number(self.ends)
                 self.ended[ended] = number(self.ends)
-            return self.ended[pid]
+            return self.ended[which]
 
 
 class Forked:
-    """What subprocess.Popen is for a process that it started."""
+    """What subprocess.Popen is for a process that it started. which: by what the template knows it."""
 
-    def __init__(self, template, pid):
-        self.template, self.pid, self.returncode = template, pid, None
+    def __init__(self, template, pid, which):
+        self.template, self.pid, self.which, self.returncode = template, pid, which, None
         try:
             self.end = os.pidfd_open(pid)
         except ProcessLookupError:      # it has ended already, and the template knows how
@@ -211,7 +211,7 @@ class Forked:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             with self.template.lock:    # another thread may have asked: a status is told once
                 if self.returncode is None:
-                    self.returncode = self.template.status(self.pid)
+                    self.returncode = self.template.status(self.which)
         return self.returncode
 
     def poll(self):
@@ -247,7 +247,7 @@ class Asking:
             order = json.dumps([[*command, role], dict(environment), os.getcwd()]).encode()
             socket.send_fds(self.connection, [order], [theirs.fileno(), 1, 2])
             if pid := number(self.connection):
-                return Forked(self, pid), ours
+                return Forked(self, pid, pid), ours
         ours.close()
         return original(command, role, environment)
 
@@ -266,15 +266,15 @@ def number(connection):
 # In the template
 
 def serve(orders, ends, become):
-    running, poll = {}, select.poll()
+    running, poll, which = {}, select.poll(), 0
     poll.register(orders, select.POLLIN)
     while True:
         for ready, _ in poll.poll():
             if ready != orders.fileno():
-                pid = running.pop(ready)
+                pid, ended = running.pop(ready)
                 poll.unregister(ready)
                 os.close(ready)
-                ends.sendall(NUMBER.pack(pid) + NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+                ends.sendall(NUMBER.pack(ended) + NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
                 continue
             size, descriptors, *_ = socket.recv_fds(orders, NUMBER.size, 4)
             if not size:
@@ -285,9 +285,10 @@ def serve(orders, ends, become):
                 for each in (orders.fileno(), ends.fileno(), *running):
                     os.close(each)
                 become(*order, template, descriptors)
-            running[end := os.pidfd_open(pid)] = pid
+            which += 1
+            running[end := os.pidfd_open(pid)] = pid, which
             poll.register(end, select.POLLIN)
-            orders.sendall(NUMBER.pack(pid))
+            orders.sendall(NUMBER.pack(pid) + NUMBER.pack(which))
             for each in descriptors:
                 os.close(each)
 
