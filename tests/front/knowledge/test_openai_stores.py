@@ -1,6 +1,5 @@
 """OpenAI's client over a real server with the real all-MiniLM-L6-v2, and servers that are killed."""
 
-import os
 import signal
 import sqlite3
 import time
@@ -120,7 +119,7 @@ def test_a_killed_server_goes_on_where_it_was(default_embedder_path, tmp_path):
         while client.vector_stores.retrieve(store.id).file_counts.completed < 1:
             assert time.monotonic() < until
             time.sleep(0.02)  # between two questions to a process of its own
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     with closing(sqlite3.connect(path)) as connection:
         rows = connection.execute("SELECT number, status, passages, windows FROM knowledge_files").fetchall()

@@ -1,7 +1,6 @@
 """The process that searches vectors: it comes back however it ends, and ends when nobody needs it."""
 
 import asyncio
-import os
 import signal
 import struct
 import sys
@@ -47,7 +46,7 @@ async def test_killed_between_scans_it_comes_back(place):
     scanner, [a, b] = place
     for _ in range(3):
         assert await nearest(scanner) == [b, a]
-        os.kill(scanner.process.pid, signal.SIGKILL)
+        scanner.process.send_signal(signal.SIGKILL)
 
 
 async def test_killed_during_a_scan_another_one_does_it(place):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import re
 import signal
 import sys
@@ -305,7 +304,7 @@ async def test_a_waiting_answer_can_end_its_thinking(start_pool, tmp_path):
     async for event in pool.answer(asked("lost", **request)):
         tokens += len(event.tokens) if isinstance(event, Piece) else 0
         if asking is None and tokens > 9:
-            os.kill(worker.process.pid, signal.SIGSTOP)         # it hears no more
+            worker.process.send_signal(signal.SIGSTOP)         # it hears no more
             asking, [job] = asyncio.ensure_future(pool.end_thinking("lost")), pool.dispatcher.jobs.values()
             await asyncio.sleep(0)
             worker.kill()
@@ -313,11 +312,11 @@ async def test_a_waiting_answer_can_end_its_thinking(start_pool, tmp_path):
     gone = asyncio.ensure_future(collect(pool, asked("cancelled", **request)))
     while not worker.jobs:
         await asyncio.sleep(0.01)
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    worker.process.send_signal(signal.SIGSTOP)
     late = asyncio.ensure_future(pool.end_thinking("cancelled"))
     await asyncio.sleep(0)
     pool.cancel("cancelled")                # nobody waits for what will never come
-    os.kill(worker.process.pid, signal.SIGCONT)
+    worker.process.send_signal(signal.SIGCONT)
     assert not await late
     with pytest.raises(RequestError, match="cancelled"):
         await gone
@@ -424,11 +423,11 @@ async def test_an_eviction_and_a_kill_cost_no_word(start_pool, tmp_path):
     works = [LONG_PROMPT | {"max_tokens": 90, "prompts": (tuple(range(100 + i, 220 + i)),)} for i in range(4)]
     worker = pool.workers[0]
     # until it has all four; the last is then set aside after some 45 tokens
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    worker.process.send_signal(signal.SIGSTOP)
     running = asyncio.gather(*(answers(pool, asked(name, **work)) for name, work in zip(("a", "b", "c", "kill-aside"), works)))
     while len(worker.jobs) < 4:
         await asyncio.sleep(0.01)
-    os.kill(worker.process.pid, signal.SIGCONT)
+    worker.process.send_signal(signal.SIGCONT)
     together = await running
     assert (tmp_path / "kill-aside").exists() and worker.restarts == 1        # it was set aside; the next worker may set none aside
     assert together == [await answers(pool, asked("undisturbed", **work)) for work in works]
@@ -496,7 +495,7 @@ async def test_an_idle_hanging_worker_is_replaced(start_pool):
     """That happens before anybody asks."""
     pool = await start_pool(worker_command=(sys.executable, "-B", *PROCESS_COMMAND[1:]))        # not a forked one
     (worker,) = pool.workers
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    worker.process.send_signal(signal.SIGSTOP)
     assert await stopped_worker(pool) is worker
     while worker.awaited_s is None:                 # until the next ping
         await asyncio.sleep(0.02)

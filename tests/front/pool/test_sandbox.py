@@ -758,7 +758,7 @@ async def test_a_killed_sandbox_is_replaced(open_pool):
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["templates"]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT):
-        os.kill(sandbox.process.pid, number)
+        sandbox.process.send_signal(number)
         assert await said(pool, ask("a")) == await said(
             pool, ask("b")
         )  # it ignores SIGTERM: the front decides
@@ -799,14 +799,14 @@ async def test_a_sandbox_that_dies_early_is_replaced(open_pool, started):
         for body in (small, large)
     ]
     for body, text in zip((small, large), expected):
-        os.kill(sandbox.process.pid, signal.SIGSTOP)
+        sandbox.process.send_signal(signal.SIGSTOP)
         task = asyncio.ensure_future(
             pool.admission.perform("bodies", "a", *reading("/detokenize"), bodies=[body])
         )
         for _ in range(20):  # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.is_taken and (body is small or sandbox.writer.transport.get_write_buffer_size())
-        os.kill(sandbox.process.pid, signal.SIGKILL)
+        sandbox.process.send_signal(signal.SIGKILL)
         assert answered(await task) == text
     assert len(started) == 4  # two that opening the pool has started
 
@@ -827,7 +827,7 @@ async def test_a_sandbox_that_hangs_early_is_replaced(chat_text, count):
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
     expected = await sandbox.perform(config, "a", *reading("/detokenize"), bodies=[body])
     hangs = sandbox.process
-    os.kill(hangs.pid, signal.SIGSTOP)
+    hangs.send_signal(signal.SIGSTOP)
     sandbox.waits = iter([0.1])
     assert (
         await sandbox.perform(config, "a", *reading("/detokenize"), bodies=[body]) == expected

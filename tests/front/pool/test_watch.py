@@ -127,12 +127,12 @@ async def test_bad_checkpoints_are_told_once(
         # one that answers now is replaced by another, in place: the answer ends on the old one
         old = models.find("d2-base@4").model
         [worker] = old.pool.workers
-        os.kill(worker.process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
+        worker.process.send_signal(signal.SIGSTOP)      # or the answer might have ended before anybody looked
         long = asyncio.ensure_future(ask(client, url, "d2-base@4", max_tokens=100, ignore_eos=True))
         await until(lambda: old.pool.dispatcher.running)
         replaced = torch.load(file_of(run_folder, 1), weights_only=True)
         torch.save(replaced, file_of(run_folder, 4))
-        os.kill(worker.process.pid, signal.SIGCONT)
+        worker.process.send_signal(signal.SIGCONT)
         await until(lambda: old not in models.registry.models and "d2-base@4" in known() and models.find("d2-base@latest").name == "d2-base@4")
         status, body = await long
         assert status == 200 and body["choices"][0]["message"]["content"].startswith(last[:8])
@@ -177,7 +177,7 @@ async def test_a_worker_refuses_files_it_has_not_seen(run_folder, watching, clie
         await until(lambda: len(models.registry.models) == 2)
         model = models.find("d2-base@2").model
         assert (await ask(client, url, "d2-base@2"))[0] == 200
-        os.kill(model.pool.workers[0].process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
+        model.pool.workers[0].process.send_signal(signal.SIGSTOP)      # or the answer might have ended before anybody looked
         asked = asyncio.ensure_future(ask(client, url, "d2-base@2", max_tokens=100, ignore_eos=True))
         await until(lambda: model.pool.dispatcher.running)
         shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))

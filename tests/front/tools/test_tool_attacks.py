@@ -69,7 +69,7 @@ async def test_a_server_that_dies_fails_each_of_its_calls_once(tmp_path):
         [server] = box.servers
         slow = await all_running(box, tmp_path / "never")
         waiting = [begun(box, "count", path=str(tmp_path / "calls")) for _ in range(12)]
-        os.kill(server.client.transport.process.pid, signal.SIGKILL)
+        server.client.transport.process.send_signal(signal.SIGKILL)
         assert all("the outcome is unknown" in result.text for result in await asyncio.gather(*slow))
         texts = [result.text for result in await asyncio.gather(*waiting)]
         assert {text for text in texts if text != "counted"} <= {text for text in texts if "not running" in text or "outcome is unknown" in text}
@@ -88,7 +88,7 @@ async def test_a_tool_that_changes_while_its_call_waits_is_not_run(tmp_path):
         approved = box.offered()["fake__count"]
         slow = await all_running(box, tmp_path / "there")
         faults.write_text('["changed"]')
-        os.kill(server.client.transport.process.pid, signal.SIGKILL)
+        server.client.transport.process.send_signal(signal.SIGKILL)
         await asyncio.gather(*slow)
         await until(lambda: server.state is ServerState.READY)
         result = await box.call(approved, {"path": str(tmp_path / "calls")}, "me")

@@ -113,7 +113,7 @@ async def test_a_program_that_is_not_there_is_named():
 async def test_a_dead_server_starts_again(tmp_path):
     async with opened() as box:
         [server] = box.servers
-        os.kill(server.client.transport.process.pid, signal.SIGKILL)
+        server.client.transport.process.send_signal(signal.SIGKILL)
         await until(lambda: server.state is ServerState.FAILED)
         failed = await call_of_failed(box)
         assert failed.is_error and "not running" in failed.text
