@@ -106,6 +106,7 @@ class CpuBackend:
     packs_kv = True
     converted = staticmethod(converted)
     program: Program        # the ops record themselves here
+    lease: AnswerLease | None = None  # threads of the process read its memory, also without this backend
 
     def __init__(self, model: Model):
         self.model = model
@@ -181,7 +182,7 @@ class CpuBackend:
 
     def pause_while(self, lease: AnswerLease, most_s: float) -> None:
         _core.pause_while(lease.address, int(1e9 * most_s), lease.SLICE_NS)
-        self.lease = lease        # its memory stays mapped
+        CpuBackend.lease = lease
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
         return self.program.adapters.pack(matrices)

@@ -206,8 +206,8 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
         const int64_t least = chosen_amx() != Amx::none && rows >= threads * PANEL_ROWS ? PANEL_ROWS : GROUP_ROWS;
         per_chunk = 4 * GROUP_ROWS;
         while (per_chunk > least && rows < 3 * threads * per_chunk) per_chunk /= 2;
-        const auto makes = [&](const Op& op) { const auto* const its = op.as<op::linear>(); return its && makes_codes_first(its->tiles); };
-        if (std::any_of(ops.begin() + first, ops.begin() + end, makes)) {     // codes are made once a chunk: 128 rows, 4 % of a prompt better than 32; each thread as many
+        const auto wants = [&](const Op& op) { const auto* const its = op.as<op::linear>(); return its && wants_many_rows(its->tiles); };
+        if (std::any_of(ops.begin() + first, ops.begin() + end, wants)) {     // codes are made once a chunk: 128 rows, 4 % of a prompt better than 32; each thread as many
             const int64_t shares = threads * std::max<int64_t>(1, rows / (threads * 16 * GROUP_ROWS));
             per_chunk = ((rows + shares - 1) / shares + least - 1) / least * least;
         }

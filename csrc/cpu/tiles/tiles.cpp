@@ -70,17 +70,17 @@ int64_t bytes_of(const Tiles& tiles) {
     return tiles.places ? bytes : count * tile_bytes(tiles.type, tiles.columns);
 }
 
-bool makes_codes_first(const Tiles& tiles) {
+bool wants_many_rows(const Tiles& tiles) {
 #if defined(__x86_64__)
     const bool all = &narrow_kernels() == &avx512::tile_kernels;        // tile_pairs.inl.h, folded.inl.h; AMX gains as much
 #else
     const bool all = false;
 #endif
-    const auto makes = [&](Weight type) {
+    const auto wants = [&](Weight type) {
         return is_float(type) || all || with_format(type, [](auto format) { return decltype(format)::EXPANDS; });
     };
-    if (!tiles.places) return makes(tiles.type);
-    return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return makes(place.type); });
+    if (!tiles.places) return wants(tiles.type);
+    return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return wants(place.type); });
 }
 
 int panels_of(Weight type) {

@@ -132,7 +132,7 @@ int64_t file_columns(Weight type);                      // of a block in GGUF's 
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
 int64_t bytes_of(const Tiles& tiles);
-bool makes_codes_first(const Tiles& tiles);             // does a product of many rows make codes or wide floats first (grids.h, folded.inl.h, tile_pairs.inl.h, multiply_floats)?
+bool wants_many_rows(const Tiles& tiles);               // does a product make codes (grids.h, folded.inl.h, tile_pairs.inl.h) or bring floats into the cache once for all its rows?
 
 static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes) {      // bytes: tile_bytes of tiles.type
     return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};

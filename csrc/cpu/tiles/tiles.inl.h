@@ -506,7 +506,7 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
 // Does a product of so many rows make the codes of any of these tiles beforehand?
 bool any_expands(const Tiles& w, int64_t tile, int64_t end, int64_t rows) {
     const auto expands = [&](Weight type) {
-        return !is_float(type) && with_format(type, [&](auto format) {
+        return with_format(type, [&](auto format) {
             using F = decltype(format);
             return F::EXPANDS || rows >= PAIR_LEAST_ROWS<F>;
         });
