@@ -10,7 +10,7 @@ Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen
     for each that mentions a changed name           one such module, within MENTION_SECONDS; a name is a constant, a table, a field of a class, or a class
     what calls anything of its file                 for a function that nobody has recorded, unless it is new; of its room, if nothing does
     tests that are new or changed, or import what changed in tests/support
-    what RULES says of all other files; what `pytest --quick` runs for tests/conftest.py
+    what RULES says of all other files; for tests/conftest.py modules that call most of the program, within BROAD_SECONDS
     the spine (.ci/spine)                           always
 
 Tests of functions come first, then those with processes, then the page's; of each kind the shortest first.
@@ -314,7 +314,7 @@ class Change:
             self.chosen.add(path)
             return
         if path == "tests/conftest.py":
-            self.add(self.cover.quick())
+            self.add(self.cover.broad())
             return
         if path.endswith("conftest.py"):
             self.add([str(Path(path).parent)])

@@ -1,4 +1,4 @@
-"""Few modules of tests that call each of some functions, by the record (.ci/executed): for `.ci/run changed` and for `pytest --quick`."""
+"""Few modules of tests that call each of some functions, by the record (.ci/executed): for `.ci/run changed`."""
 
 import heapq
 from collections import defaultdict
@@ -19,7 +19,7 @@ WITH_WORDS = 3
 MOST_TIMES = 5      # that a word counts in a module
 CALLED = 2          # modules for each function that a changed line calls
 MENTION_SECONDS = 240.0     # of one process, by the record: for functions that only mention what changed
-QUICK_SECONDS = 1600.0              # of one process, by the record
+BROAD_SECONDS = 900.0               # of one process, by the record: for what all tests read
 
 
 def room_of_tests(root: Path, path: str) -> str:
@@ -100,8 +100,8 @@ class Cover:
                 take(module)
         return found
 
-    def quick(self, seconds: float = QUICK_SECONDS) -> list[str]:
-        """What `pytest --quick` runs: the spine's modules, and those that call the most functions besides, in so many seconds together."""
+    def broad(self, seconds: float = BROAD_SECONDS) -> list[str]:
+        """The spine's modules, and those that call the most functions besides, in so many seconds together."""
         chosen = [module for module in dict.fromkeys(place.partition("::")[0] for place in spine(self.root)) if module in self.record]
         for count in range(1, CALLERS + 1):                             # what is called once by now may be called by one more module
             left = seconds - sum(self.record[module].seconds for module in chosen)

@@ -8,7 +8,7 @@ A fault is one changed operator, constant, condition, or order of two statements
 length, so that all rooms have their share; what only words a message or a log line is not touched, nor what compiles to the same code. All of it
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
-For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and, of what `pytest --quick` runs, the modules that call the function by the record
+For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and what `pytest --quick` takes of the modules that call the function by the record
 run with -x in a copy of the commit. Faults that `changed` misses are then planted
 together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
 with one fault after the other, first with those that its module calls. --quick is asked last, of what no verdict of the others tells already.
@@ -207,12 +207,16 @@ class Bed:
         return Cover(self.clean, read_record(self.clean))
 
     @cached_property
-    def quick(self) -> list[str]:
-        return self.cover.quick()
+    def quick(self) -> set[str]:
+        """The tests of `pytest --quick`."""
+        words = [self.clean / ".venv/bin/python", "-m", "pytest", "--quick", "--collect-only", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run([str(word) for word in words], cwd=self.clean, check=True, capture_output=True, text=True, timeout=300)
+        return {line for line in done.stdout.splitlines() if "::" in line}
 
     def callers(self, fault: Fault) -> list[str]:
-        """The modules of tests that by the record call its function."""
-        return self.cover.callers.get((fault.path, fault.function), [])
+        """The modules of tests that by the record call its function, those first that are likelier to notice."""
+        function = fault.path, fault.function
+        return sorted(self.cover.callers.get(function, []), key=lambda module: -self.cover.worth(function, module))
 
     def plant(self, faults: list[Fault]) -> None:
         """These, and no others."""
@@ -220,28 +224,28 @@ class Bed:
         for fault in sorted(faults, key=lambda fault: (fault.path, -fault.start)):
             fault.plant(self.planted)
 
-    def noticed(self, faults: list[Fault], places: list[str], first_only: bool) -> tuple[str, float]:
-        """(the first test that fails twice with these faults and passes without, or "", seconds)"""
+    def noticed(self, faults: list[Fault], places: list[str], *words: str) -> tuple[str, float]:
+        """(the first test that fails twice with these faults and passes without, or "", seconds). words: for pytest."""
         self.plant(faults)
         without: list[str] = []             # what failed on a busy machine: -x must not end with it
         seconds = 0.0
         while len(without) < MOST_OTHERS:
             began = time.monotonic()
-            failed = self.run(self.planted, places, first_only, without)
+            failed = self.run(self.planted, places, True, without, words)
             seconds += time.monotonic() - began
             counting = (test for test in failed if self.run(self.planted, [test], True) and not self.run(self.clean, [test], True))
             if found := next(counting, ""):
                 return found, seconds
-            if not failed or not first_only:
+            if not failed:
                 break
             without += failed
         return "", seconds
 
-    def run(self, copy: Path, places: list[str], first_only: bool, without: Iterable[str] = ()) -> list[str]:
+    def run(self, copy: Path, places: list[str], first_only: bool, without: Iterable[str] = (), more: Iterable[str] = ()) -> list[str]:
         """The names of the tests that failed; of the module where it could not be collected."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"TESTS_AS_NAMED": "1"}
         words = [copy / ".venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-summary", "-rfE", "--timeout=170",
-                 *(["-x"] if first_only else []), *(f"--deselect={test}" for test in without), *(["-n", str(self.jobs), "--dist", "loadfile"] if len(places) > 1 else []), *places]
+                 *(["-x"] if first_only else []), *(f"--deselect={test}" for test in without), *(["-n", str(self.jobs), "--dist", "loadfile"] if len(places) > 1 else []), *more, *places]
         try:
             done = subprocess.run([str(word) for word in words], cwd=copy, env=environment, capture_output=True, text=True, timeout=3600)
         except subprocess.TimeoutExpired:
@@ -294,9 +298,9 @@ def plant_all(options: argparse.Namespace) -> None:
         faults = dict(enumerate(draw_faults(bed.clean, options.faults, options.seed)))
         for number, fault in faults.items():
             if "changed" in options.by and not verdicts.of(number, options.seed, "changed"):
-                verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault), first_only=True))
+                verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault)))
             if "spine" in options.by and not verdicts.of(number, options.seed, "spine"):
-                verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean), first_only=True))
+                verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean)))
         missed = [number for number in faults if verdicts.is_missed(number, options.seed, "changed")]
         if "day" in options.by:
             run_day(bed, verdicts, options.seed, {number: faults[number] for number in missed if not verdicts.of(number, options.seed, "day")})
@@ -308,12 +312,12 @@ def plant_all(options: argparse.Namespace) -> None:
 def by_quick(bed: Bed, fault: Fault, number: int, verdicts: Verdicts, seed: int) -> tuple[str, float]:
     """As Bed.noticed. A test of --quick that noticed it for another way need not run again, and what the day misses --quick misses too."""
     for verdict in (verdicts.of(number, seed, "changed"), verdicts.of(number, seed, "day")):
-        if verdict and verdict["test"].partition("::")[0] in bed.quick:
+        if verdict and verdict["test"] in bed.quick:
             return verdict["test"], 0.0
-    places = [module for module in bed.callers(fault) if module in bed.quick]
+    places = bed.callers(fault)
     if not places or verdicts.is_missed(number, seed, "day"):
         return "", 0.0
-    return bed.noticed([fault], places, first_only=True)
+    return bed.noticed([fault], places, "--quick")
 
 
 def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:

@@ -28,12 +28,12 @@ REPOSITORY = TESTS.parent
 sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support"), str(REPOSITORY / ".ci")]
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
-from cover import QUICK_SECONDS, Cover  # noqa: E402
-from executed import read_record, recorded_seconds  # noqa: E402
+from executed import recorded_seconds  # noqa: E402
 from lasting_timeouts import pytest_timeout_set_timer  # noqa: E402, F401
 import nightly  # noqa: E402
 from made_once import made_once  # noqa: E402
 from pools import start_pool, started  # noqa: E402, F401
+from quick_plugin import Quick  # noqa: E402
 from shared_servers import (  # noqa: E402, F401
     default_server, default_url, float_url, keeping_server, knowing_server, short_url, tiny_url, tools_server,
     two_keys_server)
@@ -61,28 +61,17 @@ def pytest_testnodedown(node, error):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", metavar="SECONDS", nargs="?", type=float, const=QUICK_SECONDS,
-                     help="instead of all modules those that by the record call most of the program in so many seconds of one process "
-                     f"({QUICK_SECONDS:.0f}), and the spine")
+    parser.addoption("--quick", action="store_true", help="the spine, and of each other function of tests some cases, if they are not slow")
 
 
 def pytest_configure(config):
     config.option.loadscopereorder = False          # of xdist: it would start the modules with most tests first
     if getattr(config.option, "maxworkerrestart", None) is None:
         config.option.maxworkerrestart = "0"        # of xdist 3.8: it may wait for ever once it has started another process for one that died
-    if config.option.quick is not None:
-        config.args = [str(REPOSITORY / module) for module in Cover(REPOSITORY, read_record(REPOSITORY)).quick(config.option.quick)]
+    if config.option.quick:
+        config.pluginmanager.register(Quick(REPOSITORY))
     if "RECORD_EXECUTED" in os.environ:
         config.pluginmanager.import_plugin("call_recorder_plugin")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.option.quick is not None:
-        record = read_record(REPOSITORY)
-        called = [record[str(Path(module).relative_to(REPOSITORY))].functions for module in config.args]
-        share = len(frozenset().union(*called)) / len(frozenset().union(*(executed.functions for executed in record.values())))
-        terminalreporter.write_line(f"These were {len(config.args)} of {len(record)} modules of tests. They call {share:.0%} of the functions that all of "
-                                    "them call. All by day: .ci/run, or this command without --quick. CONTRIBUTING.md says what else there is.")
 
 
 @pytest.hookimpl(tryfirst=True)

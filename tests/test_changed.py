@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
-from cover import CALLERS, QUICK_SECONDS, Cover     # noqa: E402
+from cover import CALLERS, Cover     # noqa: E402
 from executed import Executed, read_record, read_run, silent, spine, write_record       # noqa: E402
 from call_recorder import program_file     # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
+from quick_plugin import quick, slow_functions     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
 
@@ -174,18 +175,18 @@ def test_a_field_is_seen_by_those_who_mention_it(program):
     assert chosen(program, "chatlm/kitchen/soup.py", "depth = 3", "depth = 4") == [DEEP, "tests/test_look.py"]
 
 
-def test_what_every_test_reads_needs_the_quick_ones(program):
+def test_what_every_test_reads_needs_what_calls_most(program):
     assert set(chosen(program, "tests/conftest.py", "", "x = 1\n")) == {DEEP, PAGE, SPICES} | {SOUP}
 
 
-def test_the_quick_ones_call_most_functions_within_their_seconds(program):
+def test_what_calls_most_functions_is_chosen_within_its_seconds(program):
     """The spine's come first, then those that call most in a second."""
     functions = [("chatlm/other.py", f"f{number}") for number in range(9)]
     record_more(program, {"tests/test_walls.py": Executed(1.0, False, frozenset(functions[:1])),
                           "tests/test_all.py": Executed(40.0, False, frozenset(functions)),
                           "tests/test_most.py": Executed(2.0, False, frozenset(functions[:8])),
                           "tests/test_last.py": Executed(8.0, False, frozenset(functions[8:]))})
-    chosen = Cover(program, read_record(program)).quick(20.0)
+    chosen = Cover(program, read_record(program)).broad(20.0)
     assert chosen[0] == "tests/test_walls.py" and {"tests/test_most.py", "tests/test_last.py"} < set(chosen)
     assert "tests/test_all.py" not in chosen
 
@@ -235,7 +236,7 @@ def test_a_record_that_ended_too_early_is_told(program):
     assert silent(run, program) == [SOUP]
 
 
-def test_what_tests_execute_is_recorded_in_all_processes(tmp_path):
+def test_what_tests_execute_is_recorded_in_all_processes(tmp_path, monkeypatch):
     """In a thread, in a process that is killed, in a fork, by a fixture of the session, and after a recursion without end, which would
     end a profile; what an import runs is not."""
     (tmp_path / "chatlm").mkdir()
@@ -290,7 +291,21 @@ def test_processes():
     code = "import os, signal; from chatlm import room; room.in_process(); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code])
 """)
-    (tmp_path / "test_two.py").write_text("def test_made(made): pass\n")
+    (tmp_path / "test_two.py").write_text("""
+import time
+import pytest
+
+@pytest.fixture(scope="module")
+def shared():
+    time.sleep(1.5)
+
+def test_made(made, shared):
+    pass
+
+@pytest.mark.parametrize("s", [1.5, 1.6])
+def test_long(s):
+    time.sleep(s)
+""")
     (tmp_path / "record_executed.pth").write_text(f"import os; os.environ.get('RECORD_EXECUTED_NAME') and "
                                                   f"exec(open({str(ROOT / 'tests/support/call_recorder.py')!r}).read(), {{'__name__': 'executed'}})\n")
     (tmp_path / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(tmp_path)!r})\n")
@@ -299,7 +314,9 @@ def test_processes():
                    cwd=tmp_path, check=True, timeout=150,
                    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests/support'}", "RECORD_EXECUTED": str(tmp_path / "run"),
                                      "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    monkeypatch.setattr("executed.SLOW_SECONDS", 1.2)
     run = read_run(tmp_path / "run")
+    assert run["test_two.py"].slow.keys() == {"test_long"} and run["test_two.py"].slow["test_long"] >= 1.55
     functions = {module: {name for _, name in executed.functions} for module, executed in run.items()}
     fixture, deep = {"in_fixture", "called"}, {"deep", "in_later_test"}
     assert functions == {"test_one.py": {"Box.open", "in_thread", "in_fork", "in_process", *deep} | fixture, "test_two.py": fixture}
@@ -334,23 +351,31 @@ def test_faults_are_planted_where_they_change_something(text, faults, tmp_path):
     assert len(planted) == len(faults)
 
 
-def test_quick_modules_call_nearly_all_that_is_recorded():
-    record = read_record(ROOT)
-    quick = Cover(ROOT, record).quick()
-    called = frozenset().union(*(record[module].functions for module in quick))
-    assert len(called) >= 0.9 * len(frozenset().union(*(executed.functions for executed in record.values())))
-    assert sum(record[module].seconds for module in quick) <= QUICK_SECONDS
-    assert set(map(module_of, spine(ROOT))) <= set(quick)
+def test_quick_takes_some_cases_of_each_function():
+    """The first among them, and all of what runs always; none of what is slow."""
+    cases = [f"tests/test_soup.py::test_salt[{number}]" for number in range(9)]
+    others = ["tests/test_soup.py::test_cooks", "tests/test_soup.py::test_one[a]", "tests/test_soup.py::test_one[b]"]
+    chosen = quick([*cases, *others], {"tests/test_soup.py::test_cooks"}, [])
+    assert chosen == {cases[0], cases[2], cases[4], cases[6], *others[1:]}
+    assert quick([*cases, *others], {"tests/test_soup.py::test_cooks"}, ["tests/test_soup.py"]) == {*cases, *others}
+    assert quick(cases, {"tests/test_soup.py::test_salt"}, []) == set()
+    assert quick(cases, {"tests/test_soup.py::test_salt"}, ["tests/test_soup.py::test_salt"]) == set(cases)
 
 
-def test_pytest_runs_the_quick_modules_and_says_how_to_run_the_rest():
-    """Here only the spine's, since no second is left for others."""
-    words = [sys.executable, "-m", "pytest", "--quick=0", "--collect-only", "-qq", "-p", "no:cacheprovider"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150)
-    lines = done.stdout.splitlines()
-    assert {line.split(":")[0] for line in lines if line.startswith("tests/")} == set(map(module_of, spine(ROOT)))
-    assert f" of {len(read_record(ROOT))} modules" in lines[-1] and ".ci/run" in lines[-1]
+def test_pytest_runs_some_cases_and_says_how_to_run_the_rest():
+    """What two processes collect has to be the same, or xdist stops."""
+    def said(*words):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/common/test_schema_rules.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150).stdout.splitlines()
+    nodes = [line for line in said("--collect-only", "-q") if "::" in line]
+    some = quick(nodes, slow_functions(ROOT), spine(ROOT))
+    assert 0 < len(some) < len(nodes)
+    lines = said("--quick", "-n", "2")
+    assert f" {len(some)} passed" in lines[-1]
+    assert any(f" {len(some)} of {len(nodes)} tests" in line and ".ci/run" in line for line in said("--quick", "-q"))
 
 
-def module_of(place):
-    return place.partition("::")[0]
+def test_slow_functions_are_in_the_record(program):
+    record_more(program, {SOUP: Executed(9.0, False, frozenset({("chatlm/pantry.py", "f")}), {"test_salt": 1.5, "test_cooks": 0.6})})
+    assert slow_functions(program) == {f"{SOUP}::test_salt"}
+    assert read_record(program)[SOUP] == Executed(9.0, False, frozenset({("chatlm/pantry.py", "f")}), {"test_salt": 1.5, "test_cooks": 0.6})
