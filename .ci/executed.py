@@ -1,7 +1,7 @@
 """The record of what tests execute: .ci/executed/tests/FOLDER/test_x.txt for tests/FOLDER/test_x.py. `.ci/run record` makes it.
 
-Its first line says how many seconds the module's tests took, and whether they started processes; a line that begins with `slow`, which functions of tests
-take half a second a case or more, and how long. Each other line has a file of the program and the functions of it that they called, in whatever process
+Its first line says how many seconds the module's tests took, and whether they started processes; a line that begins with `cases`, how long a case takes of
+those functions of tests where it is a tenth of a second or more. Each other line has a file of the program and the functions of it that they called, in whatever process
 (tests/support/call_recorder.py).
 
     python .ci/executed.py FOLDER       from what the processes of a recorded run have left in FOLDER; only modules that ran get new files
@@ -15,18 +15,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(".ci/executed")           # in the repository
-SLOW_SECONDS = 0.5      # of a case
+CASE_SECONDS = 0.1      # shorter cases have no time of their own in the record
 
 
 @dataclass(frozen=True)
 class Executed:
-    """What the tests of a module execute. functions: (file, qualified name); seconds: of one process, setup included. slow: seconds of a case, without
-    what several tests share, of the module's functions that take SLOW_SECONDS or more."""
+    """What the tests of a module execute. functions: (file, qualified name); seconds: of one process, setup included. cases: seconds of a case, without
+    what several tests share, of the module's functions where that is CASE_SECONDS or more."""
 
     seconds: float
     processes: bool
     functions: frozenset[tuple[str, str]]
-    slow: dict[str, float] = field(default_factory=dict)
+    cases: dict[str, float] = field(default_factory=dict)
 
 
 def recorded(root: Path) -> dict[str, Path]:
@@ -43,9 +43,9 @@ def read_record(root: Path) -> dict[str, Executed]:
             continue
         first, *lines = file.read_text().splitlines()
         words = dict(line.split(maxsplit=1) for line in lines)
-        slow = words.pop("slow", "").split()
+        cases = words.pop("cases", "").split()
         functions = frozenset((path, name) for path, names in words.items() for name in names.split())
-        record[module] = Executed(float(first.split()[0]), "processes" in first, functions, dict(zip(slow[::2], map(float, slow[1::2]))))
+        record[module] = Executed(float(first.split()[0]), "processes" in first, functions, dict(zip(cases[::2], map(float, cases[1::2]))))
     return record
 
 
@@ -68,8 +68,8 @@ def read_run(folder: Path) -> dict[str, Executed]:
     for file in folder.glob("*.cases"):
         for line in file.read_text().splitlines():
             module, function, seconds = line.split("\t")
-            if float(seconds) >= SLOW_SECONDS:
-                run[module].slow[function] = float(seconds)
+            if float(seconds) >= CASE_SECONDS:
+                run[module].cases[function] = float(seconds)
     return run
 
 
@@ -90,8 +90,8 @@ def write_record(run: dict[str, Executed], root: Path) -> None:
         for path, name in executed.functions:
             files[path].add(name)
         lines = [f"{executed.seconds:.2g} seconds{', processes' if executed.processes else ''}"]
-        if executed.slow:
-            lines.append(" ".join(["slow", *(f"{name} {seconds:.2g}" for name, seconds in sorted(executed.slow.items()))]))
+        if executed.cases:
+            lines.append(" ".join(["cases", *(f"{name} {seconds:.2g}" for name, seconds in sorted(executed.cases.items()))]))
         lines += [" ".join([path, *sorted(names)]) for path, names in sorted(files.items())]
         file = (root / RECORD / module).with_suffix(".txt")
         file.parent.mkdir(parents=True, exist_ok=True)

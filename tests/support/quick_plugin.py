@@ -1,37 +1,40 @@
-"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests some cases, unless by the record (.ci/executed) they are slow.
+"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests some cases, the fewer the longer they take by the record (.ci/executed).
 
 Faults of bench/planted.py were noticed by tests of nearly all modules, and most of these tests are short: bench/RESULTS.md has the figures.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from executed import read_record, spine
 
-CASES = 4           # of a function
-SECONDS = 1.0       # that a case may take
+CASES = 4               # of a function
+ONE_SECONDS = 0.1       # if a case takes longer, there is one
+MOST_SECONDS = 1.0      # and then none
 
 
-def quick(nodes: list[str], slow: set[str], always: list[str]) -> set[str]:
-    """Of tests, in their order: all cases of the functions and modules `always`, and evenly distributed CASES of others that are not slow."""
+def quick(nodes: list[str], seconds: Mapping[str, float], always: list[str]) -> set[str]:
+    """Of tests, in their order: all cases of the functions and modules `always`; of other functions, which take so many seconds a case, evenly distributed ones."""
     cases = defaultdict(list)
     for node in nodes:
         cases[node.partition("[")[0]].append(node)
     chosen = set()
     for function, its in cases.items():
+        took = seconds.get(function, 0.0)
         if function in always or function.partition("::")[0] in always:
             chosen.update(its)
-        elif function not in slow:
-            count = min(CASES, len(its))
+        elif took <= MOST_SECONDS:
+            count = min(CASES if took < ONE_SECONDS else 1, len(its))
             chosen.update(its[number * len(its) // count] for number in range(count))
     return chosen
 
 
-def slow_functions(root: Path) -> set[str]:
-    """By the record; what it does not have yet is not slow."""
-    return {f"{module}::{function}" for module, executed in read_record(root).items() for function, seconds in executed.slow.items() if seconds > SECONDS}
+def seconds_of_cases(root: Path) -> dict[str, float]:
+    """By function of tests; of short ones, and those that are not recorded yet, nothing."""
+    return {f"{module}::{function}": seconds for module, executed in read_record(root).items() for function, seconds in executed.cases.items()}
 
 
 class Quick:
@@ -39,17 +42,13 @@ class Quick:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.counts = 0, 0
 
     @pytest.hookimpl(trylast=True)          # after pytest has left out what is slow by its mark
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        chosen = quick([item.nodeid for item in items], slow_functions(self.root), spine(self.root))
-        self.counts = len(chosen), len(items)
+        chosen = quick([item.nodeid for item in items], seconds_of_cases(self.root), spine(self.root))
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
         items[:] = [item for item in items if item.nodeid in chosen]
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        count, of = self.counts
-        terminalreporter.write_line(f"{f'These were {count} of {of} tests' if of else 'These were some tests'}: at most {CASES} cases of each function, "
-                                    f"and none that takes more than {SECONDS:.0f} s. All by day: .ci/run, or this command without --quick. "
-                                    "CONTRIBUTING.md says what else there is.")
+        terminalreporter.write_line(f"These were at most {CASES} cases of each function of tests, one where a case takes {ONE_SECONDS} s, and none of {MOST_SECONDS:.0f} s. "
+                                    "All by day: .ci/run, or this command without --quick. CONTRIBUTING.md says what else there is.")
