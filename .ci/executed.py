@@ -1,8 +1,8 @@
 """The record of what tests execute: .ci/executed/tests/FOLDER/test_x.txt for tests/FOLDER/test_x.py. `.ci/run record` makes it.
 
-Its first line says how many seconds the module's tests took, and whether they started processes; a line that begins with `cases`, how long a case takes of
-those functions of tests where it is a tenth of a second or more. Each other line has a file of the program and the functions of it that they called, in whatever process
-(tests/support/call_recorder.py).
+Its first line says how many seconds the module's tests took, and whether they started processes. The second, which begins with `cases`, says how long a case
+takes of those functions of tests where it is a tenth of a second or more. Each other line has a file of the program and the functions of it that they called,
+in whatever process (tests/support/call_recorder.py).
 
     python .ci/executed.py FOLDER       from what the processes of a recorded run have left in FOLDER; only modules that ran get new files
 """
@@ -11,6 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +43,16 @@ def read_record(root: Path) -> dict[str, Executed]:
         if not (root / module).exists():
             continue
         first, *lines = file.read_text().splitlines()
-        words = dict(line.split(maxsplit=1) for line in lines)
-        cases = words.pop("cases", "").split()
-        functions = frozenset((path, name) for path, names in words.items() for name in names.split())
-        record[module] = Executed(float(first.split()[0]), "processes" in first, functions, dict(zip(cases[::2], map(float, cases[1::2]))))
+        cases = cases_of(lines[0]) if lines else {}
+        functions = frozenset((path, name) for path, *names in map(str.split, lines[1 if cases else 0:]) for name in names)
+        record[module] = Executed(float(first.split()[0]), "processes" in first, functions, cases)
     return record
+
+
+def cases_of(line: str) -> dict[str, float]:
+    """function of tests -> seconds of a case, from a module's second line."""
+    words = line.split()
+    return dict(zip(words[1::2], map(float, words[2::2]))) if words[:1] == ["cases"] else {}
 
 
 def read_run(folder: Path) -> dict[str, Executed]:
@@ -76,6 +82,16 @@ def read_run(folder: Path) -> dict[str, Executed]:
 def recorded_seconds(root: Path) -> dict[str, float]:
     """module of tests -> how long its tests took."""
     return {module: float(file.open().readline().split()[0]) for module, file in recorded(root).items()}
+
+
+def recorded_cases(root: Path) -> dict[str, float]:
+    """module::function of tests -> seconds of a case; nothing of short ones, and of those that are not recorded yet."""
+    seconds = {}
+    for module, file in recorded(root).items():
+        with file.open() as lines:
+            second = [*islice(lines, 1, 2)]
+        seconds |= {f"{module}::{function}": each for function, each in cases_of("".join(second)).items()}
+    return seconds
 
 
 def spine(root: Path) -> list[str]:

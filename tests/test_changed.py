@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "bench")]
 from changed import Change      # noqa: E402
 from cover import CALLERS, Cover     # noqa: E402
-from executed import Executed, read_record, read_run, silent, spine, write_record       # noqa: E402
+from executed import Executed, read_record, read_run, recorded_cases, silent, spine, write_record       # noqa: E402
 from call_recorder import program_file     # noqa: E402
 from planted import Places, draw_faults     # noqa: E402
-from quick_plugin import quick, seconds_of_cases     # noqa: E402
+from quick_plugin import quick     # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
 
@@ -371,7 +371,7 @@ def test_pytest_runs_some_cases_and_says_how_to_run_the_rest():
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/common/test_schema_rules.py", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150).stdout.splitlines()
     nodes = [line for line in said("--collect-only", "-q") if "::" in line]
-    some = quick(nodes, seconds_of_cases(ROOT), spine(ROOT))
+    some = quick(nodes, recorded_cases(ROOT), spine(ROOT))
     assert 0 < len(some) < len(nodes)
     lines = said("--quick", "-n", "2")
     assert f" {len(some)} passed" in lines[-1] and any(".ci/run" in line for line in lines)
@@ -381,4 +381,4 @@ def test_how_long_cases_take_is_in_the_record(program):
     executed = Executed(9.0, False, frozenset({("chatlm/pantry.py", "f")}), {"test_salt": 1.5, "test_cooks": 0.11})
     record_more(program, {SOUP: executed})
     assert read_record(program)[SOUP] == executed
-    assert seconds_of_cases(program) == {f"{SOUP}::test_salt": 1.5, f"{SOUP}::test_cooks": 0.11}
+    assert recorded_cases(program) == {f"{SOUP}::test_salt": 1.5, f"{SOUP}::test_cooks": 0.11}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from executed import read_record, spine
+from executed import recorded_cases, spine
 
 CASES = 4               # of a function
 ONE_SECONDS = 0.1       # if a case takes longer, there is one
@@ -32,11 +32,6 @@ def quick(nodes: list[str], seconds: Mapping[str, float], always: list[str]) -> 
     return chosen
 
 
-def seconds_of_cases(root: Path) -> dict[str, float]:
-    """By function of tests; of short ones, and those that are not recorded yet, nothing."""
-    return {f"{module}::{function}": seconds for module, executed in read_record(root).items() for function, seconds in executed.cases.items()}
-
-
 class Quick:
     """A plugin of pytest."""
 
@@ -45,7 +40,7 @@ class Quick:
 
     @pytest.hookimpl(trylast=True)          # after pytest has left out what is slow by its mark
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        chosen = quick([item.nodeid for item in items], seconds_of_cases(self.root), spine(self.root))
+        chosen = quick([item.nodeid for item in items], recorded_cases(self.root), spine(self.root))
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
         items[:] = [item for item in items if item.nodeid in chosen]
 
