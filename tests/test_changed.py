@@ -369,7 +369,8 @@ def test_pytest_runs_some_cases_and_says_how_to_run_the_rest():
     """What two processes collect has to be the same, or xdist stops."""
     def said(*words):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/common/test_schema_rules.py", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150).stdout.splitlines()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "RECORD_"))}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150).stdout.splitlines()
     nodes = [line for line in said("--collect-only", "-q") if "::" in line]
     some = quick(nodes, recorded_cases(ROOT), spine(ROOT))
     assert 0 < len(some) < len(nodes)
