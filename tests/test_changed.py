@@ -359,7 +359,7 @@ def test_quick_takes_some_cases_of_each_function():
     def chosen(salt_s, *always):
         return quick([*cases, *others], {"tests/test_soup.py::test_salt": salt_s, "tests/test_soup.py::test_cooks": 1.1}, [*always])
     assert chosen(0.05) == {cases[0], cases[2], cases[4], cases[6], *others[1:]}
-    assert chosen(0.9) == {cases[0], *others[1:]}
+    assert chosen(0.7) == {cases[0], *others[1:]}
     assert chosen(1.1) == {*others[1:]}
     assert chosen(1.1, "tests/test_soup.py::test_salt") == {*cases, *others[1:]}
     assert chosen(1.1, "tests/test_soup.py") == {*cases, *others}

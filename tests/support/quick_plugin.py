@@ -12,8 +12,8 @@ import pytest
 from executed import recorded_cases, spine
 
 CASES = 4               # of a function
-ONE_SECONDS = 0.1       # if a case takes longer, there is one
-MOST_SECONDS = 1.0      # and then none
+ONE_SECONDS = 0.3       # if a case takes longer, there is one
+MOST_SECONDS = 0.8      # and then none
 
 
 def quick(nodes: list[str], seconds: Mapping[str, float], always: list[str]) -> set[str]:
@@ -45,5 +45,5 @@ class Quick:
         items[:] = [item for item in items if item.nodeid in chosen]
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        terminalreporter.write_line(f"These were at most {CASES} cases of each function of tests, one where a case takes {ONE_SECONDS} s, and none of {MOST_SECONDS:.0f} s. "
+        terminalreporter.write_line(f"These were at most {CASES} cases of each function of tests, one where a case takes {ONE_SECONDS} s, and none of {MOST_SECONDS} s. "
                                     "All by day: .ci/run, or this command without --quick. CONTRIBUTING.md says what else there is.")
