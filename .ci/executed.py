@@ -11,7 +11,6 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,8 +88,9 @@ def recorded_cases(root: Path) -> dict[str, float]:
     seconds = {}
     for module, file in recorded(root).items():
         with file.open() as lines:
-            second = [*islice(lines, 1, 2)]
-        seconds |= {f"{module}::{function}": each for function, each in cases_of("".join(second)).items()}
+            next(lines)
+            cases = cases_of(next(lines, ""))
+        seconds |= {f"{module}::{function}": each for function, each in cases.items()}
     return seconds
 
 

@@ -214,9 +214,8 @@ class Bed:
         return {line for line in done.stdout.splitlines() if "::" in line}
 
     def callers(self, fault: Fault) -> list[str]:
-        """The modules of tests that by the record call its function, those first that are likelier to notice."""
-        function = fault.path, fault.function
-        return sorted(self.cover.callers.get(function, []), key=lambda module: -self.cover.worth(function, module))
+        """The modules of tests that by the record call its function."""
+        return self.cover.callers.get((fault.path, fault.function), [])
 
     def plant(self, faults: list[Fault]) -> None:
         """These, and no others."""
@@ -314,7 +313,7 @@ def by_quick(bed: Bed, fault: Fault, number: int, verdicts: Verdicts, seed: int)
     for verdict in (verdicts.of(number, seed, "changed"), verdicts.of(number, seed, "day")):
         if verdict and verdict["test"] in bed.quick:
             return verdict["test"], 0.0
-    places = bed.callers(fault)
+    places = bed.cover.choose({(fault.path, fault.function): len(bed.callers(fault))})      # all of them, first those that are likelier to notice
     if not places or verdicts.is_missed(number, seed, "day"):
         return "", 0.0
     return bed.noticed([fault], places, "--quick")

@@ -2,6 +2,7 @@
 that measure it. Here for a small program with a history."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -363,6 +364,16 @@ def test_quick_takes_some_cases_of_each_function():
     assert chosen(1.1) == {*others[1:]}
     assert chosen(1.1, "tests/test_soup.py::test_salt") == {*cases, *others[1:]}
     assert chosen(1.1, "tests/test_soup.py") == {*cases, *others}
+
+
+def test_what_quick_takes_calls_nearly_all_that_is_recorded():
+    """And all of the spine is in it, however slow."""
+    record, always = read_record(ROOT), spine(ROOT)
+    nodes = [f"{module}::{name}" for module in record for name in re.findall(r"^(?:async )?def (test_\w+)", (ROOT / module).read_text(), re.MULTILINE)]
+    chosen = quick(nodes, recorded_cases(ROOT), always)
+    assert all(any(node in (place, f"{place}::{node.partition('::')[2]}") for node in chosen) for place in always)
+    called = frozenset().union(*(record[module].functions for module in {node.partition("::")[0] for node in chosen}))
+    assert len(called) >= 0.9 * len(frozenset().union(*(executed.functions for executed in record.values())))
 
 
 def test_pytest_runs_some_cases_and_says_how_to_run_the_rest():

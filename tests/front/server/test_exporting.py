@@ -27,12 +27,12 @@ def url(nanochat_fixtures, place):
         yield url
 
 
-def export(url, model="d4-sft@650", name="made", key=None, **headers):
+def export(url, model="d4-sft@650", name="made", key=None, timeout_s=120, **headers):
     """(status, body) of an export."""
     headers |= {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url + "/models/export", json.dumps({"model": model, "name": name}).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)["error"]
@@ -83,9 +83,8 @@ def test_another_site_s_page_cannot_export(url, place):
 def test_a_client_that_leaves_ends_its_export(place, nanochat_fixtures):
     """And what was written disappears, and the next one works."""
     with real_server.server("--watch", nanochat_fixtures / "gen5", "--export-folder", place / "left", *SMALL) as (_, url):
-        with pytest.raises(TimeoutError), urllib.request.urlopen(urllib.request.Request(
-                url + "/models/export", b'{"model": "d4-sft@650", "name": "left"}', {"Content-Type": "application/json"}), timeout=0.02):
-            pass
+        with pytest.raises(TimeoutError):
+            export(url, name="left", timeout_s=0.02)
         assert export(url, name="after")[0] in (200, 409)
         while export(url, name="after")[0] != 400:      # until it exists: exports go on working
             pass
@@ -96,10 +95,8 @@ def test_a_server_that_ends_waits_until_an_export_has_removed_its_files(nanochat
     """Its client has left just before: at its start, or when it has written much."""
     for patience_s in 0.1, 0.4, 0.8, 1.2:
         with real_server.server("--watch", nanochat_fixtures / "gen5", "--export-folder", place / "ends", *SMALL) as (_, url):
-            with suppress(TimeoutError), urllib.request.urlopen(urllib.request.Request(
-                    url + "/models/export", json.dumps({"model": "d4-sft@650", "name": f"after-{patience_s}"}).encode(),
-                    {"Content-Type": "application/json"}), timeout=patience_s):
-                pass
+            with suppress(TimeoutError):
+                export(url, name=f"after-{patience_s}", timeout_s=patience_s)
         assert not [path.name for path in (place / "ends").glob(".*")]
 
 
