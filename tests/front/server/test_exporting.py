@@ -94,9 +94,11 @@ def test_a_client_that_leaves_ends_its_export(place, nanochat_fixtures):
 def test_a_server_that_ends_waits_until_an_export_has_removed_its_files(nanochat_fixtures, place):
     """Its client has left just before: at its start, or when it has written much."""
     for patience_s in 0.1, 0.4, 0.8, 1.2:
-        with real_server.server("--watch", nanochat_fixtures / "gen5", "--export-folder", place / "ends", *SMALL) as (_, url):
+        with real_server.server("--watch", nanochat_fixtures / "gen5", "--export-folder", place / "ends", *SMALL) as (process, url):
             with suppress(TimeoutError):
                 export(url, name=f"after-{patience_s}", timeout_s=patience_s)
+            process.terminate()
+            assert process.wait(60) == 0
         assert not [path.name for path in (place / "ends").glob(".*")]
 
 
