@@ -15,6 +15,7 @@ const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // field
 const SEND_MS = 400, GROWING_MS = 3000;    // after a change; while an answer grows
 const WAIT_S = 20, LEASE_MS = 30000;
 const SEARCH_MS = 8000;
+const CLOSED_MS = 180000;                  // a tab that has not said for so long that its deletions wait is closed; hidden ones are woken once a minute
 const MOST_SENT = 200, SENT_CHARACTERS = 4e6, MOST_READ = 1000;         // in a request; records read for it
 const me = Tree.newId();                  // this tab
 const PLACE = `${Store.name} sync`, LEASE = `${PLACE} lease`, GONE = `${PLACE} gone `;      // in localStorage; of deletions one for each tab
@@ -37,17 +38,28 @@ function save() {
   try { localStorage.setItem(PLACE, JSON.stringify({on, space, rev})); } catch (error) { /* for this visit only */ }
 }
 
-// Deletions that are still to be sent.
-function setGone(gone) {
+// Deletions that this tab is still to send. The other tabs read them; `at`: when it was last said that they wait, 0 as the tab closes.
+function setGone(gone, at = Date.now()) {
   state.gone = gone;
-  try { gone.length ? localStorage.setItem(GONE + me, JSON.stringify(gone)) : localStorage.removeItem(GONE + me); } catch (error) { /* for this visit only */ }
+  try { gone.length ? localStorage.setItem(GONE + me, JSON.stringify({at, gone})) : localStorage.removeItem(GONE + me); } catch (error) { /* for this visit only */ }
 }
 
-// Those that closed tabs have left. One of another tab that is open is sent twice, which does no harm.
+// Those of the other tabs: {key, at, gone} each, with their key in localStorage.
+function goneElsewhere() {
+  try {
+    const keys = Object.keys(localStorage).filter(key => key.startsWith(GONE) && key !== GONE + me);
+    const found = keys.map(key => ({key, ...Object(JSON.parse(localStorage.getItem(key)))}));
+    return found.filter(({gone}) => Array.isArray(gone));
+  } catch (error) { return []; }
+}
+
+// Takes over those of closed tabs. A tab that is open keeps its own: they can be undone there.
 function takeOverGone() {
-  const left = Object.keys(localStorage).filter(key => key.startsWith(GONE) && key !== GONE + me);
-  setGone([...state.gone, ...left.flatMap(key => JSON.parse(localStorage.getItem(key)))]);
-  for (const key of left) localStorage.removeItem(key);
+  const left = goneElsewhere().filter(({at}) => at < Date.now() - CLOSED_MS);
+  if (!left.length) return;
+  setGone([...state.gone, ...left.flatMap(({gone}) => gone)]);
+  for (const {key} of left) localStorage.removeItem(key);
+  soon();
 }
 
 // 128 random bits: whoever knows them has these chats, on a server without keys.
@@ -71,7 +83,6 @@ function turnOff() {
 
 async function begin() {
   Store.mark(true, note);
-  takeOverGone();
   await findUnsent();
   soon();
   follow();
@@ -91,7 +102,12 @@ async function findUnsent() {
 
 // sending --------------------------------------------------------------------------------------------------------------
 
-const isGone = key => state.gone.some(each => each.join(" ") === key);
+const isIn = (gone, kind, id) => gone.some(each => each[0] === kind && each[1] === id);
+
+// Whether a tab has deleted a record, or the chat that it is of. The server may not know that for as long as it can be undone.
+function isGone(kind, id, {conversation}) {
+  return [state, ...goneElsewhere()].some(({gone}) => isIn(gone, kind, id) || kind === "nodes" && isIn(gone, "conversations", conversation));
+}
 
 function note(kind, id, patch) {
   const key = `${kind} ${id}`;
@@ -102,7 +118,7 @@ function note(kind, id, patch) {
   } else {
     unsent.add(key);
     patches.set(key, {...patches.get(key), ...patch});
-    if (patch.created && isGone(key)) setGone(state.gone.filter(each => each.join(" ") !== key));      // brought back
+    if (patch.created && isIn(state.gone, kind, id)) setGone(state.gone.filter(each => each.join(" ") !== key));      // brought back
   }
   soon(SEND_MS);
 }
@@ -190,7 +206,10 @@ async function sendSome() {
 // A deletion waits as long as it can be undone. Chats come before their messages, and a message after the one it follows.
 async function nextChanges() {
   const waits = Chat.toasts.some(({undo}) => undo), changes = waits ? [] : state.gone.map(([kind, id]) => ({kind, id, base: 0, patch: null}));
-  if (waits && state.gone.length) soon(GROWING_MS);
+  if (waits && state.gone.length) {
+    setGone(state.gone);
+    soon(GROWING_MS);
+  }
   let characters = 0;
   for (const kind of Object.keys(KIND)) {
     const keys = [...unsent].filter(key => key.startsWith(`${kind} `)).slice(0, MOST_READ);
@@ -276,12 +295,18 @@ async function unsentChats() {
 // receiving ------------------------------------------------------------------------------------------------------------
 
 const following = newest();        // only the newest loop goes on
+let passedOver = null;             // the revision after which there was news of what a tab has deleted, and may bring back
 
 // Waits for news as long as this tab has the lease.
 async function follow() {
   const isMine = following();
   while (state.on && isMine()) {
     if (!leased()) { await wait(5000); continue; }
+    takeOverGone();
+    if (passedOver !== null && ![state, ...goneElsewhere()].some(({gone}) => gone.length)) {
+      state.rev = passedOver;       // it is read again
+      passedOver = null;
+    }
     try {
       const response = await ask(`changes?after=${state.rev}&wait=${state.rev ? WAIT_S : 0}`);
       if (response.status === 410) { await listAnew(); continue; }
@@ -320,12 +345,17 @@ async function hear(rows) {
 // Merges what the server has into a record; what is unsent stays as it is here. `isMore`: it has more than was sent, in the revision that is known.
 async function take(kind, id, rev, record, isMore = false) {
   const known = await Store.get(kind, id);
-  if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev) || isGone(`${kind} ${id}`)) return [];
+  if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev)) return [];
   if (record.pictures) record = {...record, pictures: (await Promise.all(record.pictures.map(each => fetched(each, known?.pictures ?? [])))).filter(Boolean)};
+  if (isGone(kind, id, record)) {
+    passedOver ??= state.rev;
+    return [];
+  }
   const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
   const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
   const patch = {...begin, ...(kind === "nodes" ? {parent: null} : {}), ...gone, ...record, ...mine, id, rev, unsent: own};
+  if (known) delete patch.created;         // what is deleted before this is written does not come back
   Store.change(kind, id, patch, true);
   return [[kind, id, await Store.get(kind, id)]];
 }
@@ -410,7 +440,10 @@ Parts.register({
       if (state.on && (!on || space !== state.space)) begin();
       else if (!state.on && on) Store.mark(false);
     });
-    addEventListener("pagehide", () => { if (leased()) localStorage.removeItem(LEASE); });
+    addEventListener("pagehide", () => {
+      setGone(state.gone, 0);
+      if (leased()) localStorage.removeItem(LEASE);
+    });
   },
 });
 

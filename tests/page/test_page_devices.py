@@ -32,6 +32,12 @@ def asked(page, text):
     expect_answered(page)
 
 
+def delete(page, text):
+    row = page.get_by_role("listitem").filter(has_text=text)
+    row.hover()
+    button(row, "Delete").click()
+
+
 def test_a_chat_is_on_the_other_device_and_changes_there_too(devices):
     phone, laptop = devices
     asked(phone, "apples are red")               # before: it is offered to the server too
@@ -62,17 +68,75 @@ def test_what_is_deleted_is_gone_on_both_and_can_be_undone_before(devices):
     asked(phone, "second words")
     join(laptop, link_of(phone))
     expect(chats(laptop)).to_have_count(2)
-    row = phone.get_by_role("listitem").filter(has_text="first words")
-    row.hover()
-    button(row, "Delete").click()
+    delete(phone, "first words")
     button(phone, "Undo").click()
     expect(chats(phone)).to_have_count(2)
-    row = phone.get_by_role("listitem").filter(has_text="second words")
-    row.hover()
-    button(row, "Delete").click()
+    delete(phone, "second words")
     button(phone, "Dismiss").click()
     expect(chats(laptop)).to_have_text(["first words"])
     expect(chats(phone)).to_have_text(["first words"])
+
+
+def test_news_of_what_another_tab_has_just_deleted_do_not_bring_it_back(devices):
+    """The tab that hears of the server's chats hears of these only when the other has deleted one, and may still undo that."""
+    phone, laptop = devices
+    news, held, deleted = re.compile(r"/v1/chats/changes\?"), [], False
+    phone.context.route(news, lambda route: route.continue_() if deleted else held.append(route))
+    with phone.expect_request(news):
+        keep(phone)
+    tab = phone.context.new_page()
+    open_page(tab, phone.url)
+    asked(tab, "deleted soon")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text(["deleted soon"])        # so the server has it
+    chats(laptop).click()
+    ask(laptop, "said there meanwhile")
+    expect_answered(laptop, 2)
+    asked(laptop, "news of the laptop")
+    delete(tab, "deleted soon")
+    expect(chats(phone)).to_have_count(0)
+    deleted = True
+    for route in held:
+        route.continue_()
+    for page in (phone, tab):
+        expect(chats(page)).to_have_text(["news of the laptop"])
+    button(tab, "Undo").click()
+    for page in (phone, tab, laptop):
+        expect(chats(page)).to_have_count(2)
+        chats(page).filter(has_text="deleted soon").click()
+        expect(said(questions(page))).to_have_text(["deleted soon", "said there meanwhile"])
+
+
+def test_what_a_tab_has_deleted_can_be_undone_though_another_opens(devices):
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "deleted and back")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_count(1)
+    delete(phone, "deleted and back")
+    tab = phone.context.new_page()
+    open_page(tab, phone.url)
+    asked(tab, "sent by the new tab")
+    expect(chats(laptop)).to_have_count(2)
+    button(phone, "Undo").click()
+    expect(chats(phone)).to_have_count(2)
+    asked(phone, "sent after it")
+    expect(chats(laptop)).to_have_count(3)
+    for page in (phone, tab, laptop):
+        expect(chats(page).filter(has_text="deleted and back")).to_be_visible()
+
+
+def test_what_a_closed_tab_had_deleted_is_deleted_by_the_next(devices):
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, "deleted at the end")
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_count(1)
+    delete(phone, "deleted at the end")
+    tab = phone.context.new_page()
+    phone.close()
+    open_page(tab, laptop.url)
+    expect(chats(laptop)).to_have_count(0, timeout=45_000)
 
 
 def test_what_was_done_without_the_server_is_sent_later(devices):
