@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.files import MOST_OBJECT, copy_file, opened, read_object, read_small
 from chatlm.common.hub import archives, trainers
 from chatlm.common.hub.adapter_folders import base_of, is_other_base, short_name
-from chatlm.common.hub.folder import find_models
+from chatlm.common.hub.folder import find_models, trouble_with
 from chatlm.common.hub.trainers import names_in
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.charsmap import check_charsmap
@@ -27,6 +27,17 @@ from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 SUPPORT = Path(__file__).parents[1] / "support"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 INSTEAD = "pipe", "socket", "folder", "sparse", "/dev/zero", "/dev/stdin", "/dev/tty", "/proc/kmsg"
+
+
+@pytest.mark.parametrize(("name", "trouble"), [
+    ("file", ""), ("link", ""), ("folder", "{} is not a regular file"), ("missing", "{} is missing"), ("broken", "{} is a link to a missing file"),
+    ("file/below", "{}: Not a directory"), ("x" * 300, "{}: File name too long"), ("itself", "{}: Too many levels of symbolic links")])
+def test_why_a_file_cannot_be_read_is_said(tmp_path, name, trouble):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for link, target in (("link", "file"), ("broken", "missing"), ("itself", "itself")):
+        (tmp_path / link).symlink_to(target)
+    assert trouble_with(tmp_path / name) == trouble.format(tmp_path / name)
 
 
 def read_all(folder, cases):
