@@ -330,61 +330,101 @@ void multiply_as_stored(Passing its) {
 
 // ---- one scale for a row
 
-// C += A B of some groups of one or two panels and two tiles. `to` has C before and after.
+// What some panels have for all tiles: the step of each row, and what the tiles' offset of their codes adds to its sums.
+struct RowScales {
+    alignas(64) int32_t offset[PANEL_ROWS];
+    float step[PANEL_ROWS];
+};
+
+template <class F>
+RowScales row_scales(const StepGroup* x, int64_t groups) {
+    RowScales its;
+    for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) {
+        alignas(16) int32_t minus[SET_ROWS];
+        for (int r = 0; r < SET_ROWS; r++) {
+            uint32_t sum = 0;                       // unsigned, since x may lack the row
+            for (int64_t g = 0; g < groups; g++) sum += uint32_t(x[g].sets[s].minus[r]);
+            minus[r] = int32_t(sum);
+            its.step[SET_ROWS * s + r] = x->sets[s].step[r];
+        }
+        put_offsets<F::OFFSET_SHIFT>(its.offset + SET_ROWS * s, minus, nullptr, 0);
+    }
+    return its;
+}
+
+// Some groups of two tiles; and what is fetched meanwhile, `lines` of each tile for every four products of tile registers. All of it before the products, in their
+// way, was a sixth of the time.
+struct TileGroups {
+    const uint8_t *tiles[PAIR], *next[PAIR];
+    int64_t count, lines;
+};
+
+// C += A B of one or two panels and these groups. `to` has C before and after.
 template <class F, int PANELS>
-DC_WIDE void add_groups(const StepGroup* x, const StepGroup* other, const uint8_t* const (&tiles)[PAIR], int64_t groups, bool begins, TileSums& to) {
+DC_WIDE void add_groups(const StepGroup* x, const StepGroup* other, const TileGroups& its, bool begins, TileSums& to) {
     if (begins) zero_tiles<PANELS>();
     else {
         tile_load<4>(to[0][0], 64), tile_load<5>(to[0][1], 64);
         if constexpr (PANELS == 2) tile_load<6>(to[1][0], 64), tile_load<7>(to[1][1], 64);
     }
-    for (int64_t g = 0; g < groups; g++) {
+    const uint8_t *next = its.next[0], *other_next = its.next[1];
+    for (int64_t g = 0; g < its.count; g++) {
         const int64_t at = g * group_of_blocks_bytes<F>() + F::SCALE_BYTES;
-        for (int k = 0; k < 4; k++)
-            dot_tiles<PANELS>(x[g].low[0] + 64 * k, other[g].low[0] + 64 * k, STEP_COLUMNS, tiles[0] + at + 1024 * k, tiles[1] + at + 1024 * k);
+        for (int k = 0; k < 4; k++, next += 64 * its.lines, other_next += 64 * its.lines) {
+            fetch_once(next, 64 * its.lines), fetch_once(other_next, 64 * its.lines);
+            dot_tiles<PANELS>(x[g].low[0] + 64 * k, other[g].low[0] + 64 * k, STEP_COLUMNS, its.tiles[0] + at + 1024 * k, its.tiles[1] + at + 1024 * k);
+        }
     }
     put_tiles<PANELS>(to);
 }
 
-// A panel's sums -> y of its two groups of rows.
+// Two tiles times panels [first, end), and all that follows. The sums stay integers until the row ends; while other panels pass by they wait in memory.
 template <class F>
-void scale_rows(const Passing& its, int64_t panel, const int32_t (&sums)[PAIR][16 * 16]) {
-    const StepGroup* const x = its.steps(panel);
-    for (int s = 0; s < PANEL_ROWS / SET_ROWS; s++) {
-        int32_t minus[SET_ROWS], offset[SET_ROWS];
-        for (int r = 0; r < SET_ROWS; r++) {
-            uint32_t sum = 0;                       // unsigned, since x may lack the row
-            for (int64_t g = 0; g < its.groups(); g++) sum += uint32_t(x[g].sets[s].minus[r]);
-            minus[r] = int32_t(sum);
-        }
-        put_offsets<F::OFFSET_SHIFT>(offset, minus, nullptr, 0);
+void multiply_row_scale(const WideRange& range, int64_t tile, int64_t first, int64_t end, const RowScales* scales) {
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>();
+    const Tiles& w = range.job.tiles;
+    const int64_t groups = w.columns / STEP_COLUMNS, pairs = (end - first + 1) / WIDE_PANELS;
+    const auto memory = [&](int64_t at) { return tile_of(w, at < range.tile_end ? at : tile, tile_bytes(w.type, w.columns)).memory; };
+    const uint8_t *const tiles[PAIR] = {memory(tile), memory(tile + 1)}, *const following[PAIR] = {memory(tile + PAIR), memory(tile + PAIR + 1)};
+    alignas(64) TileSums sums[STEP_PANELS_AT_ONCE / WIDE_PANELS];
+    TileGroups its{};
+    its.lines = (BYTES / 256 + pairs - 1) / pairs;
+    for (int64_t g = 0; g < groups; g += its.count) {
+        its.count = least(WIDE_TOGETHER, groups - g);
         for (int t = 0; t < PAIR; t++) {
-            const Lanes d = F::shared(its.tiles[t]);
-            float (*const y)[16] = its.y[HALVES * (panel - its.first) + s / 2].y[t] + s % 2 * SET_ROWS;
-            for (int r = 0; r < SET_ROWS; r++)
-                store(y[r], d * all(x->sets[s].step[r]) * to_floats(plus(load_sums(sums[t] + 16 * (SET_ROWS * s + r)), offset[r])));
+            its.tiles[t] = tiles[t] + g * BYTES;
+            its.next[t] = g + its.count < groups ? its.tiles[t] + its.count * BYTES : following[t];
         }
+        for (int64_t n = 0; n < pairs; n++) {
+            const int64_t panel = first + WIDE_PANELS * n, last = least(panel + 1, end - 1);
+            const StepGroup* const x = steps_of(panel_of(range.job, panel), w.panels, w.columns) + g;
+            const StepGroup* const other = steps_of(panel_of(range.job, last), w.panels, w.columns) + g;
+            last > panel ? add_groups<F, WIDE_PANELS>(x, other, its, g == 0, sums[n]) : add_groups<F, 1>(x, other, its, g == 0, sums[n]);
+            for (const uint8_t*& next : its.next) next += 256 * its.count * its.lines;
+        }
+    }
+    const Lanes d[PAIR] = {F::shared(tiles[0]), F::shared(tiles[1])};
+    for (int64_t panel = first; panel < end; panel++) {
+        const RowScales& rows = scales[panel - first];
+        const auto& of_panel = sums[(panel - first) / WIDE_PANELS][(panel - first) % WIDE_PANELS];
+        Sums y[HALVES];
+        for (int t = 0; t < PAIR; t++)
+            for (int r = 0; r < PANEL_ROWS; r++)
+                store(y[r / GROUP_ROWS].y[t][r % GROUP_ROWS], d[t] * all(rows.step[r]) * to_floats(plus(load_sums(of_panel[t] + 16 * r), rows.offset[r])));
+        finish_panel(range.job, tile, PAIR, panel, range.rows_end, y);
     }
 }
 
-// Two tiles times all their panels, onto y. The sums stay integers until the row ends; while other panels pass by they wait in memory.
+// All tiles times panels [first, end), if each row of x has one step and one byte for each value.
 template <class F>
-void multiply_row_scale(const Passing& its) {
-    constexpr int64_t BYTES = group_of_blocks_bytes<F>();
-    alignas(64) TileSums sums[STEP_PANELS_AT_ONCE / WIDE_PANELS];
-    for (int64_t g = 0, count; g < its.groups(); g += count) {
-        count = least(WIDE_TOGETHER, its.groups() - g);
-        const uint8_t* const tiles[PAIR] = {its.tiles[0] + g * BYTES, its.tiles[1] + g * BYTES};
-        for (int64_t panel = its.first; panel < its.end; panel += WIDE_PANELS) {
-            const int64_t n = (panel - its.first) / WIDE_PANELS, part = (count * BYTES + 3) / 4, from = count * BYTES + n * part;
-            fetch_once(tiles[0] + from, part), fetch_once(tiles[1] + from, part);
-            const StepGroup *const x = its.steps(panel) + g, *const other = its.steps(least(panel + 1, its.end - 1)) + g;
-            if (panel + 1 < its.end) add_groups<F, WIDE_PANELS>(x, other, tiles, count, g == 0, sums[n]);
-            else add_groups<F, 1>(x, other, tiles, count, g == 0, sums[n]);
-        }
-    }
-    for (int64_t panel = its.first; panel < its.end; panel++)
-        scale_rows<F>(its, panel, sums[(panel - its.first) / WIDE_PANELS][(panel - its.first) % WIDE_PANELS]);
+bool multiply_row_scales(const WideRange& range, int64_t first, int64_t end) {
+    const Tiles& w = range.job.tiles;
+    const auto steps = [&](int64_t panel) { return steps_of(panel_of(range.job, panel), w.panels, w.columns); };
+    if (steps(first)->sets[0].has_high[0]) return false;
+    RowScales scales[STEP_PANELS_AT_ONCE];
+    for (int64_t panel = first; panel < end; panel++) scales[panel - first] = row_scales<F>(steps(panel), w.columns / STEP_COLUMNS);
+    for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += PAIR) multiply_row_scale<F>(range, tile, first, end, scales);
+    return true;
 }
 
 // TILES tiles (1: a split one) times all its panels, onto y.
@@ -410,7 +450,7 @@ void multiply_tiles_in_steps(Passing its) {
     for (int64_t i = 0; i < HALVES * (its.end - its.first); i++) std::memset(its.y[i].y, 0, sizeof its.y->y);
     if constexpr (F::EXPANDS)
         for (its.tile = 0; its.tile < PAIR; its.tile++) multiply_passing<F, WideSplit<F>, 1>(its);
-    else if constexpr (F::ROW_SCALE) its.steps(its.first)->sets[0].has_high[0] ? multiply_as_stored<F>(its) : multiply_row_scale<F>(its);
+    else if constexpr (F::ROW_SCALE) multiply_as_stored<F>(its);
     else multiply_passing<F, WideFolded<F>, PAIR>(its);
 }
 
@@ -427,6 +467,8 @@ void multiply_in_steps(const WideRange& range) {
     tile_configure(config);
     for (int64_t first = range.first_panel; first < all_panels; first += STEP_PANELS_AT_ONCE) {
         const int64_t end = least(first + STEP_PANELS_AT_ONCE, all_panels);
+        if constexpr (F::ROW_SCALE)
+            if (multiply_row_scales<F>(range, first, end)) continue;
         for (int64_t i = 0; F::HAS_MINIMUM && i < (end - first) * groups; i++)
             find_sum_bytes(steps_of(panel_of(range.job, first + i / groups), w.panels, w.columns)[i % groups], sum_bytes[i]);
         for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += PAIR) {
