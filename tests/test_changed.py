@@ -353,12 +353,13 @@ def test_faults_are_planted_where_they_change_something(text, faults, tmp_path):
 
 
 def test_quick_takes_some_cases_of_each_function():
-    """Of those that take longer one, of slow ones none; and all of what runs always."""
+    """Of the quickest all, of those that take longer one, of slow ones none; and all of what runs always."""
     cases = [f"tests/test_soup.py::test_salt[{number}]" for number in range(9)]
     others = ["tests/test_soup.py::test_cooks", "tests/test_soup.py::test_one[a]", "tests/test_soup.py::test_one[b]"]
 
     def chosen(salt_s, *always):
         return quick([*cases, *others], {"tests/test_soup.py::test_salt": salt_s, "tests/test_soup.py::test_cooks": 1.1}, [*always])
+    assert chosen(0.0) == {*cases, *others[1:]}
     assert chosen(0.05) == {cases[0], cases[2], cases[4], cases[6], *others[1:]}
     assert chosen(0.7) == {cases[0], *others[1:]}
     assert chosen(1.1) == {*others[1:]}

@@ -1,4 +1,4 @@
-"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests some cases, the fewer the longer they take by the record (.ci/executed).
+"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests all or some cases, the fewer the longer they take by the record (.ci/executed).
 
 Faults of bench/planted.py were noticed by tests of nearly all modules, and most of these tests are short: bench/RESULTS.md has the figures.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from executed import recorded_cases, spine
+from executed import CASE_SECONDS, recorded_cases, spine
 
-CASES = 4               # of a function
+CASES = 4               # of a function, if a case takes CASE_SECONDS; of quicker ones all
 ONE_SECONDS = 0.3       # if a case takes longer, there is one
 MOST_SECONDS = 0.8      # and then none
 
@@ -27,7 +27,7 @@ def quick(nodes: list[str], seconds: Mapping[str, float], always: list[str]) -> 
         if function in always or function.partition("::")[0] in always:
             chosen.update(its)
         elif took <= MOST_SECONDS:
-            count = min(CASES if took < ONE_SECONDS else 1, len(its))
+            count = len(its) if took < CASE_SECONDS else min(CASES if took < ONE_SECONDS else 1, len(its))
             chosen.update(its[number * len(its) // count] for number in range(count))
     return chosen
 
@@ -45,5 +45,5 @@ class Quick:
         items[:] = [item for item in items if item.nodeid in chosen]
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        terminalreporter.write_line(f"These were at most {CASES} cases of each function of tests, one where a case takes {ONE_SECONDS} s, and none of {MOST_SECONDS} s. "
+        terminalreporter.write_line(f"Where a case takes {CASE_SECONDS} s these were at most {CASES} of each function of tests, from {ONE_SECONDS} s on one, and above {MOST_SECONDS} s none. "
                                     "All by day: .ci/run, or this command without --quick. CONTRIBUTING.md says what else there is.")
