@@ -20,15 +20,17 @@ from works import assignment
 
 
 class Memory:
-    """Segments in memory, as the front holds them."""
+    """Segments in memory, as the front holds them. They are closed with it, also where a test only drops it."""
 
     def __init__(self, count=64, size=32 << 20):
         self.descriptors, self.size = [os.memfd_create("test") for _ in range(count)], size
         self.paths = [f"/proc/self/fd/{number}" for number in self.descriptors]
 
     def close(self):
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+    __del__ = close
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
     kept = KeptPages(memory.paths, memory.size, store, "the model")
     keeper = PageKeeper(engine.pool, engine.transformer, kept, engine.times)
+    keeper.of_test = memory         # open as long as the engine is there
     engine.keep(keeper)
     keeper.begin(lambda: profile, 60)
     engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
