@@ -23,7 +23,6 @@ from pathlib import Path
 
 KINDS = "q8_0,q4_0,q4_1,q4_k,q5_k,mxfp4,u4_g32,u4_g128"
 ROWS = "1,2,3,4,6,8,9,10,12,14,16,17,20,24,31,32,48,64,96,128,192,256"
-OF_FILES = "i8_row", "q1_0", "q2_0", "mxfp4"        # nothing here quantizes to them
 WEIGHTS = 1 << 18       # of a matrix, which fits the L2 cache in every type
 
 
@@ -32,7 +31,7 @@ def answer(isa):
     from chatlm.worker.kernels import compiled
     import numpy
     from chatlm.worker.kernels.random_blocks import random_blocks
-    from chatlm.worker.kernels.tiles import KINDS as NUMBERS
+    from chatlm.worker.kernels.tiles import FROM_FILES, KINDS as NUMBERS
     compiled.set_isa(isa)
     compiled.set_threads(1)
     dice, matrices = numpy.random.default_rng(0), {}
@@ -42,7 +41,7 @@ def answer(isa):
             matrices.clear()
             rows = WEIGHTS // columns // 32 * 32
             matrices[kind, columns] = matrix = compiled.Matrix(compiled.Arena(1 << 20), kind, rows, columns)
-            if kind in OF_FILES:
+            if kind in FROM_FILES:      # nothing here quantizes to it
                 matrix.fill(random_blocks(kind, rows, columns), kind)
             else:
                 matrix.fill(dice.standard_normal((rows, columns), numpy.float32), "f32")

@@ -53,6 +53,8 @@ function goneElsewhere() {
   } catch (error) { return []; }
 }
 
+const allGone = () => [state, ...goneElsewhere()].flatMap(({gone}) => gone);
+
 // Takes over those of closed tabs. A tab that is open keeps its own: they can be undone there.
 function takeOverGone() {
   const left = goneElsewhere().filter(({at}) => at < Date.now() - CLOSED_MS);
@@ -106,7 +108,8 @@ const isIn = (gone, kind, id) => gone.some(each => each[0] === kind && each[1] =
 
 // Whether a tab has deleted a record, or the chat that it is of. The server may not know that for as long as it can be undone.
 function isGone(kind, id, {conversation}) {
-  return [state, ...goneElsewhere()].some(({gone}) => isIn(gone, kind, id) || kind === "nodes" && isIn(gone, "conversations", conversation));
+  const gone = allGone();
+  return isIn(gone, kind, id) || kind === "nodes" && isIn(gone, "conversations", conversation);
 }
 
 function note(kind, id, patch) {
@@ -303,7 +306,7 @@ async function follow() {
   while (state.on && isMine()) {
     if (!leased()) { await wait(5000); continue; }
     takeOverGone();
-    if (passedOver !== null && ![state, ...goneElsewhere()].some(({gone}) => gone.length)) {
+    if (passedOver !== null && !allGone().length) {
       state.rev = passedOver;       // it is read again
       passedOver = null;
     }

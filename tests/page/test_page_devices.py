@@ -38,6 +38,16 @@ def delete(page, text):
     button(row, "Delete").click()
 
 
+def asked_and_joined(devices, text):
+    """A chat of the first device, which the other has then too."""
+    phone, laptop = devices
+    keep(phone)
+    asked(phone, text)
+    join(laptop, link_of(phone))
+    expect(chats(laptop)).to_have_text([text])
+    return devices
+
+
 def test_a_chat_is_on_the_other_device_and_changes_there_too(devices):
     phone, laptop = devices
     asked(phone, "apples are red")               # before: it is offered to the server too
@@ -108,11 +118,7 @@ def test_news_of_what_another_tab_has_just_deleted_do_not_bring_it_back(devices)
 
 
 def test_what_a_tab_has_deleted_can_be_undone_though_another_opens(devices):
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "deleted and back")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_count(1)
+    phone, laptop = asked_and_joined(devices, "deleted and back")
     delete(phone, "deleted and back")
     tab = phone.context.new_page()
     open_page(tab, phone.url)
@@ -127,11 +133,7 @@ def test_what_a_tab_has_deleted_can_be_undone_though_another_opens(devices):
 
 
 def test_what_a_closed_tab_had_deleted_is_deleted_by_the_next(devices):
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "deleted at the end")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_count(1)
+    phone, laptop = asked_and_joined(devices, "deleted at the end")
     delete(phone, "deleted at the end")
     tab = phone.context.new_page()
     phone.close()
@@ -140,11 +142,7 @@ def test_what_a_closed_tab_had_deleted_is_deleted_by_the_next(devices):
 
 
 def test_what_was_done_without_the_server_is_sent_later(devices):
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "before the tunnel")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_count(1)
+    phone, laptop = asked_and_joined(devices, "before the tunnel")
     phone.context.set_offline(True)
     row = phone.get_by_role("listitem").filter(has_text="tunnel")
     row.hover()
@@ -161,11 +159,7 @@ def test_what_was_done_without_the_server_is_sent_later(devices):
 
 
 def test_what_a_closed_page_had_not_sent_is_sent_by_the_next(devices):
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "unsent words")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_text(["unsent words"])
+    phone, laptop = asked_and_joined(devices, "unsent words")
     phone.route("**/v1/chats/changes", lambda route: route.abort())
     row = phone.get_by_role("listitem").filter(has_text="unsent")
     row.hover()
@@ -182,11 +176,7 @@ def test_what_a_closed_page_had_not_sent_is_sent_by_the_next(devices):
 
 def test_an_answer_is_on_the_other_device_though_its_page_has_gone(devices):
     """The server writes it, once: a page that comes back finds it too."""
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "first of all")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_count(1)
+    phone, laptop = asked_and_joined(devices, "first of all")
     chats(laptop).click()
     with phone.expect_request(lambda request: request.url.endswith("v1/chat/completions")) as sent:
         ask(phone, "and then go on")
@@ -204,11 +194,7 @@ def test_an_answer_is_on_the_other_device_though_its_page_has_gone(devices):
 
 def test_what_another_device_has_changed_is_not_lost_to_a_change_of_this_one(devices):
     """The answer to a change has what the other device had said."""
-    phone, laptop = devices
-    keep(phone)
-    asked(phone, "both change it")
-    join(laptop, link_of(phone))
-    expect(chats(laptop)).to_have_text(["both change it"])
+    phone, laptop = asked_and_joined(devices, "both change it")
     laptop.route(re.compile(r"/v1/chats/changes\?"), lambda route: route.abort())     # it hears nothing by itself
     laptop.reload()
     row = phone.get_by_role("listitem").filter(has_text="both")
