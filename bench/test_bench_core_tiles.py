@@ -110,12 +110,15 @@ def test_prefill(benchmark, kind, isa, B):
         benchmark.extra_info["GMAC_per_s"] = round(B * N * K / seconds(benchmark) / 1e9)
 
 
-@pytest.mark.parametrize("source, kind", [("q4_1", "q4_1"), ("q8_0", "q8_0"), ("bf16", "bf16"), ("f32", "q8_0"), ("f32", "q4_0")])
+AS_IN_FILES = "q4_1", "q8_0", "bf16", "q5_0", "q5_1", "q4_k", "q6_k", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "tq1_0", "q1_0", "q2_0"
+
+
+@pytest.mark.parametrize("source, kind", [*((kind, kind) for kind in AS_IN_FILES), ("f32", "q8_0"), ("f32", "q4_0")])
 def test_filling(benchmark, source, kind):
-    """The cost of loading 1024 x 576 weights."""
-    matrix = core.Matrix(core.Arena(4 << 20), kind, 1024, 576)
-    rows = random(1024, 576) if source == "f32" else np.zeros((1024, core._core.row_bytes(core.tiles.KINDS[source], 576)), np.uint8)
+    """The cost of loading 1024 x 768 weights."""
+    matrix = core.Matrix(core.Arena(4 << 20), kind, 1024, 768)
+    rows = random(1024, 768) if source == "f32" else np.zeros((1024, core._core.row_bytes(core.tiles.KINDS[source], 768)), np.uint8)
     benchmark.group = "tiles, filling"
     benchmark(lambda: matrix.fill(rows, source))
     if benchmark.stats:
-        benchmark.extra_info["ns_per_weight"] = round(seconds(benchmark) / 1024 / 576 * 1e9, 2)
+        benchmark.extra_info["ns_per_weight"] = round(seconds(benchmark) / 1024 / 768 * 1e9, 2)

@@ -216,8 +216,19 @@ static inline void nibble_codes(const uint8_t* from, uint8_t* codes) {      // 1
     for (int k = 0; k < 16; k++) codes[k] = from[k] & 15, codes[k + 16] = from[k] >> 4;
 }
 
+// Each bit of a byte in the lowest bit of a byte of its own.
+static inline uint64_t bits_apart(uint8_t byte) {
+    const uint64_t alone = byte * uint64_t(0x0101010101010101) & 0x8040201008040201;
+    return (alone + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+}
+
 static inline void fifth_bits(const uint8_t* from, uint8_t* codes) {        // 4 bytes, a bit a column
-    for (int k = 0; k < 32; k++) codes[k] = uint8_t(codes[k] | (from[k / 8] >> k % 8 & 1) << 4);
+    for (int i = 0; i < 4; i++, codes += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, codes, 8);
+        eight |= bits_apart(from[i]) << 4;
+        std::memcpy(codes, &eight, 8);
+    }
 }
 
 inline constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};

@@ -85,19 +85,17 @@ struct Ternary : Plain<2, 0, NibbleDot> {
 template <>
 struct Format<Weight::tq1_0> : FileBlock<Weight::tq1_0>, Ternary {
     static void codes(const uint8_t* block, uint8_t* codes) {
-        for (int n = 0; n < 5; n++) {                           // five in a byte: digits of a fraction in base 3
-            for (int k = 0; k < 32; k++) codes[32 * n + k] = digit(block[k], n);
-            for (int k = 0; k < 16; k++) codes[160 + 16 * n + k] = digit(block[32 + k], n);
+        for (int n = 0, power = 1; n < 5; n++, power *= 3) {        // five in a byte: digits of a fraction in base 3
+            digits<32>(block, power, codes + 32 * n), digits<16>(block + 32, power, codes + 160 + 16 * n);
+            if (n < 4) digits<4>(block + 48, power, codes + 240 + 4 * n);
         }
-        for (int n = 0; n < 4; n++)
-            for (int k = 0; k < 4; k++) codes[240 + 4 * n + k] = digit(block[48 + k], n);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block + 52, group + 2 * r); }
 
 private:
-    static uint8_t digit(int fraction, int n) {
-        constexpr int POWERS[5] = {1, 3, 9, 27, 81};
-        return uint8_t((fraction * POWERS[n] & 255) * 3 >> 8);
+    template <int COUNT>
+    static void digits(const uint8_t* fractions, int power, uint8_t* to) {
+        for (int k = 0; k < COUNT; k++) to[k] = uint8_t((fractions[k] * power & 255) * 3 >> 8);
     }
 };
 
@@ -123,7 +121,10 @@ struct FewBits : FileBlock<TYPE>, Plain<BITS, 0, NibbleDot> {
 template <>
 struct Format<Weight::q1_0> : FewBits<Weight::q1_0, 1> {
     static void codes(const uint8_t* block, uint8_t* codes) {
-        for (int k = 0; k < FILE_COLUMNS; k++) codes[k] = uint8_t((block[2 + k / 8] >> k % 8 & 1) << 1);
+        for (int i = 0; i < FILE_COLUMNS / 8; i++) {
+            const uint64_t eight = bits_apart(block[2 + i]) << 1;
+            std::memcpy(codes + 8 * i, &eight, 8);
+        }
     }
 };
 
@@ -131,7 +132,10 @@ struct Format<Weight::q1_0> : FewBits<Weight::q1_0, 1> {
 template <Weight TYPE>
 struct PairsInOrder : FewBits<TYPE, 2> {
     static void codes(const uint8_t* block, uint8_t* codes) {
-        for (int k = 0; k < FileBlock<TYPE>::FILE_COLUMNS; k++) codes[k] = block[2 + k / 4] >> k % 4 * 2 & 3;
+        for (int i = 0; i < FileBlock<TYPE>::FILE_COLUMNS / 4; i++) {
+            const uint32_t byte = block[2 + i];
+            put_four((byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303, codes + 4 * i);
+        }
     }
 };
 

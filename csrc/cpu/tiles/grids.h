@@ -46,8 +46,14 @@ extern const Digits<2048> DIGITS_IQ1;
 
 namespace DC_ISA {
 
-// 8 signs from the 7 that a file stores: the eighth makes the number of minuses even.
-static inline int eight_signs(int seven) { return seven | (__builtin_popcount(unsigned(seven)) & 1) << 7; }
+// 32 signs from four times the 7 that a file stores in 28 bits: the eighth makes the number of minuses even.
+static inline uint32_t with_eighths(uint32_t sevens) {
+    uint32_t signs = 0;
+    for (int n = 0; n < 4; n++) signs |= (sevens >> 7 * n & 127) << 8 * n;
+    uint32_t odd = signs ^ signs >> 4;
+    odd ^= odd >> 2, odd ^= odd >> 1;
+    return signs | (odd & 0x01010101) << 7;
+}
 
 #if defined(__AVX2__)
 
@@ -171,11 +177,10 @@ struct Gridded : Plain<7, SHIFT, Dot> {
         }
     }
     static int nibble(const uint8_t* quants, int n, int r) { return quants[PLANES + 16 * (n / 2) + r] >> n % 2 * 4 & 15; }
-    static void put_signs(int signs, int n, uint8_t* quants, int r) {           // of columns 8 n .. 8 n + 7
-        for (int k = 8 * n; k < 8 * n + 8; k++) {
-            uint8_t& bits = quants[SIGNS + 4 * r + k % 4];
-            bits = uint8_t((bits & ~(1 << k / 4)) | (signs >> k % 8 & 1) << k / 4);
-        }
+    static void put_signs(uint32_t signs, uint8_t* quants, int r) {             // a bit a column
+        uint32_t bits = 0;
+        for (int c = 0; c < 8; c++) bits |= ((signs >> 4 * c & 15) * 0x00204081 & 0x01010101) << c;        // each of four bits into its own byte
+        put_four(bits, quants + SIGNS + 4 * r);
     }
     static int code(const uint8_t* quants, int r, int k) {
         const int n = k / EACH;
@@ -423,8 +428,8 @@ struct Format<Weight::iq2_xxs> : FileBlock<Weight::iq2_xxs>, Gridded<8, 256, GRI
     using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         const uint8_t* const from = block + 2 + 8 * i;
-        for (int n = 0; n < 4; n++)
-            put_number(from[n], n, quants, r), put_signs(eight_signs(word_at(from + 4) >> 7 * n & 127), n, quants, r);
+        for (int n = 0; n < 4; n++) put_number(from[n], n, quants, r);
+        put_signs(with_eighths(word_at(from + 4)), quants, r);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block, group + 2 * r);
@@ -436,10 +441,13 @@ template <>
 struct Format<Weight::iq2_xs> : FileBlock<Weight::iq2_xs>, Gridded<8, 512, GRID_IQ2_XS, DIGITS_IQ2_XS, 1, true, 6, UnsignedDot>, OddScales<8, 2> {
     using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
+        uint32_t sevens = 0;
         for (int n = 0; n < 4; n++) {
             const int both = two_bytes(block + 2 + 8 * i + 2 * n);
-            put_number(both & 511, n, quants, r), put_signs(eight_signs(both >> 9), n, quants, r);
+            put_number(both & 511, n, quants, r);
+            sevens |= uint32_t(both >> 9) << 7 * n;
         }
+        put_signs(with_eighths(sevens), quants, r);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block, group + 2 * r);
@@ -451,8 +459,8 @@ template <>
 struct Format<Weight::iq2_s> : FileBlock<Weight::iq2_s>, Gridded<8, 1024, GRID_IQ2_S, DIGITS_IQ2_S, 2, true, 6, UnsignedDot>, OddScales<8, 2> {
     using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
-        for (int n = 0; n < 4; n++)
-            put_number(block[2 + 4 * i + n] | (block[66 + i] >> 2 * n & 3) << 8, n, quants, r), put_signs(block[34 + 4 * i + n], n, quants, r);
+        for (int n = 0; n < 4; n++) put_number(block[2 + 4 * i + n] | (block[66 + i] >> 2 * n & 3) << 8, n, quants, r);
+        put_signs(word_at(block + 34 + 4 * i), quants, r);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block, group + 2 * r);
@@ -465,7 +473,7 @@ struct Format<Weight::iq3_xxs> : FileBlock<Weight::iq3_xxs>, Gridded<4, 256, GRI
     using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n], n, quants, r);
-        for (int n = 0; n < 4; n++) put_signs(eight_signs(word_at(block + 66 + 4 * i) >> 7 * n & 127), n, quants, r);
+        put_signs(with_eighths(word_at(block + 66 + 4 * i)), quants, r);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block, group + 2 * r);
@@ -478,7 +486,7 @@ struct Format<Weight::iq3_s> : FileBlock<Weight::iq3_s>, Gridded<4, 512, GRID_IQ
     using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n] | (block[66 + i] >> n & 1) << 8, n, quants, r);
-        for (int n = 0; n < 4; n++) put_signs(block[74 + 4 * i + n], n, quants, r);
+        put_signs(word_at(block + 74 + 4 * i), quants, r);
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block, group + 2 * r);
