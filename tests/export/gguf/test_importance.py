@@ -127,6 +127,15 @@ def test_a_type_that_needs_importance_says_so(kind, model, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_matrices_without_importance_are_counted(model, tmp_path):
+    few = Importance({"blk.0.ffn_up.weight": SquareSums(np.ones((1, 256), np.float32), np.ones(1, np.float32))})
+    write_importance(few, tmp_path / "few.gguf")
+    made = export_gguf(source_of(model), tmp_path / "few-used.gguf", type="Q4_0", imatrix=tmp_path / "few.gguf")
+    quantized = [tensor for tensor in read_gguf(made.path)[1].values() if tensor.tensor_type.name not in ("F32", "F16")]
+    assert made.without == len(quantized) - 1 > 1
+    assert not export_gguf(source_of(model), tmp_path / "none-used.gguf", type="Q4_0").without
+
+
 @pytest.mark.parametrize("kind", by_day(("IQ3_S", "IQ3_M"), "IQ3_S"))
 def test_iq3_does_without_importance(kind, model, tmp_path):
     export_gguf(source_of(model), tmp_path / "out.gguf", type=kind)
