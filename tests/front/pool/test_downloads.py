@@ -143,6 +143,33 @@ async def test_a_killed_download_is_continued(hub):
         assert ranges(hub) == [f"bytes={kept}-"] and downloads.catalogue.taken[0][1].read_bytes() == LARGE
 
 
+async def test_a_killed_download_that_had_all_is_only_checked(hub):
+    hub.held = {"large.gguf": 22 * MIB}
+    async with downloading(ORDINARY) as downloads:
+        download = downloads.start("org/large")
+        await under_way(download)
+        child_of().kill()
+        await ended(download)
+        part_of().write_bytes(LARGE)
+        hub.requests.clear()
+        hub.released.set()
+        assert (await ended(downloads.start("org/large")))["state"] == "done"
+        assert "large.gguf" not in hub.fetched() and downloads.catalogue.taken[0][1].read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("here, complete", [((1, 2), True), ((1,), False)])
+def test_a_folder_in_shards_is_offered_when_all_are_here(hub, here, complete):
+    repository = hub_cache() / "models--org--shards"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
+    for name in ("config.json", "tokenizer.json", *(shards[number - 1] for number in here)):
+        (snapshot / name).write_text("{}")
+    (offer,) = cached_models()
+    assert (offer.name, offer.complete) == ("org/shards", complete)
+
+
 async def test_a_cancelled_download_can_be_resumed(hub):
     """Its process has ended."""
     hub.held = {"large.gguf": 22 * MIB}
