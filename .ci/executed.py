@@ -1,7 +1,7 @@
 """The record of what tests execute: .ci/executed/tests/FOLDER/test_x.txt for tests/FOLDER/test_x.py. `.ci/run record` makes it.
 
 Its first line says how many seconds the module's tests took, and whether they started processes. The second, which begins with `cases`, says how long a case
-takes of those functions of tests where it is a tenth of a second or more. Each other line has a file of the program and the functions of it that they called,
+takes of those functions of tests where it is CASE_SECONDS or more. Each other line has a file of the program and the functions of it that they called,
 in whatever process (tests/support/call_recorder.py).
 
     python .ci/executed.py FOLDER       from what the processes of a recorded run have left in FOLDER; only modules that ran get new files
