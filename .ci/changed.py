@@ -4,8 +4,8 @@ BASE is a commit; without it, what is not in the branch that this one follows (o
 Prints the arguments of pytest, a line each; `.ci/run changed` runs them. Chosen are
 
     for each function that changed                  up to CALLERS modules that call it, by the record (.ci/executed): some that have the words of
-                                                    what changed in it, then its own name and texts, then those of its room, and those that
-                                                    call little else and are short (.ci/cover.py)
+                                                    what changed in it, then its own name and texts, then those that have its file's name or
+                                                    import it, those of its room, and those that call little else and are short (.ci/cover.py)
     for each that a changed line calls              up to CALLED modules that call that one too
     for each that mentions a changed name           one such module, within MENTION_SECONDS; a name is a constant, a table, a field of a class, or a class
     what calls anything of its file                 for a function that nobody has recorded, unless it is new; of its room, if nothing does

@@ -1,6 +1,7 @@
 """Few modules of tests that call each of some functions, by the record (.ci/executed): for `.ci/run changed`."""
 
 import heapq
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,8 +12,10 @@ Function = tuple[str, str]          # (file, qualified name)
 Worth = Callable[[Function, str], float]
 # Measured with faults of bench/planted.py in functions that many modules call: the room's own modules notice most, then those that call little else.
 # What has the file's name is about it: a fault of drafts.py was missed by eight modules of the engine, and test_drafts.py was not among them.
+# What imports the file by its name is about it too: of 43 modules that call what writes the usage, only one looks at what was written, and imports the writer.
 OWN_ROOM = 6
 OWN_NAME = 50
+IMPORTS = 10
 CALLERS = 8         # modules of tests for each function that changed
 # of them first, those that have its name or its texts: eight tests of kernels call what says "re-quantized from" in passing, one of weights reads it
 WITH_WORDS = 3
@@ -33,6 +36,12 @@ def room_of_tests(root: Path, path: str) -> str:
 def is_named_after(module: str, path: str) -> bool:
     """Is a module of tests called like a file of the program? test_drafts.py and test_draft_model.py are like drafts.py."""
     return Path(module).stem.removeprefix("test_").startswith(Path(path).stem.removesuffix("s"))
+
+
+def imports(text: str, path: str) -> bool:
+    """Does a module of tests with this text import a file of the program by its name?"""
+    folder, name = ".".join(Path(path).parent.parts), re.escape(Path(path).stem)
+    return bool(re.search(rf"\b{re.escape(folder)}(\.| import [^\n]*\b){name}\b", text))
 
 
 class Cover:
@@ -59,12 +68,17 @@ class Cover:
         own = OWN_ROOM if str(Path(module).parent) == self.rooms[path] else 1
         if is_named_after(module, path):
             own *= OWN_NAME
+        elif imports(self.text_of(module), path):
+            own *= IMPORTS
         return own / (len(executed.functions) + 50) / max(executed.seconds, 0.3) ** 0.5
 
-    def worth_by_words(self, function: Function, module: str) -> float:
+    def text_of(self, module: str) -> str:
         if module not in self.texts:
             self.texts[module] = (self.root / module).read_text()
-        text = self.texts[module]
+        return self.texts[module]
+
+    def worth_by_words(self, function: Function, module: str) -> float:
+        text = self.text_of(module)
         return self.worth(function, module) * sum(weight * min(text.count(word), MOST_TIMES) for word, weight in self.words.get(function, {}).items())
 
     def choose(self, needs: dict[Function, int], chosen: Iterable[str] = (), seconds: float = float("inf"), worth: Worth | None = None) -> list[str]:

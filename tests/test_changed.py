@@ -150,6 +150,20 @@ def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(prog
     assert {SOUP, *small, *own} < found and len(found) == CALLERS
 
 
+@pytest.mark.parametrize("text, is_about_it", [
+    ("from chatlm.kitchen.soup import Deep", True), ("from chatlm.kitchen import pan, soup", True), ("import chatlm.kitchen.soup", True),
+    ("from chatlm.kitchen.soups import Deep", False), ("from chatlm.hall import soup", False)])
+def test_a_module_that_imports_the_file_is_chosen_before_shorter_ones(program, text, is_about_it):
+    cook = ("chatlm/kitchen/soup.py", "cook")
+    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
+    small = {f"tests/hall/test_small_{number}.py": Executed(1.0, True, frozenset({cook})) for number in range(20)}
+    record_more(program, small | {"tests/kitchen/test_large.py": Executed(9.0, True, others | {cook})})
+    (program / "tests/kitchen/test_large.py").write_text(f"{text}\n")
+    git(program, "commit", "-qam", "It imports")
+    found = chosen(program, "chatlm/kitchen/soup.py", "return 1", "return 2")
+    assert ("tests/kitchen/test_large.py" in found) is is_about_it
+
+
 @pytest.mark.parametrize("text", ["from chatlm import cook_slowly", "assert 'the pot boiled over' in log"])
 def test_a_module_that_has_the_function_s_name_or_texts_is_chosen_first(program, text):
     """It asks for what the function does; others only call it in passing."""

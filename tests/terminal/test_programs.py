@@ -88,6 +88,11 @@ async def test_a_program_has_limits_and_its_own_folder(program, passes, monkeypa
     assert await Programs()(program) is passes
 
 
+async def test_nothing_is_said_of_a_program_that_leaves_nothing(capsys):
+    assert await Programs()("open('x', 'w').write('y')") is True
+    assert capsys.readouterr() == ("", "")
+
+
 # what a program starts, and what it leaves
 
 

@@ -1,6 +1,7 @@
 """Folders of packed safetensors compute what their format means, in tiles of their own size and multiplied out."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.kernels.choosing import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.loaded.shards import shard_model
+from chatlm.worker.weights.packed.quantization import Quantization, ct_group
 from engines import forward_logits, make_batch, tensors_of
 from families import TOLERANCE, answers, check, clear_cases, kernels_of, load, make_model, transformer
 from lora import adapt
@@ -156,6 +158,14 @@ def test_compressed_groups_may_differ_in_format(tmp_path):
         content["quantization_config"] |= {"format": "mixed-precision", "ignore": ["lm_head", "re:.*[kv]_proj"]}
     rewrite(folder / "config.json", more)
     assert same_values(folder, tmp_path / "plain") and ", from FP8" in load(folder).description
+
+
+@pytest.mark.parametrize("module, group", [("model.layers.0.mlp.up_proj", "b"), ("model.layers.0.self_attn.o_proj", "c"), ("lm_head", "d")])
+def test_a_compressed_module_has_the_group_that_names_it(module, group):
+    """A class comes after names, and is not the first group."""
+    targets = {"a": ["Embedding"], "b": ["re:.*mlp.*"], "c": ["Linear"], "d": ["lm_head"]}
+    stated = {"config_groups": {name: {"targets": of_it, "weights": {}} for name, of_it in targets.items()}}
+    assert ct_group(Quantization(Path("config.json"), "quantization_config", stated), module).name == group
 
 
 def test_rules_of_gptq_change_or_leave_out_modules(tmp_path):
