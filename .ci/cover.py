@@ -38,10 +38,12 @@ def is_named_after(module: str, path: str) -> bool:
     return Path(module).stem.removeprefix("test_").startswith(Path(path).stem.removesuffix("s"))
 
 
-def imports(text: str, path: str) -> bool:
-    """Does a module of tests with this text import a file of the program by its name?"""
-    folder, name = ".".join(Path(path).parent.parts), re.escape(Path(path).stem)
-    return bool(re.search(rf"\b{re.escape(folder)}(\.| import [^\n]*\b){name}\b", text))
+def named_files(text: str) -> set[str]:
+    """The dotted names of the program in a module of tests: what it imports, whole or by the name of its folder, and what it patches."""
+    names = {".".join(name.split(".")[:end]) for name in set(re.findall(r"\bchatlm(?:\.\w+)+", text)) for end in range(2, name.count(".") + 2)}
+    for folder, imported in re.findall(r"\b(chatlm(?:\.\w+)*) import ([^\n]*)", text):
+        names |= {f"{folder}.{name}" for name in re.findall(r"\w+", imported)}
+    return names
 
 
 class Cover:
@@ -58,6 +60,7 @@ class Cover:
                 self.callers[function].append(module)
         self.rooms: dict[str, str] = {}
         self.texts: dict[str, str] = {}
+        self.named: dict[str, set[str]] = {}                    # see named_files
         self.words: dict[Function, dict[str, float]] = {}       # of functions that changed: what a test of them would have, and how much that says
 
     def worth(self, function: Function, module: str) -> float:
@@ -68,9 +71,14 @@ class Cover:
         own = OWN_ROOM if str(Path(module).parent) == self.rooms[path] else 1
         if is_named_after(module, path):
             own *= OWN_NAME
-        elif imports(self.text_of(module), path):
+        elif path.removesuffix(".py").replace("/", ".") in self.named_by(module):
             own *= IMPORTS
         return own / (len(executed.functions) + 50) / max(executed.seconds, 0.3) ** 0.5
+
+    def named_by(self, module: str) -> set[str]:
+        if module not in self.named:
+            self.named[module] = named_files(self.text_of(module))
+        return self.named[module]
 
     def text_of(self, module: str) -> str:
         if module not in self.texts:
