@@ -66,6 +66,7 @@ EXECUTED = {
     "tests/page/test_page.py": Executed(0.5, True, frozenset({("chatlm/kitchen/soup.py", "cook")})),
     "tests/test_spices.py": Executed(3.0, False, frozenset({("chatlm/pantry.py", "season")})),
 }
+OTHERS = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))      # what a module calls that calls much
 SPINE = ["tests/test_layout.py", "tests/test_walls.py::test_one"]
 
 
@@ -141,10 +142,9 @@ def record_more(program, executed):
 def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(program):
     """Not all of a hundred modules that start a server."""
     cook = ("chatlm/kitchen/soup.py", "cook")
-    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
-    large = {f"tests/hall/test_{number}.py": Executed(3.0, True, others | {cook}) for number in range(30)}
+    large = {f"tests/hall/test_{number}.py": Executed(3.0, True, OTHERS | {cook}) for number in range(30)}
     small = {f"tests/hall/test_small_{number}.py": Executed(3.0, True, frozenset({cook})) for number in range(4)}
-    own = {f"tests/kitchen/test_own_{number}.py": Executed(3.0, True, others | {cook}) for number in range(2)}
+    own = {f"tests/kitchen/test_own_{number}.py": Executed(3.0, True, OTHERS | {cook}) for number in range(2)}
     record_more(program, large | small | own)
     found = set(chosen(program, "chatlm/kitchen/soup.py", "return 1", "return 2"))
     assert {SOUP, *small, *own} < found and len(found) == CALLERS
@@ -155,9 +155,8 @@ def test_of_many_callers_those_of_the_room_and_the_most_specific_are_chosen(prog
     ("from chatlm.kitchen.soups import Deep", False), ("from chatlm.hall import soup", False)])
 def test_a_module_that_imports_the_file_is_chosen_before_shorter_ones(program, text, is_about_it):
     cook = ("chatlm/kitchen/soup.py", "cook")
-    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
     small = {f"tests/hall/test_small_{number}.py": Executed(1.0, True, frozenset({cook})) for number in range(20)}
-    record_more(program, small | {"tests/kitchen/test_large.py": Executed(9.0, True, others | {cook})})
+    record_more(program, small | {"tests/kitchen/test_large.py": Executed(9.0, True, OTHERS | {cook})})
     (program / "tests/kitchen/test_large.py").write_text(f"{text}\n")
     git(program, "commit", "-qam", "It imports")
     found = chosen(program, "chatlm/kitchen/soup.py", "return 1", "return 2")
@@ -171,8 +170,7 @@ def test_a_module_that_has_the_function_s_name_or_texts_is_chosen_first(program,
     file = program / "chatlm/kitchen/soup.py"
     file.write_text(f"{file.read_text()}\n\ndef cook_slowly():\n    return 'the pot boiled over;'\n")
     small = {f"tests/hall/test_small_{number}.py": Executed(1.0, True, frozenset({slowly})) for number in range(20)}
-    others = frozenset(("chatlm/other.py", f"f{number}") for number in range(400))
-    record_more(program, small | {"tests/hall/test_large.py": Executed(90.0, True, others | {slowly})})
+    record_more(program, small | {"tests/hall/test_large.py": Executed(90.0, True, OTHERS | {slowly})})
     large = program / "tests/hall/test_large.py"
     change = "chatlm/kitchen/soup.py", "'the pot boiled over;'", "'the pot boiled over;' * 2"
     assert "tests/hall/test_large.py" not in chosen(program, *change)

@@ -102,6 +102,15 @@ def child_of():
     return child
 
 
+async def killed(downloads, hub):
+    """How a download ends whose process is killed when some of it is here."""
+    hub.held = {"large.gguf": 22 * MIB}
+    download = downloads.start("org/large")
+    await under_way(download)
+    child_of().kill()
+    return await ended(download)
+
+
 async def test_a_model_arrives_whole_by_its_name(hub):
     """The name is the one that was asked for."""
     async with downloading() as downloads:
@@ -128,12 +137,8 @@ async def test_a_broken_connection_costs_only_the_rest(hub):
 
 async def test_a_killed_download_is_continued(hub):
     """It fails, and the next one continues it."""
-    hub.held = {"large.gguf": 22 * MIB}
     async with downloading(ORDINARY) as downloads:
-        download = downloads.start("org/large")
-        await under_way(download)
-        child_of().kill()
-        state = await ended(download)
+        state = await killed(downloads, hub)
         assert state["state"] == "failed" and "SIGKILL" in state["error"]
         kept = part_of().stat().st_size
         assert 0 < kept <= 22 * MIB and not downloads.catalogue.taken
@@ -144,12 +149,8 @@ async def test_a_killed_download_is_continued(hub):
 
 
 async def test_a_killed_download_that_had_all_is_only_checked(hub):
-    hub.held = {"large.gguf": 22 * MIB}
     async with downloading(ORDINARY) as downloads:
-        download = downloads.start("org/large")
-        await under_way(download)
-        child_of().kill()
-        await ended(download)
+        await killed(downloads, hub)
         part_of().write_bytes(LARGE)
         hub.requests.clear()
         hub.released.set()
