@@ -182,7 +182,7 @@ from chatlm.commands import program_of
 from chatlm.common.commands import Application, Command, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
-from chatlm.common.interrupts import raised_interrupts
+from chatlm.common.interrupts import held_interrupts, raised_interrupts, with_interrupts
 from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
@@ -209,9 +209,10 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
     try:
-        with uncollected() if STARTED else nullcontext():
-            running = command.run(settings, program)
-        status = asyncio.run(running)
+        with held_interrupts():  # until the loop runs
+            with uncollected() if STARTED else nullcontext():
+                running = command.run(settings, program)
+            status = asyncio.run(with_interrupts(running))
         return status
     finally:
         if start:  # let the other ranks end too; this imports torch
@@ -220,9 +221,17 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
                 RankStore().put("over", [time.time(), status])
 
 
-@raised_interrupts()
 def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
+    try:
+        with raised_interrupts():
+            return run_line(argv, annexes)
+    except KeyboardInterrupt:  # at any moment, also while a command line is read or an error told
+        return 130
+
+
+def run_line(argv: Seq[str] | None, annexes: Seq[Annex]) -> int:
+    """Run the command that a command line names, and tell its errors. Returns the exit status."""
     if STARTED:
         collect_from_now_on()
     program = program_of(annexes)
@@ -268,8 +277,6 @@ def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
         wrong_use = isinstance(error, ConfigError)
         tell(f"chat_server: {'' if wrong_use else 'error: '}{error}", logging.ERROR)
         return 2 if wrong_use else 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def bytecode(files: Mapping[str, bytes], interpreter: str, flags: int) -> tuple[
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [interpreter, "-S", "-W", "ignore", "-c", COMPILE, str(flags)], input=marshal.dumps(sources, 2),
-        stdout=subprocess.PIPE, env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True)
+        stdout=subprocess.PIPE, env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True,
+        start_new_session=True)  # we handle the terminal's Ctrl-C
     return marshal.loads(done.stdout)
 
 

@@ -6,8 +6,11 @@ process at once. Python's own handler would show where the imports were."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -22,3 +25,20 @@ def raised_interrupts() -> Iterator[None]:
     finally:
         if ends:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """In this block, Ctrl-C waits for `with_interrupts` or the block's end. So nothing is half made when it
+    comes: asyncio's loop, or a coroutine that nobody awaits yet."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+async def with_interrupts(work: Awaitable[Result]) -> Result:
+    """Await what `held_interrupts` made. From now on Ctrl-C comes, and one that waited comes at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return await work

@@ -36,7 +36,7 @@ async def check(settings: Settings) -> int:
     """The `check` command: 0, or 1 if the model has an error or an op is wrong. ConfigError if the model
     cannot be opened."""
     if settings.model is None:
-        return await asyncio.to_thread(check_kernels)
+        return await check_kernels()
     progress = ProgressDisplay()
     of_checks = progress if progress.bar else no_progress
     try:
@@ -52,17 +52,25 @@ async def check(settings: Settings) -> int:
     return int(report.verdict == "error")
 
 
-def check_kernels() -> int:
+async def check_kernels() -> int:
     """Show what the role `check` says; this process needs no torch."""
-    with subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True,
-                          pass_fds=PROGRAM) as process:
-        try:
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-        except OSError:
-            process.kill()
-            raise
-    return process.returncode
+    process = subprocess.Popen(
+        [*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True, pass_fds=PROGRAM,
+        start_new_session=True)  # we handle the terminal's Ctrl-C
+    try:
+        return await asyncio.to_thread(shown_until_end, process)
+    except BaseException:
+        process.kill()
+        raise
+
+
+def shown_until_end(process: subprocess.Popen) -> int:
+    """Print what a process says. Returns its exit status."""
+    assert process.stdout
+    with process.stdout as lines:
+        for line in lines:
+            print(line, end="", flush=True)
+    return process.wait()
 
 
 class ModelReport(NamedTuple):

@@ -186,8 +186,40 @@ def test_ctrl_c_during_a_start_ends_it_silently(start, words, module):
     assert status in (-signal.SIGINT, 130) and rest == ""       # 130: the command itself was already there to end
 
 
+@pytest.mark.parametrize("function, words", [
+    ("program_of", []), ("with_kept_words", ["chat"]), ("hide_api_keys", ["check", "--api-key", "x"]), ("end_worker_ahead", ["check"]),
+    ("parse_command_line", []), ("tell", ["--no-such-flag"])])
+def test_ctrl_c_at_any_moment_of_a_command_ends_it_silently(function, words):
+    """While each of these runs: until the command starts, and while an error is told."""
+    code = ENTRY.replace("sys.exit(main())", f"import chat_server, signal; sys.argv[1:] = {words}; "
+                         f"chat_server.{function} = lambda *_: signal.raise_signal(signal.SIGINT); sys.exit(main())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_where_ctrl_c_is_ignored_it_stays_so():
     assert interrupted("script", ["--version"], "chatlm.cli", ignored=True) == (0, "")
+
+
+STALLED = """
+import os, sys, time
+if sys.orig_argv[-1] == "check" and "-c" in sys.orig_argv:
+    with open(os.environ["TEST_MARK"], "w"):
+        time.sleep(60)
+"""
+
+
+def test_ctrl_c_while_the_process_of_a_check_starts(tmp_path):
+    """Before code of ours runs in it. It neither says anything nor stays."""
+    (tmp_path / "sitecustomize.py").write_text(STALLED)
+    os.mkfifo(started := str(tmp_path / "started"))
+    process = subprocess.Popen([sys.executable, CHECKOUT / "chat_server.py", "check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=os.environ | {"PYTHONPATH": str(tmp_path), "TEST_MARK": started})
+    with open(started):         # as soon as the other process is there
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode in (130, -signal.SIGINT)
+    left = [each for each in psutil.process_iter() if started == marks_of(each)]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
 
 
 def test_ctrl_c_ends_a_kernel_check_without_traceback():
