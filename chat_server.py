@@ -170,11 +170,10 @@ if __name__ == "__main__":
     from chatlm.common.processes.start import start_worker_ahead
     start_worker_ahead(sys.argv[1:], WITHOUT_WORKER_AHEAD)
 
-import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Awaitable, Sequence as Seq
 from contextlib import nullcontext, suppress
 
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, with_kept_words
@@ -182,7 +181,7 @@ from chatlm.commands import program_of
 from chatlm.common.commands import Application, Command, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
-from chatlm.common.interrupts import held_interrupts, raised_interrupts, with_interrupts
+from chatlm.common.interrupts import raised_interrupts, run_loop
 from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
@@ -195,27 +194,30 @@ from chatlm.front.pool.local_devices import check_nice, niceness
 def run_command(command: Command, settings: Settings, program: Application) -> int:
     """Run a command that has Settings. A process that torchrun started as rank 1 or higher computes that rank
     instead. Returns the exit status."""
-    assert command.run, f"{command.name} has no Settings"
+    run = command.run
+    assert run, f"{command.name} has no Settings"
     check_library("aiohttp", "chat_server")
     if not settings.url:  # a model is loaded here
         check_library("numpy", "chat_server")
-    start = torchrun(settings)
+    ranks = torchrun(settings)
     status = 1
-    if start and settings.serves_many:
+    if ranks and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
-    if start and start.rank:
+    if ranks and ranks.rank:
         from chatlm.common.processes.torchrun import serve_rank
-        return serve_rank(settings, start)
+        return serve_rank(settings, ranks)
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
+
+    def start() -> Awaitable[int]:
+        with uncollected() if STARTED else nullcontext():
+            return run(settings, program)
+
     try:
-        with held_interrupts():  # until the loop runs
-            with uncollected() if STARTED else nullcontext():
-                running = command.run(settings, program)
-            status = asyncio.run(with_interrupts(running))
+        status = run_loop(start)
         return status
     finally:
-        if start:  # let the other ranks end too; this imports torch
+        if ranks:  # let the other ranks end too; this imports torch
             from chatlm.common.processes.torchrun import RankStore
             with suppress(RuntimeError):
                 RankStore().put("over", [time.time(), status])

@@ -5,8 +5,9 @@ process at once. Python's own handler would show where the imports were."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -29,16 +30,38 @@ def raised_interrupts() -> Iterator[None]:
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """In this block, Ctrl-C waits for `with_interrupts` or the block's end. So nothing is half made when it
-    comes: asyncio's loop, or a coroutine that nobody awaits yet."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    """In this block of the main thread, Ctrl-C waits for its end. So nothing is half made or half removed."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
-async def with_interrupts(work: Awaitable[Result]) -> Result:
-    """Await what `held_interrupts` made. From now on Ctrl-C comes, and one that waited comes at once."""
+def run_loop(make: Callable[[], Awaitable[Result]]) -> Result:
+    """Run what `make` returns in an event loop. Until the loop runs, Ctrl-C waits: it would come where the
+    loop is half made, or where nobody awaits what was made. No thread may run yet, for it would get it."""
+    hold_interrupts()
+    try:
+        return asyncio.run(with_interrupts(make()))
+    finally:
+        let_interrupts()
+
+
+async def with_interrupts(made: Awaitable[Result]) -> Result:
+    let_interrupts()
+    return await made
+
+
+def hold_interrupts():
+    """Have Ctrl-C wait for `let_interrupts`. Also for `subprocess`: a terminal sends Ctrl-C to all processes,
+    and before a new one has code of ours Python would show where its imports were."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+
+def let_interrupts():
+    """From now on Ctrl-C comes, and one that waited comes at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    return await work

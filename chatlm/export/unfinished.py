@@ -9,11 +9,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.local import FULL, has_room
+from chatlm.common.interrupts import held_interrupts
 
 
 MARK = ".chat_server"  # the name of an empty file in each unfinished folder
@@ -28,29 +29,38 @@ def unfinished(target: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     refuse_existing(target)
     part = target.with_name(f".{target.name}.unfinished")
-    with full_disk(target):
+    ours = False
+    with full_disk(target), ExitStack() as stack:
         try:
-            part.mkdir(exist_ok=True)
-        except OSError as error:
-            if error.errno in FULL:
-                raise
-            raise ConfigError(f"cannot write {target}: {os.strerror(error.errno or 0)}") from None
-        with locked(part, target):
-            refuse_others(part, target)
-            try:
-                empty(part)
-                (part / MARK).touch()
-                yield part
-                (part / MARK).unlink()
-                keep(part, target)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
+            with held_interrupts():
+                make(part, target)
+                stack.enter_context(locked(part, target))
+                refuse_others(part, target)
+                ours = True
+            empty(part)
+            (part / MARK).touch()
+            yield part
+            (part / MARK).unlink()
+            keep(part, target)
+        except BaseException:
+            if ours:
+                with held_interrupts():  # a second Ctrl-C waits
+                    shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def refuse_existing(target: Path):
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists: give a name that is free, or remove it")
+
+
+def make(part: Path, target: Path):
+    try:
+        part.mkdir(exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(f"cannot write {target}: {os.strerror(error.errno or 0)}") from None
 
 
 def refuse_others(part: Path, target: Path):

@@ -117,6 +117,36 @@ def test_an_interrupted_export_leaves_nothing(nanochat_fixtures, tmp_path):
     assert process.wait(60) == 130 and names(tmp_path) == []
 
 
+BEFORE_WRITING = """
+import os, shutil, signal, sys
+sys.path.insert(0, {root!r})
+import chat_server
+from chatlm.export import unfinished
+calls = []
+def interrupted(real):
+    def call(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        calls.append(real.__name__)
+        return real(*arguments, **options)
+    return call
+for name in {names!r}:
+    place = shutil if hasattr(shutil, name) else unfinished
+    setattr(place, name, interrupted(getattr(place, name)))
+status = chat_server.main(["export", {source!r}, "-o", {target!r}])
+print(status, *calls)
+"""
+
+
+@pytest.mark.parametrize("functions", [["make"], ["locked"], ["refuse_others"], ["empty", "rmtree"], ["keep"], ["keep", "rmtree"]])
+def test_an_export_that_is_interrupted_at_any_moment_leaves_nothing(functions, nanochat_fixtures, tmp_path):
+    """While its folder is made, and again while that is removed."""
+    code = BEFORE_WRITING.format(root=os.path.dirname(SCRIPT), source=str(nanochat_fixtures / "gen3"), target=str(tmp_path / "made"),
+                                 names=functions)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[0] == "130" and {*done.stdout.split()[1:]} <= {*functions} and "Traceback" not in done.stderr, done
+    assert names(tmp_path) == []
+
+
 def test_a_second_export_says_that_another_process_writes(nanochat_fixtures, tmp_path, capfd):
     process = held_export(nanochat_fixtures / "gen3", tmp_path / "made")
     assert "another process is writing" in refused(capfd, nanochat_fixtures / "gen1", "-o", tmp_path / "made")
