@@ -22,7 +22,7 @@ from chatlm.common.core import core_package, find_core, interface_of, lacks, ver
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
 from chatlm.common.interface import INTERFACE
-from chatlm.common.interrupts import hold_interrupts
+from chatlm.common.interrupts import masked_interrupts
 from chatlm.common.invocation import pip_command
 from chatlm.common.libraries import Libraries, packed_libraries, use_libraries
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
@@ -153,10 +153,10 @@ def bytecode(files: Mapping[str, bytes], interpreter: str, flags: int) -> tuple[
     """(the tag of the Python, the bytecode of each module)."""
     sources = {name: files[name] for name in sorted(files) if name.endswith(".py")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(
-        [interpreter, "-S", "-W", "ignore", "-c", COMPILE, str(flags)], input=marshal.dumps(sources, 2),
-        stdout=subprocess.PIPE, env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True,
-        preexec_fn=hold_interrupts)
+    with masked_interrupts():
+        done = subprocess.run(
+            [interpreter, "-S", "-W", "ignore", "-c", COMPILE, str(flags)], input=marshal.dumps(sources, 2),
+            stdout=subprocess.PIPE, env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", check=True)
     return marshal.loads(done.stdout)
 
 

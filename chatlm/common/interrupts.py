@@ -44,24 +44,21 @@ def held_interrupts() -> Iterator[None]:
 def run_loop(make: Callable[[], Awaitable[Result]]) -> Result:
     """Run what `make` returns in an event loop. Until the loop runs, Ctrl-C waits: it would come where the
     loop is half made, or where nobody awaits what was made. No thread may run yet, for it would get it."""
-    hold_interrupts()
-    try:
+    with masked_interrupts():
         return asyncio.run(with_interrupts(make()))
-    finally:
-        let_interrupts()
 
 
 async def with_interrupts(made: Awaitable[Result]) -> Result:
-    let_interrupts()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return await made
 
 
-def hold_interrupts():
-    """Have Ctrl-C wait for `let_interrupts`. Also for `subprocess`: a terminal sends Ctrl-C to all processes,
-    and before a new one has code of ours Python would show where its imports were."""
+@contextmanager
+def masked_interrupts() -> Iterator[None]:
+    """In this block Ctrl-C waits, also in processes that it starts, until they let it come: a terminal sends
+    it to all, and before a new one has code of ours Python would show where its imports were."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-
-
-def let_interrupts():
-    """From now on Ctrl-C comes, and one that waited comes at once."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -16,7 +16,7 @@ from chatlm import __version__
 from chatlm.common.errors import ConfigError, printable
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.local import no_progress
-from chatlm.common.interrupts import hold_interrupts
+from chatlm.common.interrupts import masked_interrupts
 from chatlm.common.log import ProgressDisplay, wrapped
 from chatlm.common.messages.doctor import (
     DOCTOR_PIPE, SEVERITIES, DoctorConfig, Examined, Examining, Finding, Opened)
@@ -55,8 +55,9 @@ async def check(settings: Settings) -> int:
 
 async def check_kernels() -> int:
     """Show what the role `check` says; this process needs no torch."""
-    process = subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True,
-                               pass_fds=PROGRAM, preexec_fn=hold_interrupts)
+    with masked_interrupts():
+        process = subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True,
+                                   pass_fds=PROGRAM)
     try:
         return await asyncio.to_thread(shown_until_end, process)
     except BaseException:

@@ -65,7 +65,7 @@ def process_environment(threads: int, nice: int | None = None) -> dict[str, str]
 PROCESS_CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see hold_interrupts
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see masked_interrupts
 root = sys.argv.pop(1)
 sys.path[:] = filter(None, sys.path)
 
