@@ -22,7 +22,7 @@ from chatlm.common.core import core_package, find_core, interface_of, lacks, ver
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
 from chatlm.common.interface import INTERFACE
-from chatlm.common.interrupts import masked_interrupts
+from chatlm.common.interrupts import ENDS_ON_CTRL_C, masked_interrupts
 from chatlm.common.invocation import pip_command
 from chatlm.common.libraries import Libraries, packed_libraries, use_libraries
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
@@ -113,10 +113,8 @@ class Wanted(NamedTuple):
 
 # Compiles the sources on stdin. Bytecode depends on what else a process has loaded and on its hash seed:
 # equal bytes need a fresh process with a fixed seed. Python uses bytecode only of its own version.
-COMPILE = """
-import importlib.util, marshal, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+COMPILE = ENDS_ON_CTRL_C + """
+import importlib.util, marshal, sys
 made, flags = {}, int(sys.argv[1]).to_bytes(4, "little")
 for name, source in marshal.load(sys.stdin.buffer).items():
     try:

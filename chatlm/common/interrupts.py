@@ -5,7 +5,6 @@ process at once. Python's own handler would show where the imports were."""
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ def held_interrupts() -> Iterator[None]:
 def run_loop(make: Callable[[], Awaitable[Result]]) -> Result:
     """Run what `make` returns in an event loop. Until the loop runs, Ctrl-C waits: it would come where the
     loop is half made, or where nobody awaits what was made. No thread may run yet, for it would get it."""
+    import asyncio  # here: what starts the first worker, before all else, imports this module
     with masked_interrupts():
         return asyncio.run(with_interrupts(make()))
 
@@ -53,10 +53,19 @@ async def with_interrupts(made: Awaitable[Result]) -> Result:
     return await made
 
 
+# The first lines of a process: Ctrl-C, which a terminal sends to all its processes, ends this one without a
+# traceback, also if it came before, while `masked_interrupts` held it
+ENDS_ON_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+"""
+
+
 @contextmanager
 def masked_interrupts() -> Iterator[None]:
-    """In this block Ctrl-C waits, also in processes that it starts, until they let it come: a terminal sends
-    it to all, and before a new one has code of ours Python would show where its imports were."""
+    """In this block Ctrl-C waits, and in processes that it starts until their ENDS_ON_CTRL_C: a terminal
+    sends it to all, and before a new one has code of ours Python would show where its imports were."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

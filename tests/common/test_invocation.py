@@ -164,11 +164,15 @@ def interrupted(start, words, module, ignored=False):
         if process.poll() is None:      # a server that does not end would keep its port
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    left = [each for each in psutil.process_iter() if mark in marks_of(each)]
-    assert psutil.wait_procs(left, timeout=30)[1] == []
+    wait_until_nothing_has(mark)
     # a second process of the program imports too, so a line of these times may be torn
     times = re.compile(r"import time:.*|(?!.*(Interrupt|Error))[\w.:| ]*")
     return process.returncode, "".join(line for line in rest.splitlines(True) if not times.fullmatch(line.rstrip("\n")))
+
+
+def wait_until_nothing_has(mark):
+    left = [each for each in psutil.process_iter() if mark in marks_of(each)]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
 
 
 def marks_of(process):
@@ -218,8 +222,7 @@ def test_ctrl_c_while_the_process_of_a_check_starts(tmp_path):
     with open(started):         # as soon as the other process is there
         os.killpg(process.pid, signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "") and process.returncode in (130, -signal.SIGINT)
-    left = [each for each in psutil.process_iter() if started == marks_of(each)]
-    assert psutil.wait_procs(left, timeout=30)[1] == []
+    wait_until_nothing_has(started)
 
 
 def test_ctrl_c_ends_a_kernel_check_without_traceback():

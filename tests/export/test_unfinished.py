@@ -117,7 +117,7 @@ def test_an_interrupted_export_leaves_nothing(nanochat_fixtures, tmp_path):
     assert process.wait(60) == 130 and names(tmp_path) == []
 
 
-BEFORE_WRITING = """
+INTERRUPTED = """
 import os, shutil, signal, sys
 sys.path.insert(0, {root!r})
 import chat_server
@@ -140,7 +140,7 @@ print(status, *calls)
 @pytest.mark.parametrize("functions", [["make"], ["locked"], ["refuse_others"], ["empty", "rmtree"], ["keep"], ["keep", "rmtree"]])
 def test_an_export_that_is_interrupted_at_any_moment_leaves_nothing(functions, nanochat_fixtures, tmp_path):
     """While its folder is made, and again while that is removed."""
-    code = BEFORE_WRITING.format(root=os.path.dirname(SCRIPT), source=str(nanochat_fixtures / "gen3"), target=str(tmp_path / "made"),
+    code = INTERRUPTED.format(root=os.path.dirname(SCRIPT), source=str(nanochat_fixtures / "gen3"), target=str(tmp_path / "made"),
                                  names=functions)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[0] == "130" and {*done.stdout.split()[1:]} <= {*functions} and "Traceback" not in done.stderr, done

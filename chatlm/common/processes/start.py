@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
 
+from chatlm.common.interrupts import ENDS_ON_CTRL_C
 from chatlm.common.program import program_descriptors, program_root
 
 
@@ -61,11 +62,9 @@ def process_environment(threads: int, nice: int | None = None) -> dict[str, str]
 # The command of our processes: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`, with a role of ROLES. The root
 # of the program, a folder or a bundle, replaces the current folder in sys.path, so that modules there
 # cannot shadow anything. The root of an installation keeps its position: other packages there must not
-# shadow Python's own. Ctrl-C ends a process that the terminal signals too, without a traceback.
-PROCESS_CODE = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see masked_interrupts
+# shadow Python's own.
+PROCESS_CODE = ENDS_ON_CTRL_C + """
+import sys
 root = sys.argv.pop(1)
 sys.path[:] = filter(None, sys.path)
 
