@@ -294,9 +294,16 @@ def check_target(path: Path):
     mistake."""
     if not path.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {path.parent}")
-    is_bundle = path.is_file() and zipfile.is_zipfile(path)
-    if path.exists() and not is_bundle:
+    if path.exists() and not is_bundle(path):
         raise FileExistsError("it exists and is not a bundle; name another file, or remove it first")
+
+
+def is_bundle(path: Path) -> bool:
+    """Is it one? A checkpoint of torch is a zip file, too."""
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"__main__.py", "chat_server.py"} <= {*archive.namelist()}
 
 
 def current_umask() -> int:

@@ -2,6 +2,7 @@
 
     create         a file where there is nothing yet; a link is not followed, nothing is emptied
     replace_with   a small file, which appears as a whole under its name, whatever has that name
+    refuse_inputs  an output that is one of the files that are read
     take_up        a file that an earlier run has left, if it can be that
     open_growing   a file that is kept, such as one of results
 
@@ -13,6 +14,8 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +49,16 @@ def replace_with(path: Path, data: bytes, mode: int = 0o666):
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def refuse_inputs(output: Path, inputs: Iterable[Path]):
+    """ConfigError if an output is one of the files that its command reads: the same file by whatever name, a
+    link, or another case where that is the same."""
+    for path in inputs:
+        with suppress(OSError):  # one of them is not there
+            if os.path.samefile(path, output):
+                raise ConfigError(f"-o {visible(str(output))} is what is read ({visible(str(path))}); "
+                                  "name another file")
 
 
 def take_up(path: Path, flags: int = os.O_RDWR) -> int:

@@ -17,11 +17,12 @@ from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, shown, visible
 from chatlm.common.hub.find import with_embedder
+from chatlm.common.hub.stamps import files_with
 from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
-from chatlm.common.new_files import beside, create
+from chatlm.common.new_files import beside, create, refuse_inputs
 from chatlm.front.api.dialects.retrieval import decoded_vector
 from chatlm.front.api.reading import read_answer
 from chatlm.front.pool.pool import known_about
@@ -67,7 +68,9 @@ async def embed(settings: Settings) -> int:
         finally:
             progress.close()
         async with open_pool(settings) as pool:
-            assert not isinstance(pool, RemotePool)  # the command has no --url
+            assert not isinstance(pool, RemotePool) and pool.source  # the command has no --url
+            if not vectors.to_stdout:
+                refuse_inputs(vectors.path, files_with(pool.source.path, settings))
             try:
                 async with aclosing(embedded(pool, settings, batches_of(texts, source))) as found:
                     async for batch, numbers in found:

@@ -6,14 +6,17 @@ import asyncio
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, EngineFailure, printable
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.local import no_progress
+from chatlm.common.hub.stamps import files_with
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.protocol import Crashed, Loading, Unusable
 from chatlm.common.messages.quantizing import FileWritten
+from chatlm.common.new_files import refuse_inputs
 from chatlm.common.processes.start import (
     PROCESS_COMMAND, exit_in_words, process_environment, start_child, threads_per_worker)
 from chatlm.front.admission.sandbox import next_message
@@ -36,6 +39,8 @@ async def make_file(settings: Settings, role: str, pipe: Pipe,
     progress = ProgressDisplay()
     try:
         source = resolve_model(settings, progress)
+        others = [Path(name).expanduser() for name in (settings.imatrix, settings.text) if name]
+        refuse_inputs(output, [*files_with(source.path, settings), *others])
         threads = threads_per_worker(1) or os.cpu_count() or 1
         message = config(replace(settings, keys=(), api_key=()), source, str(output), threads)
         written = await result_of(role, pipe, message, progress if progress.bar else no_progress)

@@ -185,7 +185,7 @@ def test_a_replaced_bundle_is_whole_at_all_times(tmp_path, capsys):
     (line,) = said.err.splitlines()
     assert said.out == "" and f"cannot write {link}: File too large" in line
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-    file.write_bytes(program.archive({"older": b""}))
+    file.write_bytes(program.archive({"__main__.py": b"", "chat_server.py": b"older"}))
     bundle.write_bundle(link, bundle.Wanted(without_core=True))
     assert file.read_bytes() == before and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
 

@@ -17,6 +17,7 @@ import threading
 import pytest
 
 import chat_server
+from aiohttp import web
 from chatlm import __version__
 from chatlm.common import core
 from chatlm.common.config import FLAGS, Settings
@@ -25,7 +26,6 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Ov
 from chatlm.common.hub.guesses import near_model
 from chatlm.common.invocation import pip_command, program_command
 from chatlm.common.messages.requests import Finished, Message
-from chatlm.front.lazy import web
 from chatlm.front.pool import pool as pool_module
 from chatlm.front.server import connections
 from chatlm.front.server.access import listen_on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
+from chatlm.common.new_files import refuse_inputs
 from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
@@ -57,7 +57,7 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     name, mix = mix_of(type)
     importance = read_importance(imatrix) if imatrix else None
     model = written_model(source, softcap)
-    refuse_own_file(model, output)
+    refuse_inputs(output, [*model.files, *([imatrix] if imatrix else [])])
     if model.is_quantized and mix.is_quantized:
         log.warning("%s is quantized already: what it has lost stays lost; make the file of the original if "
                     "you have it", source.name)
@@ -84,12 +84,6 @@ def export_gguf(source: ModelSource, output: Path, *, type: str, imatrix: Path |
     weights = sum(tensor.columns * tensor.count for tensor in model.tensors)
     return ExportResult(output, layout.size, weights, dict(Counter(types.values()).most_common()),
                   packing.without_importance())
-
-
-def refuse_own_file(model: ExportModel, output: Path):
-    for path in model.files:
-        if output.exists() and os.path.samefile(path, output):
-            raise ConfigError(f"-o {visible(str(output))} is the model itself; name another file")
 
 
 def importance_stamp(path: Path | None) -> tuple:
