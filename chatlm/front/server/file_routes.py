@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import aiohttp
+from aiohttp import web
+
 from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown, visible
@@ -22,7 +25,6 @@ from chatlm.front.api.batch_lines import storable
 from chatlm.front.api.kept_fields import AFTER, FILES_LIMIT, LAST_SECONDS, ORDER, PURPOSE, UPLOADED
 from chatlm.front.intake.budget import BODY_S
 from chatlm.front.intake.tasks import CheckedLine, NumberedLine
-from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
@@ -80,7 +82,7 @@ class FileRoutes:
                 fields = await upload.receive(http)
                 if fields.get("purpose") == "batch":
                     await upload.check_raw()
-                file = await store.run(partial(upload.complete, fields, self.keep_s))
+                file = await store.run(partial(upload.complete, fields, self.keep_s), client=client)
             finally:
                 self.uploads.remove(upload)
                 if upload.id:
@@ -106,15 +108,17 @@ class FileRoutes:
         owner = self.bodies.owner
         after = query_value(http, AFTER, "")
 
-        def read(connection) -> ListPage:
-            rows = file_rows.list_rows(connection, "files", File._fields, owner, after, ascending, chosen)
-            bodies = (File(*row).body for row in rows)
-            return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
-        return await send_page(http, self.bodies, await store.run(read))
+        rows = await store.run(partial(
+            file_rows.list_rows, table="files", fields=File._fields, owner=owner, after=after, limit=limit,
+            ascending=ascending, more=chosen), client=REQUEST_LOG.get().client)
+        bodies = (File(*row).body for row in rows)
+        page = await asyncio.to_thread(page_of, (Listed(body["id"], dump(body)) for body in bodies), limit)
+        return await send_page(http, self.bodies, page)
 
     async def found(self, http: web.Request) -> File:
         return await require_store(self.store).run(partial(
-            file_rows.file_of_owner, name=http.match_info["id"], owner=self.bodies.owner))
+            file_rows.file_of_owner, name=http.match_info["id"], owner=self.bodies.owner),
+            client=REQUEST_LOG.get().client)
 
     async def handle_file(self, http: web.Request) -> web.Response:
         return json_response((await self.found(http)).body)
@@ -130,14 +134,15 @@ class FileRoutes:
                                    status=409, code="file_in_use", param="id")
             file_rows.delete(connection, file)
             return file
-        file = await require_store(self.store).run(delete)
+        file = await require_store(self.store).run(delete, client=REQUEST_LOG.get().client)
         self.removed()
         return json_response({"id": file.name, "object": "file", "deleted": True})
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
         store = require_store(self.store)
         file = await self.found(http)
-        longest = await store.run(partial(file_rows.longest_line, file=file.id))
+        longest = await store.run(partial(file_rows.longest_line, file=file.id),
+                                  client=REQUEST_LOG.get().client)
         with self.bodies.holding() as holding:
             await take_room(holding, 2 * longest + file_rows.PART_BYTES)
             return await self._send_content(http, store, file)
@@ -150,7 +155,8 @@ class FileRoutes:
         last = 0
         sent = 0
         while http.method == "GET" and sent < file.bytes:
-            part, last = await store.run(partial(file_rows.content, file=file.id, after=last))
+            part, last = await store.run(partial(file_rows.content, file=file.id, after=last),
+                                         client=REQUEST_LOG.get().client)
             if not part:  # it was deleted meanwhile: the client sees that the body is too short
                 raise ConnectionResetError("the file was deleted")
             sent += len(part)
@@ -179,7 +185,10 @@ class Upload:
     a few at a time in memory. Any other file is stored as it is, in parts. If its form says only behind the
     file that this is for batches, it is stored first and checked then."""
 
-    SMALL_FIELD = 1000  # bytes of the form's other fields
+    FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")  # those that are read
+    FIELD_BYTES = 1000      # of one of these
+    OTHER_BYTES = 64 << 10  # of all parts of the form but the file
+    PARTS = 100
 
     def __init__(self, store: Store, intake: Intake, caller: Caller):
         self.store = store
@@ -189,7 +198,9 @@ class Upload:
         self.raw = 0                  # that of a file which is still to be checked
         self.is_raw = False           # it is stored as it is
         self.filename: str | None = None
-        self.size = 0                 # bytes that have come
+        self.size = 0                 # bytes of the file that have come
+        self.other_bytes = 0          # of the other parts, with their headers
+        self.parts = 0
         self.number = 0               # lines, with blank ones
         self.requests = 0             # lines that ask for something
         self.bad = 0                  # of these, those that cannot be run as they are
@@ -208,7 +219,7 @@ class Upload:
         def create(connection):
             quota.check(connection, self.caller.texts, client=self.caller.client)
             self.id = file_rows.create(connection, self.caller.texts, "", "batch", now_s()).id
-        await self.store.run(create, adds_bytes=LINE_BYTES)
+        await self.store.run(create, adds_bytes=LINE_BYTES, client=self.caller.client)
 
     async def receive(self, http: web.Request) -> dict[str, str]:
         """Read the form; returns its small fields. RequestError if it is broken, too large or too slow."""
@@ -216,6 +227,7 @@ class Upload:
         try:
             form = await http.multipart()
             while (part := await self._timed(form.next())) is not None:
+                self._count(part)
                 name = getattr(part, "name", None)
                 if name == "file" and self.filename is None:
                     self.filename = visible((part.filename or "file").replace("\n", " "))[:255]
@@ -224,21 +236,39 @@ class Upload:
                     else:
                         await self._receive_raw(part, fields.get("purpose"))
                 elif name and name != "file":
-                    value = b""
-                    while chunk := await self._timed(part.read_chunk(self.SMALL_FIELD)):
-                        value += chunk
-                        if len(value) > self.SMALL_FIELD:
-                            raise RequestError(f"{shown(name)} has more than {self.SMALL_FIELD} bytes",
-                                               param=name[:60])
-                    fields[name] = value.decode("utf-8", "replace").strip()
+                    value = await self._field(part, name)
+                    if name in self.FIELDS:
+                        fields[name] = value.decode("utf-8", "replace").strip()
                 else:
                     raise RequestError("the form must have one file, called file", param="file")
-        except (ValueError, AssertionError, EOFError, web.RequestPayloadError,
-                aiohttp.http.HttpProcessingError) as error:
+        except (ValueError, AssertionError, EOFError, RuntimeError, web.RequestPayloadError,
+                aiohttp.http.HttpProcessingError) as error:  # RuntimeError: of a field _charset_
             log.debug("a form: %s", error)
             raise RequestError("the form cannot be read: it is no complete multipart/form-data with the "
                                "boundary of its Content-Type") from None
         return fields
+
+    def _count(self, part):
+        """Count a part of the form, whatever it is called. RequestError if there are too many."""
+        self.parts += 1
+        if self.parts > self.PARTS:
+            raise RequestError(f"the form has more than {self.PARTS} parts")
+        self._count_other(sum(len(name) + len(value) for name, value in part.headers.items()))
+
+    def _count_other(self, size: int):
+        self.other_bytes += size
+        if self.other_bytes > self.OTHER_BYTES:
+            raise too_large(self.OTHER_BYTES, "all fields of the form but the file", "form_too_large")
+
+    async def _field(self, part, name: str) -> bytes:
+        """What a field has; of one that is not read, the last bytes."""
+        value = b""
+        while chunk := await self._timed(part.read_chunk(self.FIELD_BYTES)):
+            self._count_other(len(chunk))
+            value = value + chunk if name in self.FIELDS else chunk
+            if len(value) > self.FIELD_BYTES:
+                raise RequestError(f"{shown(name)} has more than {self.FIELD_BYTES} bytes", param=name[:60])
+        return value
 
     async def _timed(self, reading):
         """RequestError 408 if the client pauses for BODY_S or is too slow."""
@@ -283,12 +313,13 @@ class Upload:
 
         def create(connection):
             self.id = file_rows.create(connection, self.caller.texts, "", "batch", now_s()).id
-        await self.store.run(create, adds_bytes=LINE_BYTES)
+        await self.store.run(create, adds_bytes=LINE_BYTES, client=self.caller.client)
 
         async def parts() -> AsyncIterator[bytes]:
             last = 0
             while True:
-                part, last = await self.store.run(partial(file_rows.content, file=self.raw, after=last))
+                part, last = await self.store.run(partial(file_rows.content, file=self.raw, after=last),
+                                                  client=self.caller.client)
                 if not part:
                     return
                 yield part
@@ -339,7 +370,8 @@ class Upload:
         self.rows = []
         if rows:
             await self.store.run(partial(file_rows.add_lines, file=self.id, rows=rows),
-                                 adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))
+                                 adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows),
+                                 client=self.caller.client)
 
     def _row(self, line: NumberedLine, checked: CheckedLine) -> LineRow:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
