@@ -2,7 +2,7 @@
 
 What is kept is brought up to date before each scan. Windows are only added, with numbers that are never used
 again, or go with their file. So windows above the last number are read, and those of files that are gone no
-longer count."""
+longer count, nor those of files that are not completed yet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from chatlm.worker.vectors.scan import Block, rows_of_block
 
 BUSY_S = 5.0  # how long another process may hold the database
 WINDOWS = ("SELECT vector, scale, passage, file, number FROM knowledge_windows "
-           "WHERE store = ? AND embedder = ? AND number > ? ORDER BY number")
+           "WHERE store = ? AND embedder = ? AND number > ? AND typeof(vector) = 'blob' "
+           "AND typeof(scale) = 'real' AND abs(scale) < 1e9 AND typeof(passage) = 'integer' "
+           "AND typeof(file) = 'integer' ORDER BY number")
 FILES = ("SELECT number, windows, passages FROM knowledge_files "
          "WHERE store = ? AND deleted = 0 AND status = 'completed' ORDER BY number")
 Files = Mapping[int, tuple[int, int]]  # the windows and passages of each
@@ -46,6 +48,15 @@ class Kept:
             block = self.blocks.pop().joined(block)
         self.blocks.append(block)
         self.bytes = sum(block.bytes for block in self.blocks)
+
+
+    def has_windows_of(self, files: Files) -> bool:
+        """Are there as many windows as each file has? Not if some were read of a file that was begun, and
+        then begun again."""
+        there = numpy.concatenate([numpy.zeros(0, numpy.int64), *(block.files for block in self.blocks)])
+        numbers, counts = numpy.unique(there, return_counts=True)
+        found = dict(zip(numbers.tolist(), counts.tolist()))
+        return all(found.get(number, 0) == windows for number, (windows, _) in files.items())
 
 
 class Windows:
@@ -91,7 +102,7 @@ class Windows:
                 kept.last = last
             else:
                 kept = Kept()
-        if fits:
+        if fits and (files == kept.files or kept.has_windows_of(files)):
             kept.files = files
             self.kept[store, embedder] = kept
 
@@ -114,13 +125,15 @@ class Windows:
 
 def read_windows(connection: sqlite3.Connection, store: int, embedder: int, after: int,
                  size: int) -> Iterator[tuple[Block, int]]:
-    """The windows above a number, in blocks, each with its highest number."""
+    """The windows above a number, in blocks, each with its highest number. Rows that were damaged are left
+    out."""
     cursor = connection.execute(WINDOWS, (store, embedder, after))
     while rows := cursor.fetchmany(rows_of_block(size)):
-        vectors, scales, passages, files, numbers = zip(*rows)
-        if any(len(vector) != size for vector in vectors):
-            wrong = next(vector for vector in vectors if len(vector) != size)
-            raise BadVectors(f"a vector of the store has {len(wrong):,} numbers, and the question's {size:,}")
+        sound = [row for row in rows if len(row[0]) == size]
+        if not sound:
+            raise BadVectors(f"a vector of the store has {len(rows[0][0]):,} numbers, and the question's "
+                             f"{size:,}")
+        vectors, scales, passages, files, numbers = zip(*sound)
         yield Block(numpy.frombuffer(b"".join(vectors), numpy.int8).reshape(-1, size),
                     numpy.array(scales, numpy.float64), numpy.array(passages, numpy.int64),
                     numpy.array(files, numpy.int64)), numbers[-1]

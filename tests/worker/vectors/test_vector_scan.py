@@ -215,3 +215,22 @@ def test_vectors_of_another_length_are_said(database):
     rows.add_file(database, store, [("x", [axis(0)])], embedder)
     with pytest.raises(BadVectors, match="has 4 numbers, and the question's 5"):
         ask(Windows(database, 1 << 20), [store], axis(0, 5))
+
+
+@pytest.mark.parametrize("edit", [
+    "vector = NULL", "vector = 'text'", "vector = 7", "vector = x''", "vector = x'0102'", "vector = zeroblob(100000)", "scale = NULL", "scale = 'text'", "scale = 9e999", "scale = x'00'",
+    "passage = NULL", "passage = 'text'", "passage = x'00'", "file = 'text'", "file = 1.5"])
+def test_windows_that_were_damaged_are_left_out(database, edit):
+    """The others are searched, by the same process, also once the store is kept."""
+    embedder = rows.add_embedder(database, "a")
+    store = rows.add_store(database, embedder)
+    _, passages = rows.add_file(database, store, [(str(i), [axis(i)]) for i in range(3)], embedder)
+    rows.add_file(database, rows.add_store(database, embedder), [("x", [axis(0)])], embedder)
+    connection = rows.connect(database)
+    connection.executescript("PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = replace(sql, ' NOT NULL', '') WHERE name = 'knowledge_windows'; PRAGMA writable_schema = RESET")
+    windows = Windows(database, 1 << 20)
+    connection.execute(f"UPDATE knowledge_windows SET {edit} WHERE passage = ?", passages[1:2])
+    for _ in range(2):
+        assert passages_of(ask(windows, [store], axis(1))) == [passages[0], passages[2]]
+    connection.execute("DELETE FROM knowledge_windows WHERE number = 2")
+    assert passages_of(ask(windows, [store], axis(1))) == [passages[0], passages[2]]
