@@ -10,17 +10,20 @@ const Calculator = (() => {
 const {TEXT, element} = Parts;
 
 const STRAY = {python_end: "<|python_end|>", output_end: "<|output_end|>"};
-const isTextOrNothing = value => value === null || value === undefined || Tree.isText(value);
+const isTextOrNothing = value => value === null || value === undefined || Fields.isText(value);
 
 // The code points of a text.
 const charactersIn = text => text.length - (text.match(/[\ud800-\udbff][\udc00-\udfff]/g)?.length ?? 0);
 
 function isCalculation(call) {
-  if (!Tree.isObject(call) || !Number.isSafeInteger(call.start) || call.start < 0) return false;
+  if (!Fields.isObject(call) || !Number.isSafeInteger(call.start) || call.start < 0) return false;
   if (call.stray !== undefined) return Object.hasOwn(STRAY, call.stray);
   const {expression, result, cut} = call;
-  return isTextOrNothing(expression) && isTextOrNothing(result) && Tree.isText(expression ?? result) && (cut === undefined || cut === true);
+  return isTextOrNothing(expression) && isTextOrNothing(result) && Fields.isText(expression ?? result) && (cut === undefined || cut === true);
 }
+
+// The calls of a record, in the order of their places.
+const areCalculations = value => Array.isArray(value) && value.every((call, i) => isCalculation(call) && call.start >= (value[i - 1]?.start ?? 0));
 
 // A call without what else an object has.
 const plainCall = ({start, expression = null, result = null, cut, stray}) => stray ? {start, stray} : {start, expression, result, ...(cut ? {cut} : {})};
@@ -67,7 +70,7 @@ function splitAtCalls(content, calls = []) {
   return [...pieces, content.slice(begin)];
 }
 
-const joinedPieces = (node, write) => splitAtCalls(node.content, node.calculator).map(piece => Tree.isText(piece) ? piece : write(piece)).join("");
+const joinedPieces = (node, write) => splitAtCalls(node.content, node.calculator).map(piece => Fields.isText(piece) ? piece : write(piece)).join("");
 
 // The text of a message as the prompt of a model without a chat template has it: with the marks by name.
 const withNames = node => joinedPieces(node, ({expression, result, cut, stray}) => {
@@ -104,7 +107,7 @@ function cardText({expression, result, cut, stray}) {
 }
 
 const withCards = (content, calls = []) => calls.length
-  ? splitAtCalls(content, calls).map(piece => Tree.isText(piece) ? cleaned(piece) : cardText(piece)).join("") : cleaned(content);
+  ? splitAtCalls(content, calls).map(piece => Fields.isText(piece) ? cleaned(piece) : cardText(piece)).join("") : cleaned(content);
 
 const cardToken = {name: "calculation", level: "inline",
   start: source => { const at = source.indexOf("\ufdd0"); return at < 0 ? undefined : at; },
@@ -126,7 +129,7 @@ function calculationCard({expression, result}) {
 
 // The same for a text that is shown as it is.
 const plainWithCards = node => splitAtCalls(node.content, node.calculator)
-  .flatMap(piece => Tree.isText(piece) ? [piece] : piece.stray ? [] : [calculationCard(piece)]);
+  .flatMap(piece => Fields.isText(piece) ? [piece] : piece.stray ? [] : [calculationCard(piece)]);
 
 Parts.register({
   strings: {
@@ -134,6 +137,6 @@ Parts.register({
   },
 });
 
-return Object.freeze({charactersIn, checked: checkedCalculations, moved: movedCalls, callsOf: calculationsOf, beforeGoingOn, afterEdit, withNames,
+return Object.freeze({charactersIn, areCalculations, checked: checkedCalculations, moved: movedCalls, callsOf: calculationsOf, beforeGoingOn, afterEdit, withNames,
   withCode, withCards, token: cardToken, plainCards, card: calculationCard, plainWithCards});
 })();

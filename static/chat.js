@@ -71,10 +71,28 @@ async function openChat(id, known = null) {
   if (!isMine()) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
+  const isShown = noteOpening(chat);
   showChat(chat, Tree.leafBelow(Tree.childrenOf(state.nodes), chat.leaf));      // another device may have gone on there
+  isShown();
   for (const node of state.nodes.values()) if (Tree.isGrowing(node)) adopt(node, chat);
   await Composer.loadDraft(id);
 }
+
+// A chat whose drawing never ends would be opened again at each start. So its id is noted until the page has drawn it, or is left.
+const OPENING = `${Store.name} opening`;
+
+function noteOpening({id, temporary}) {
+  if (temporary || document.hidden) return () => {};
+  try { localStorage.setItem(OPENING, id); } catch (error) { /* no matter */ }
+  return () => requestAnimationFrame(() => setTimeout(noteOpened));
+}
+
+function noteOpened() {
+  try { localStorage.removeItem(OPENING); } catch (error) { /* no matter */ }
+}
+
+// The id of a chat with which the page has ended.
+const stuckAt = () => { try { return localStorage.getItem(OPENING); } catch (error) { return null; } };
 
 function showChat(chat, leaf) {
   Page.closeViews();
@@ -466,7 +484,7 @@ async function nameChat(chat, node) {
   const part = text => text.slice(0, TITLE_CHARACTERS), content = TEXT.titleRequest(part(question.content), part(node.content));
   const made = await Server.jsonOf(Server.post(Server.ROUTES.v1, {messages: [{role: "user", content}], max_tokens: TITLE_TOKENS, temperature: 0,
     ...(Server.model.ours ? {priority: "low", reasoning_effort: "none"} : {}), ...Server.modelNamed(chat.model)}));
-  const said = made?.choices?.[0]?.message?.content, text = Tree.isText(said) ? said : "";
+  const said = made?.choices?.[0]?.message?.content, text = Fields.isText(said) ? said : "";
   const title = Tree.titleOf((Tree.untagged({content: text}).content ?? text).replace(/^\W*title\W+/i, "").replace(/["“”*]|\.\W*$/g, ""));
   if (!title || chat.title !== before || !isStored(chat)) return;
   changeChat(chat, {title});
@@ -522,7 +540,7 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason, c
   const cached = usage?.cached_tokens ?? prompt_tokens_details?.cached_tokens;
   const facts = {...timings, prompt_tokens, completion_tokens, cached_tokens: cached, reasoning_tokens: completion_tokens_details?.reasoning_tokens ?? usage?.reasoning_tokens, gpu, finish_reason: reason,
     ...(reason ? {stop_reason: cause === "repetition" ? cause : ""} : {})};
-  const known = Object.entries(facts).filter(([, value]) => value !== undefined && value !== null);
+  const known = Object.entries(facts).filter(fact => fact[1] !== null && Fields.isTiming(fact));
   node.timings = {...node.timings, ...Object.fromEntries(known)};
   if (dropped) node.timings.dropped_messages = dropped + (timings?.dropped_messages ?? 0);
 }
@@ -563,12 +581,12 @@ function wholeOf(earlier, later) {
 const speedIn = facts => facts.tokens_per_second ?? facts.predicted_per_second ?? facts.measured ?? 0;
 const isMeasured = ({measured, tokens_per_second: exact, predicted_per_second: theirs}) => measured !== undefined && (exact ?? theirs) === undefined;
 
-// Stores only the growing fields, so that the rest of the node is not rewritten.
+// Stores what an answer has, without what it had from its beginning.
 function saveGrown(run) {
-  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator} = run.node;
+  const {id, conversation, parent, role, created, parameters, system, weights, prefix, verdict, revision, rev, unsent, ...grown} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  Store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
+  Store.change("nodes", id, grown);
 }
 
 // The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.
@@ -591,7 +609,7 @@ function stopRun(id) {
   if (!run) return false;
   run.stopped = true;
   run.controller.abort();
-  Server.request(`v1/cancel/${run.node.stream.id}`, {method: "POST"}).catch(() => {});
+  Server.request(`v1/cancel/${encodeURIComponent(run.node.stream.id)}`, {method: "POST"}).catch(() => {});
   return true;
 }
 
@@ -600,11 +618,11 @@ function stopAnswer() {
   const node = lastNode();
   if (!Tree.isGrowing(node) || stopRun(node.id)) return;
   Store.tell({stop: node.id});
-  Server.request(`v1/cancel/${node.stream.id}`, {method: "POST"}).catch(() => {});
+  Server.request(`v1/cancel/${encodeURIComponent(node.stream.id)}`, {method: "POST"}).catch(() => {});
 }
 
 // Ends the thinking of a growing answer, which continues with its content. False if the server did not do so.
-const answerNow = node => Server.request(`v1/cancel/${node.stream.id}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
+const answerNow = node => Server.request(`v1/cancel/${encodeURIComponent(node.stream.id)}?reasoning=true`, {method: "POST"}).then(response => response.ok, () => false);
 
 // other tabs ----------------------------------------------------------------------------------------------------------
 
@@ -695,6 +713,7 @@ Parts.register({
   bind() {
     Store.listen({onNews: hearNews, onMessage: hearTab, onTrouble: Page.render});
     addEventListener("pagehide", () => {
+      noteOpened();
       for (const run of state.runs.values()) saveGrown(run);
       Store.leave();
       if (state.runs.size) Store.tell({left: true});
@@ -718,7 +737,7 @@ return Object.freeze({
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
   lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
-  readStored, hear: hearNews, lastPlace, opening, open: openChat, openNew: () => newChat(), switchTemporary, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
+  readStored, hear: hearNews, lastPlace, stuckAt, opening, open: openChat, openNew: () => newChat(), switchTemporary, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,
 });

@@ -3,7 +3,7 @@
 
 const Chats = (() => {
 
-const {TEXT, $, element, iconButton, setText, number, plural, newest, composing, narrow} = Parts;
+const {TEXT, $, element, iconButton, setText, number, plural, folded, newest, composing, narrow} = Parts;
 
 const rows = new Map();           // id of a chat -> its row
 let shown = [];                   // ids of the chats that are listed
@@ -120,7 +120,7 @@ const searching = newest();
 // has not, such as temporary ones.
 async function search(query) {
   const isMine = searching();
-  words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  words = folded(query).split(/\s+/).filter(Boolean);
   $("search-clear").hidden = !query;
   foundAt.clear();
   if (!words.length) { matches = null; return Page.render(); }
@@ -139,10 +139,10 @@ async function search(query) {
 
 // Finds those of these chats that have all words. `few`: their messages are read chat by chat.
 async function searchHere(chats, hits, few) {
-  const texts = new Map(chats.map(({id, title}) => [id, title.toLowerCase()]));
+  const texts = new Map(chats.map(({id, title}) => [id, folded(title)]));
   const nodes = few ? (await Promise.all(chats.map(({id}) => Store.read("nodes", id)))).flat() : await Store.read("nodes");
   for (const {conversation, content} of nodes) {
-    if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
+    if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${folded(content)}`);
   }
   for (const [id, text] of texts) if (words.every(word => text.includes(word))) hits.set(id, "");
   findSnippets(nodes.filter(({conversation}) => texts.has(conversation)), hits);
@@ -154,10 +154,10 @@ const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first wo
 function findSnippets(nodes, matches) {
   const best = new Map();
   for (const {conversation, content, created} of nodes) {
-    const title = matches.has(conversation) ? Chat.chats.get(conversation).title.toLowerCase() : "";
-    const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? content.toLowerCase() : "";
+    const title = matches.has(conversation) ? folded(Chat.chats.get(conversation).title) : "";
+    const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? folded(content) : "";
     const has = words.filter(word => text.includes(word)), first = missing.find(word => has.includes(word)), known = best.get(conversation);
-    if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
+    if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content: content.normalize("NFC"), at: text.indexOf(first)});
   }
   for (const [id, {content, at}] of best) {
     const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
@@ -197,7 +197,7 @@ function toggleSidebar() {
 
 // highlighting matches ----------------------------------------------------------------------------------------------------
 
-let words = [];                   // of the search, in lower case
+let words = [];                   // of the search, folded
 let matches = null;               // id of each chat that matches the search -> the text around a word found; null without a search
 const foundAt = new Map();        // id of a chat that the server has found -> the message with the words, if one has any
 let marking = 0;
@@ -214,7 +214,8 @@ function markWords() {
 function rangesOf(root) {
   const found = [], walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node; (node = walker.nextNode());) {
-    const text = node.data.toLowerCase();
+    const text = folded(node.data);
+    if (text.length !== node.data.length) continue;         // its characters stand elsewhere then
     for (const word of words) {
       for (let at = text.indexOf(word); at >= 0; at = text.indexOf(word, at + word.length)) found.push(new StaticRange({startContainer: node, startOffset: at, endContainer: node, endOffset: at + word.length}));
     }
@@ -224,7 +225,7 @@ function rangesOf(root) {
 
 // Shows the message of a found chat that has the words, `at` if the server has named it, on whichever branch it is.
 function showFound(at = null) {
-  const has = ({id, content}) => Chat.nodes.has(at) ? id === at : words.some(word => content.toLowerCase().includes(word));
+  const has = ({id, content}) => Chat.nodes.has(at) ? id === at : words.some(word => folded(content).includes(word));
   if (!words.length) return;
   if (!Chat.path.some(has)) {
     const elsewhere = [...Chat.nodes.values()].find(has);

@@ -51,10 +51,11 @@ class Fence {
 // A text in pieces: what stands between blocks as {text}, blocks as {language, code}, without their fences.
 function split(text) {
   const lines = text.split("\n"), pieces = [];
-  let between = [];
+  let between = [], nests = true;
   for (let i = 0; i < lines.length; i++) {
-    const found = blockAt(lines, i);
+    const found = blockAt(lines, i, nests);
     if (!found) { between.push(lines[i]); continue; }
+    ({nests} = found);
     if (between.length) pieces.push({text: between.join("\n")});
     between = [];
     pieces.push(found.block);
@@ -64,14 +65,14 @@ function split(text) {
   return pieces;
 }
 
-// {block, last: the index of its last line}; null if no block begins at this line.
-function blockAt(lines, first, nests = true) {
+// {block, last: the index of its last line, nests: whether later blocks may hold others}; null if no block begins at this line.
+function blockAt(lines, first, nests) {
   const fence = opened(lines[first], nests);
   if (!fence) return null;
   let last = first + 1;
   while (last < lines.length && !fence.isClosedBy(lines[last])) last++;
   if (fence.isMistaken) return blockAt(lines, first, false);
-  return {block: {language: fence.language, code: lines.slice(first + 1, last).join("\n")}, last};
+  return {block: {language: fence.language, code: lines.slice(first + 1, last).join("\n")}, last, nests};
 }
 
 return Object.freeze({opened, split});

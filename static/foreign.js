@@ -8,9 +8,9 @@ const {TEXT, register} = Parts;
 
 // What a program writes: how its chats look, and what becomes of one.
 const PROGRAMS = [
-  {wrote: chat => Tree.isObject(chat?.mapping), ownOf: chatOfChatGpt},
-  {wrote: chat => Tree.isObject(chat?.chat), ownOf: chatOfOpenWebUi},
-  {wrote: chat => Tree.isObject(chat?.conv) && Array.isArray(chat.messages), ownOf: chatOfLlamaServer},
+  {wrote: chat => Fields.isObject(chat?.mapping), ownOf: chatOfChatGpt},
+  {wrote: chat => Fields.isObject(chat?.chat), ownOf: chatOfOpenWebUi},
+  {wrote: chat => Fields.isObject(chat?.conv) && Array.isArray(chat.messages), ownOf: chatOfLlamaServer},
 ];
 const programOf = chat => PROGRAMS.find(({wrote}) => wrote(chat));
 
@@ -39,16 +39,16 @@ function chatOfChatGpt({title, create_time: created, update_time: updated, mappi
 function messageOfChatGpt({author, content, create_time: created, metadata, recipient}) {
   const {parts = [], thoughts = [], content_type: type} = content ?? {}, role = author?.role;
   const said = ["user", "assistant"].includes(role) && ["text", "multimodal_text"].includes(type) && (recipient ?? "all") === "all" && !metadata?.is_visually_hidden_from_conversation;
-  return {role, created: timeOf(created), model: metadata?.model_slug, content: said ? joinedText(parts.map(part => Tree.isText(part) ? part : part?.text)) : "",
+  return {role, created: timeOf(created), model: metadata?.model_slug, content: said ? joinedText(parts.map(part => Fields.isText(part) ? part : part?.text)) : "",
     reasoning: type === "thoughts" ? joinedText(thoughts.map(thought => thought?.content)) : ""};
 }
 
-const joinedText = texts => texts.filter(text => Tree.isText(text) && text.trim()).join("\n\n");
+const joinedText = texts => texts.filter(text => Fields.isText(text) && text.trim()).join("\n\n");
 
 function chatOfOpenWebUi({title, pinned, created_at: created, updated_at: updated, chat}) {
-  const {history, messages = []} = chat, listed = Tree.isObject(history?.messages) ? Object.values(history.messages) : messages.map((each, i) => ({parentId: messages[i - 1]?.id, ...each}));
+  const {history, messages = []} = chat, listed = Fields.isObject(history?.messages) ? Object.values(history.messages) : messages.map((each, i) => ({parentId: messages[i - 1]?.id, ...each}));
   const entries = listed.map(({id, parentId, role, content, model, timestamp}) => ({id, parent: parentId, role, created: timeOf(timestamp), model,
-    ...role === "system" ? {} : thoughtsApart(Tree.isText(content) ? content : "")}));
+    ...role === "system" ? {} : thoughtsApart(Fields.isText(content) ? content : "")}));
   const system = chat.params?.system ?? chat.system ?? listed.find(({role}) => role === "system")?.content;
   return {title: title ?? chat.title, pinned, system, created: timeOf(created ?? chat.timestamp), updated: timeOf(updated ?? chat.timestamp),
     ...shownOnly(entries, history?.currentId ?? listed.at(-1)?.id)};
@@ -96,7 +96,7 @@ function databaseOf(file) {
 const idOf = value => value === null || value === undefined || value === -1 ? null : String(value);
 
 function chatOfLlamaServer({conv, messages}, name, index) {
-  const wrong = messages.findIndex(message => !Tree.isObject(message) || !Tree.isText(message.role) || !Tree.isText(message.content ?? ""));
+  const wrong = messages.findIndex(message => !Fields.isObject(message) || !Fields.isText(message.role) || !Fields.isText(message.content ?? ""));
   if (wrong >= 0) throw new Error(TEXT.badMessage(name, index, wrong));
   const entries = messages.map(entryOfLlamaServer), known = new Map(entries.map(entry => [entry.id, entry]));
   entries.filter(({role}) => role === "tool").forEach(entry => giveResult(entry, known));
@@ -134,16 +134,16 @@ function filesOf(extra) {
 
 function fileOf(extra) {
   const {type, name = "context.txt", base64Url, content, images, processedAsImages} = extra ?? {};
-  if (/^image/i.test(type)) return Tree.isPicture(base64Url) ? [{name, picture: base64Url}] : null;
-  if (processedAsImages && images?.length && images.every(Tree.isPicture)) return images.map((picture, i) => ({name: `${name} (${i + 1})`, picture}));
-  return Tree.isText(content) && Tree.isText(name) ? [{name, text: content}] : null;
+  if (/^image/i.test(type)) return Fields.isPicture(base64Url) ? [{name, picture: base64Url}] : null;
+  if (processedAsImages && images?.length && images.every(Fields.isPicture)) return images.map((picture, i) => ({name: `${name} (${i + 1})`, picture}));
+  return Fields.isText(content) && Fields.isText(name) ? [{name, text: content}] : null;
 }
 
 // Calls of tools, a list or its JSON.
 function callsOf(given) {
-  const listed = Tree.isText(given) ? Settings.readJson(given).value : given;
-  return (Array.isArray(listed) ? listed : []).filter(call => Tree.isText(call?.function?.name))
-    .map(({id, function: {name, arguments: text}}, i) => ({id: Tree.isText(id) ? id : `call_${i + 1}`, name, arguments: Tree.isText(text) ? text : JSON.stringify(text ?? {})}));
+  const listed = Fields.isText(given) ? Settings.readJson(given).value : given;
+  return (Array.isArray(listed) ? listed : []).filter(call => Fields.isText(call?.function?.name))
+    .map(({id, function: {name, arguments: text}}, i) => ({id: Fields.isText(id) ? id : `call_${i + 1}`, name, arguments: Fields.isText(text) ? text : JSON.stringify(text ?? {})}));
 }
 
 // The result of a tool goes to the call above it that has its id, or else to the first one without a result.

@@ -20,7 +20,7 @@ function run(code, signal) {
       frame.remove();
       resolve({text, is_error: failed, cut, ms: Math.round(performance.now() - begun)});
     };
-    const hear = ({source, data}) => { if (source === frame.contentWindow) end(String(data?.text ?? "").slice(0, CHARACTERS), Boolean(data?.failed), Number(data?.cut) || 0); };
+    const hear = ({source, data}) => { if (source === frame.contentWindow && Fields.isText(data?.text)) end(data.text, Boolean(data.failed), Number(data.cut) || 0); };
     const late = setTimeout(() => end(TEXT.codeLost, true), LIMIT_MS + FRAME_MS);
     addEventListener("message", hear);
     signal?.addEventListener("abort", () => end(TEXT.callCancelled, true));

@@ -46,7 +46,7 @@ async function piecesOf(ids, model) {
 function spelled(tokens) {
   const decoder = new TextDecoder(), encoder = new TextEncoder();
   return tokens.map(({id, piece, special = false}) => ({id, special,
-    text: decoder.decode(Tree.isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
+    text: decoder.decode(Fields.isText(piece) ? encoder.encode(piece) : new Uint8Array(piece), {stream: true})}));
 }
 
 // Replays the answer and reports whether its tokens are the same; a different answer is kept as a sibling.

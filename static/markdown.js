@@ -7,22 +7,26 @@
 // Settled nodes are never touched again; only the short unsettled rest of the open leaf is redrawn, so a
 // reader's selection stays. Within lines, marked's tokenizer decides; elements are made from its tokens, never
 // from HTML text. Only KaTeX's output is HTML, and it goes through DOMPurify.
+//
+// Nobody knows what a model writes, so no text costs more than its length: what takes the square of it sees a bounded
+// part at once (WINDOW, MOST_CODE, MOST_TEX, MOST_FILLED).
 "use strict";
 
 const Markdown = (() => {
 
-const {TEXT, element} = Parts;
+const {TEXT, element, changeChildren} = Parts;
 
 // characters parsed, nodes made or replaced: the tests read them
 const markdownWork = {characters: 0, nodes: 0};
 
 const SETTLE = 200;               // unsettled characters of a paragraph before part of them is settled
-// beyond this, some are settled anyway, and the paragraph is redrawn when it ends
-const MOST_UNSETTLED = 2000;
+// characters that marked reads at once. If more of a paragraph are unsettled, some are settled anyway, and it is redrawn when it ends
+const WINDOW = 2000;
 const CODE_STEP = 150;            // characters of code highlighted together
-const MOST_CODE = 6000;           // most characters highlighted together, if the state is never the initial one
+const MOST_CODE = 6000;           // most characters highlighted together; a longer line is plain
 const MOST_NESTED = 60;           // nesting depth; thousands crash the tab, and again whenever the chat is opened
 const MOST_TEX = 5000;            // characters of a formula
+const MOST_FILLED = 10000;        // empty cells that a table gets where its rows lack some
 
 // The signs of callouts: drawings of 24 by 24.
 const SIGNS = {
@@ -135,13 +139,43 @@ function emphasisToken(source, masked) {
 const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, Calculator.token],
   tokenizer: {emStrong: emphasisToken, del: emphasisToken}});
 
+// Reads a text window by window. No mark is open where one ends, unless a pair of marks is longer than a window.
 function inlineTokens(text, links) {
+  const tokens = [];
+  let at = 0;
+  while (text.length - at > WINDOW) {
+    const found = tokensOf(text.slice(at, at + WINDOW), links);
+    at += moveTokens(found, settledLength(found) || WINDOW * 3 / 4, tokens);
+  }
+  return [...tokens, ...tokensOf(text.slice(at), links)];
+}
+
+function tokensOf(text, links) {
   markdownWork.characters += text.length;
   pairsIn.clear();
   within = null;
   const lexer = new marked.Lexer(markdown.defaults);
   lexer.tokens.links = links;
   return lexer.inlineTokens(text);
+}
+
+// Moves the tokens of a text's first `most` characters to others, and returns how many characters they have. Words are cut there at a space,
+// if there is one; any other token stays whole.
+function moveTokens(from, most, to) {
+  let length = 0;
+  for (const token of from) {
+    if (length >= most) break;
+    const moved = token.type === "text" ? firstWords(token, most - length) : token;
+    to.push(moved);
+    length += moved.raw.length;
+  }
+  return length;
+}
+
+function firstWords(token, most) {
+  if (token.raw.length <= most) return token;
+  const words = token.raw.slice(0, token.raw.lastIndexOf(" ", most - 1) + 1 || most).replace(/[\ud800-\udbff]$/, "");
+  return {...token, raw: words, text: words};
 }
 
 const CLEAN = {USE_PROFILES: {html: true, mathMl: true}, ADD_TAGS: ["semantics", "annotation"], FORBID_TAGS: ["style", "img"],
@@ -306,9 +340,10 @@ function settledLength(tokens) {
     const raw = token.raw;
     if (token.type === "html" || token.type === "escape" && /[[(]/.test(raw)) break;
     if (token.type === "text") {
-      if (/[*~`[\]$\\<]|(?:^|\W)_|_(?:\W|$)/.test(raw)) break;
-      const space = raw.search(/(?<=\S) (?=\S+\s*$)/);
+      const mark = raw.search(/[*~`[\]$\\<]|(?:^|\W)_|_(?:\W|$)/), words = mark < 0 ? raw : `${raw.slice(0, mark)}x`;
+      const space = words.search(/(?<=\S) (?=\S+\s*$)/);
       if (space > 0) settled = at + space + 1;
+      if (mark >= 0) break;
     }
     at += raw.length;
   }
@@ -331,14 +366,12 @@ class Paragraph extends Leaf {
     Object.assign(this, {element: this.add(element("p", {dir: "auto"})), lines: "", line: "", settled: 0, rest: [], forced: false});
   }
 
-  get text() {
-    const text = this.lines + this.line;
-    return this.begins ? text.replace(/^\[([ xX])\] /, (_, mark) => mark === " " ? "☐ " : "☑ ") : text;
-  }
+  get text() { return this.lines + this.line; }
 
   set(content, whole) {
-    this.line = content.trimStart();
-    if (whole) Object.assign(this, {lines: this.text + "\n", line: ""});
+    const line = content.trimStart();
+    this.line = this.begins && !this.lines ? line.replace(/^\[([ xX])\] /, (_, mark) => mark === " " ? "☐ " : "☑ ") : line;
+    if (whole) Object.assign(this, {lines: `${this.text}\n`, line: ""});
   }
 
   draw(final = false) {
@@ -346,7 +379,7 @@ class Paragraph extends Leaf {
     if (text === this.drawn && !final) return;
     this.drawn = text;
     if (!final && text.length - this.settled > SETTLE) this.settle(text);
-    if (final && this.forced) {
+    if (final && (this.forced || text.length - this.settled > WINDOW)) {
       this.settled = 0;
       this.element.replaceChildren();
     }
@@ -357,9 +390,9 @@ class Paragraph extends Leaf {
   settle(text) {
     const rest = text.slice(this.settled);
     let length = settledLength(inlineTokens(rest, this.view.links));
-    if (!length && rest.length > MOST_UNSETTLED) {
-      length = rest.lastIndexOf(" ", rest.length - SETTLE) + 1;
-      this.forced ||= length > 0;
+    if (!length && rest.length > WINDOW) {
+      length = rest.lastIndexOf(" ", rest.length - SETTLE) + 1 || rest.length - SETTLE;
+      this.forced = true;
     }
     if (!length) return;
     this.replaceRest(inlineNodes(inlineTokens(rest.slice(0, length), this.view.links)));
@@ -368,12 +401,15 @@ class Paragraph extends Leaf {
   }
 
   replaceRest(nodes) {
-    this.rest.forEach(node => node.remove());
     const fragment = new DocumentFragment();
     fragment.append(...nodes);
-    this.rest = [...fragment.childNodes];
-    markdownWork.nodes += this.rest.length;
-    this.element.append(fragment);
+    const rest = [...fragment.childNodes];
+    changeChildren(this.element, () => {
+      this.rest.forEach(node => node.remove());
+      this.element.append(fragment);
+    });
+    this.rest = rest;
+    markdownWork.nodes += rest.length;
   }
 
   end() {
@@ -411,7 +447,8 @@ class Heading extends Leaf {
     if (text === this.drawn && !final) return;
     this.drawn = text;
     const links = this.view.links;
-    this.element.replaceChildren(...inlineNodes(final ? inlineTokens(text, links) : withClosers(text, links)));
+    const nodes = inlineNodes(final ? inlineTokens(text, links) : withClosers(text, links));
+    changeChildren(this.element, () => this.element.replaceChildren(...nodes));
     markdownWork.nodes++;
   }
 }
@@ -448,13 +485,14 @@ class Table extends Leaf {
   constructor(view, header, aligns) {
     super(view);
     this.body = element("tbody");
-    Object.assign(this, {aligns, row: null, line: ""});
+    Object.assign(this, {aligns, row: null, line: "", filled: 0});
     const table = element("table", {}, element("thead", {}, this.newRow(header, "th")), this.body);
     this.add(element("div", {className: "table"}, table));
   }
   newRow(line, tag) {
-    const cells = tableCells(line);
-    return element("tr", {}, ...this.aligns.map((align, i) => {
+    const cells = tableCells(line), lacking = Math.max(0, this.aligns.length - cells.length);
+    this.filled += lacking;
+    return element("tr", {}, ...this.aligns.slice(0, this.filled > MOST_FILLED ? cells.length : Infinity).map((align, i) => {
       const cell = element(tag, {dir: "auto"}, ...inlineNodes(inlineTokens(cells[i] ?? "", this.view.links)));
       if (align) cell.className = align;
       markdownWork.nodes++;
@@ -492,6 +530,7 @@ class MathBlock extends Leaf {
     if (!whole) return;
     this.lines = this.text + "\n";
     this.line = "";
+    if (this.lines.length > MOST_TEX) return this.end();
     const text = this.lines.trim(), found = MATH.exec(text), tex = found?.[0].length === text.length && (found[1] ?? found[2] ?? found[5]);
     if (tex) {
       this.element.replaceWith(mathNode(tex, true));
@@ -561,7 +600,7 @@ class CodeText {
     if (typeof hljs !== "undefined") this.settle(text, known);
     else Parts.need("highlight", drawCode);
     const rest = text.slice(this.settled);
-    const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
+    const lit = known && !this.stuck && rest && rest.length < (final ? MOST_CODE : 2 * CODE_STEP);
     this.setRest(lit ? this.highlighted(rest).fragment : rest);
     if (final && typeof hljs === "undefined") plainCode.push(this);
   }
@@ -572,7 +611,7 @@ class CodeText {
       end = text.indexOf("\n", Math.max(this.settled + CODE_STEP, this.tried)) + 1;
       if (!end) return;
       const part = text.slice(this.settled, end);
-      const {fragment, initial} = known && !this.stuck ? this.highlighted(part) : {fragment: part, initial: true};
+      const {fragment, initial} = known && !this.stuck && part.length <= MOST_CODE ? this.highlighted(part) : {fragment: part, initial: true};
       this.tried = end + CODE_STEP;
       if (initial) {
         this.setRest("");
@@ -633,7 +672,7 @@ function drawCode() {
 const indentOf = text => /^ */.exec(text)[0].length;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
-const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*(?:\|[ \t]*)?$/;
 
 // An incomplete line can still become something else if it consists only of marks, or opens a fence.
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
@@ -822,8 +861,7 @@ class MarkdownView {
     }
     if (parent.kind !== "details" || parent.element.querySelector(":scope > summary")) return 0;
     this.closeTo(depth);
-    const line = SUMMARY_LINE.exec(rest.slice(begin[0].length)), summary = element("summary", {dir: "auto"});
-    if (line) summary.append(...inlineNodes(inlineTokens(line[1].trim(), this.links)));
+    const line = SUMMARY_LINE.exec(rest.slice(begin[0].length)), summary = element("summary", {dir: "auto"}, ...(line ? inlineNodes(inlineTokens(line[1].trim(), this.links)) : []));
     this.push("summary", summary);
     if (line) this.closeTo(depth);
     return begin[0].length + (line ? line[0].length : 0);

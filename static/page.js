@@ -3,7 +3,7 @@
 
 const Page = (() => {
 
-const {TEXT, $, element, button, iconButton, setText, number, composing, narrow, touch} = Parts;
+const {TEXT, $, alone, element, button, iconButton, setText, number, composing, narrow, touch} = Parts;
 
 let started = false;              // the page has opened its storage and shows a chat
 
@@ -22,7 +22,7 @@ function render() {
   if (!hasEnd() && ($("log").childElementCount !== 1 || !$("log").contains(empty.node))) $("log").scrollTop = 0;
   syncChildren($("log"), [...(turns.length ? [...betterAbove(turns), ...turns] : [emptyPage()]), ...(Chat.notice ? [noticeOf(Chat.notice)] : [])]);
   renderToasts();
-  for (const part of Parts.all) part.render?.();
+  for (const part of Parts.all) alone(() => part.render?.());
   followEnd();
 }
 
@@ -251,10 +251,12 @@ async function start() {
   await Promise.all([Chat.readStored(), Projects.readStored(), Prompts.readStored()]);
   await Chats.takeOverOldChat();
   if (!asking) Server.watch();
-  const {hash} = location, view = viewAt(hash), wanted = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "";
+  const {hash} = location, view = viewAt(hash), last = [hash.slice(1), Chat.lastPlace()].find(id => Chat.chats.has(id)) ?? "", isStuck = last && last === Chat.stuckAt();
+  const wanted = isStuck ? "" : last;
   const {typed} = Composer;                             // while the scripts were loading
   await (isFirst() ? Chat.open(wanted) : Composer.loadDraft(Composer.draftKey()));         // the reader may have begun a chat
   view?.open(hash);
+  if (isStuck) Chat.say(TEXT.notOpened(Chat.chats.get(last).title));
   if (typed && !Composer.draft.text) Composer.setDraft(typed);
   Chat.adoptAll();
   started = true;
@@ -274,6 +276,7 @@ Parts.register({
     demonstration: "This is a very small demonstration model, which is often wrong.", getBetter: (name, speed) => `Get a better one: ${name}${speed ? `, about ${number(Math.round(speed))} tokens a second here` : ""}`, getAnother: "Get another model",
     examples: ["What is the capital of Japan?", "What is photosynthesis?",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
+    notOpened: title => `The page ended while it opened “${title}”, so it has not opened this chat again. It is in the list.`,
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
     keysTitle: "Keyboard shortcuts",
     keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer, leave a dialog or the server's status"], ["↑", "in an empty message: your previous questions"],

@@ -33,6 +33,9 @@ function fillStrings(names) {
   for (const node of named("hint")) node.placeholder = TEXT[node.dataset.hint];
 }
 
+// A text as searches compare it, with as many characters as its form NFC has: the server folds alike (chatlm/front/chats/records.py).
+const folded = text => text.normalize("NFC").replaceAll("İ", "i").toLowerCase().replaceAll("ς", "σ");
+
 // registration ----------------------------------------------------------------------------------------------------------
 
 // `strings`: texts added to TEXT. `bind`: runs once, when the page starts. `menu`: returns entries for the header's
@@ -58,6 +61,16 @@ function bindAll() {
   bound = true;
   fillStrings(Object.keys(TEXT));
   for (const part of all) part.bind?.();
+}
+
+// Does something for one part of the page. If that fails, the other parts go on, and `instead` is done.
+function alone(act, instead = () => {}) {
+  try {
+    return act();
+  } catch (error) {
+    console.error(error);
+    return instead(error);
+  }
 }
 
 // scripts that load late ------------------------------------------------------------------------------------------------
@@ -98,9 +111,18 @@ const composing = event => event.isComposing || event.keyCode === 229;
 const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
 function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
+  const node = document.createElement(tag);
   node.append(...children);
-  return node;
+  return Object.assign(node, properties);
+}
+
+// Changes the children of an element. With dir="auto" the browser looks at the whole text for each child that comes or goes, so it has
+// another direction meanwhile.
+function changeChildren(parent, change) {
+  const {dir} = parent;
+  if (dir === "auto") parent.dir = "ltr";
+  change();
+  parent.dir = dir;
 }
 
 function button(label, icon, onclick, properties = {}) {
@@ -149,7 +171,7 @@ function inOrder() {
 }
 
 return Object.freeze({
-  all, register, bindAll, libraries, need, late,
-  TEXT, number, plural, $, element, button, iconButton, onEnter, fitHeight, setText, wait, newest, inOrder, composing, touch, mouse, narrow,
+  all, register, bindAll, alone, libraries, need, late,
+  TEXT, number, plural, folded, $, element, changeChildren, button, iconButton, onEnter, fitHeight, setText, wait, newest, inOrder, composing, touch, mouse, narrow,
 });
 })();

@@ -194,10 +194,10 @@ function onDrop(event, list) {
 function take(text, chats) {
   const taken = new Map();
   for (const project of [Settings.readJson(text).value?.projects ?? []].flat()) {
-    if (!Tree.isObject(project) || !Tree.isText(project.name) || !Tree.isText(project.id)) continue;
-    const files = [project.files ?? []].flat().filter(file => Tree.isObject(file) && Tree.isText(file.name) && Tree.isText(file.text)).map(({name, text}) => ({name, text}));
+    if (!Fields.isObject(project) || !Fields.isText(project.name) || !Fields.isText(project.id)) continue;
+    const files = [project.files ?? []].flat().filter(file => Fields.isObject(file) && Fields.isText(file.name) && Fields.isText(file.text)).map(({name, text}) => ({name, text}));
     const here = all.has(project.id) ? project.id : Tree.newId();
-    if (!all.has(here)) keep({id: here, created: Date.now(), name: project.name.slice(0, 200), prompt: Tree.isText(project.prompt) ? project.prompt : "", files, stores: []});
+    if (!all.has(here)) keep({id: here, created: Date.now(), name: project.name.slice(0, 200), prompt: Fields.isText(project.prompt) ? project.prompt : "", files, stores: []});
     taken.set(project.id, here);
   }
   for (const {conversation} of chats) {

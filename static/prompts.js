@@ -6,7 +6,7 @@ const Prompts = (() => {
 const {TEXT, $, element, iconButton, setText} = Parts;
 
 // A prompt is {name, text, starter}: a starter begins a message, any other is a system prompt.
-const isPrompt = value => Tree.isObject(value) && Tree.isText(value.name) && Tree.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
+const isPrompt = value => Fields.isObject(value) && Fields.isText(value.name) && Fields.isText(value.text) && Boolean(value.name.trim() && value.text.trim());
 const all = new Map();            // id -> {id, name, text, starter, created}
 const ownPrompts = () => [...all.values()].filter(isPrompt).sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
 

@@ -328,7 +328,7 @@ async function reconnected(stream, signal, onState) {
   aborted.catch(() => {});
   onState(true);
   for (let pause = 200, tries = 0; tries < 30; pause = Math.min(2 * pause, 5000), tries++) {
-    const response = await request(`v1/streams/${stream.id}?from=${stream.next}`, {signal, cache: "no-store"}).catch(error => {
+    const response = await request(`v1/streams/${encodeURIComponent(stream.id)}?from=${stream.next}`, {signal, cache: "no-store"}).catch(error => {
       if (error.name === "AbortError") throw error;
     });
     onState(!response?.ok);

@@ -385,8 +385,8 @@ const budgetIndex = budget => BUDGETS.findIndex(each => each === null || each >=
 function readFunctions(text) {
   if (!text.trim()) return {tools: []};
   const found = readJson(text), listed = found.value === undefined ? [] : [found.value].flat();
-  const tools = listed.map(each => Tree.isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
-  const wrong = tools.findIndex(({function: each}) => !Tree.isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !Tree.isObject(each.parameters ?? {}));
+  const tools = listed.map(each => Fields.isObject(each?.function) ? {...each, type: "function"} : {type: "function", function: each});
+  const wrong = tools.findIndex(({function: each}) => !Fields.isObject(each) || !/^[\w.-]{1,64}$/.test(each.name ?? "") || !Fields.isObject(each.parameters ?? {}));
   return found.problem ? found : wrong >= 0 ? {problem: TEXT.badFunction(wrong + 1)} : {tools};
 }
 
@@ -394,7 +394,7 @@ function readFunctions(text) {
 function readSchema(text) {
   if (!text.trim()) return {};
   const {value, problem} = readJson(text);
-  return problem ? {problem} : !Tree.isObject(value) ? {problem: TEXT.badSchema}
+  return problem ? {problem} : !Fields.isObject(value) ? {problem: TEXT.badSchema}
     : {format: value.type === "json_object" || value.type === "json_schema" ? value : {type: "json_schema", json_schema: {name: "answer", schema: value}}};
 }
 

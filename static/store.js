@@ -84,14 +84,15 @@ async function read(kind, conversation = null) {
     if (record && mine(record)) records.set(id, record);
     else if (other === kind) records.delete(id);
   }
-  return [...records.values(), ...unwritten];
+  return [...records.values(), ...unwritten].map(record => Fields.sound(kind, record));
 }
 
 // One record; null if there is none.
 async function get(kind, id) {
   if (!db || temporary.has(id)) return memory.get(kind).get(id) ?? null;
   const stored = await promised(db.transaction(kind).objectStore(kind).get(id)), key = `${kind} ${id}`;
-  return [writing, waiting].map(changes => changes.get(key)).filter(Boolean).reduce((record, {patch}) => patched(record, patch), stored ?? null);
+  const record = [writing, waiting].map(changes => changes.get(key)).filter(Boolean).reduce((record, {patch}) => patched(record, patch), stored ?? null);
+  return Fields.sound(kind, record);
 }
 
 // Merges `patch` into a record, or deletes it (null). `told`: the server that keeps chats knows it already.
@@ -175,7 +176,7 @@ async function hear(changed) {
   const records = await Promise.all(changed.map(([kind, id]) => promised(stored.objectStore(kind).get(id)).catch(() => null)));
   listener.onNews(changed.map(([kind, id], i) => {
     const mine = [writing, waiting].map(changes => changes.get(`${kind} ${id}`)).filter(Boolean);
-    return [kind, id, mine.reduce((record, {patch}) => patched(record, patch), records[i] ?? null)];
+    return [kind, id, Fields.sound(kind, mine.reduce((record, {patch}) => patched(record, patch), records[i] ?? null))];
   }));
 }
 

@@ -97,7 +97,7 @@ async function findUnsent() {
     for (const record of found) {
       const key = `${kind} ${record.id}`;
       unsent.add(key);
-      if (record.rev && !patches.has(key)) patches.set(key, kept(record));      // which of its fields changed is not known any more
+      if (record.rev && !patches.has(key)) patches.set(key, kept(kind, record));      // which of its fields changed is not known any more
     }
   }
 }
@@ -219,7 +219,7 @@ async function nextChanges() {
     const found = await Promise.all(keys.map(key => Store.get(kind, key.split(" ")[1])));
     keys.forEach((key, i) => found[i] ?? unsent.delete(key));
     for (const record of parentsFirst(found.filter(Boolean))) {
-      const key = `${kind} ${record.id}`, changed = patches.get(key), patch = kept(record.rev && changed ? changed : record);
+      const key = `${kind} ${record.id}`, changed = patches.get(key), patch = kept(kind, record.rev && changed ? changed : record);
       if (!Object.keys(patch).length) { sent(kind, record.id, {}); continue; }
       if (Tree.isGrowing(record)) {
         if (record.rev && Chat.runs.get(record.id)?.kept) continue;           // the server writes it
@@ -251,7 +251,8 @@ function parentsFirst(nodes) {
   return sorted;
 }
 
-const kept = record => Object.fromEntries(Object.entries(record).filter(([name, value]) => !OWN.includes(name) && value !== undefined));
+// The fields of a record, or of a patch of one, that the server has. What does not fit would make it refuse the others.
+const kept = (kind, values) => Object.fromEntries(Object.entries(Fields.fitting(kind, values)).filter(([name, value]) => !OWN.includes(name) && value !== undefined));
 
 // What became of a change; returns news for this tab.
 async function settle({kind, id, patch, changed}, {state: done, rev, record, error}) {
@@ -349,13 +350,14 @@ async function hear(rows) {
 async function take(kind, id, rev, record, isMore = false) {
   const known = await Store.get(kind, id);
   if (Chat.runs.has(id) || (isMore ? known?.rev > rev : known?.rev >= rev)) return [];
-  if (record.pictures) record = {...record, pictures: (await Promise.all(record.pictures.map(each => fetched(each, known?.pictures ?? [])))).filter(Boolean)};
+  if (Array.isArray(record.pictures)) record = {...record, pictures: (await Promise.all(record.pictures.map(each => fetched(each, known?.pictures ?? [])))).filter(Boolean)};
+  record = Fields.fitting(kind, record);
   if (isGone(kind, id, record)) {
     passedOver ??= state.rev;
     return [];
   }
-  const own = unsent.has(`${kind} ${id}`), mine = own ? kept(patches.get(`${kind} ${id}`) ?? {}) : {};
-  const gone = Object.fromEntries(Object.keys(kept(known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
+  const own = unsent.has(`${kind} ${id}`), mine = own ? kept(kind, patches.get(`${kind} ${id}`) ?? {}) : {};
+  const gone = Object.fromEntries(Object.keys(kept(kind, known ?? {})).filter(name => !(name in record)).map(name => [name, null]));
   const begin = kind === "conversations" && !known ? Tree.newConversation({id}) : {};
   const patch = {...begin, ...(kind === "nodes" ? {parent: null} : {}), ...gone, ...record, ...mine, id, rev, unsent: own};
   if (known) delete patch.created;         // what is deleted before this is written does not come back

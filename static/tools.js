@@ -82,7 +82,7 @@ function take(node, chat) {
   node.calls.forEach((call, i) => {
     const tool = state.tools.get(call.name);
     if (call.result !== undefined || !tool || !chat.tools?.includes(call.name)) return;
-    Object.assign(call, {server: tool.server, tool: tool.tool, about: tool.description, digest: tool.digest});
+    describe(call, tool);
     const refusal = cut && i === node.calls.length - 1 ? TEXT.callWasCut : refusalOf(call, node);
     if (refusal) finish(call, {text: refusal, is_error: true});
   });
@@ -91,20 +91,23 @@ function take(node, chat) {
   run(free, node, chat);
 }
 
+const describe = (call, {server, tool, description: about, digest}) => Object.assign(call, {server, tool, about, digest});
+
 // Why a call is not run at all; "" if it may be. The text is for the model.
 function refusalOf(call, node) {
   const {value} = Settings.readJson(call.arguments);
-  if (!Tree.isObject(value)) return TEXT.badArguments;
+  if (!Fields.isObject(value)) return TEXT.badArguments;
   const earlier = callersBefore(node).flatMap(({calls}) => calls), own = node.calls.slice(0, node.calls.indexOf(call));
   const same = [...earlier, ...own].filter(each => each.name === call.name && each.arguments === call.arguments);
   return same.length >= EQUAL_CALLS ? TEXT.calledBefore : "";
 }
 
-function allow(call, node, how) {
-  const chat = Chat.current;
-  if (how === "chat") Chat.change(chat, {allowed: {...chat.allowed, [call.name]: call.digest}});
-  if (how === "always") Settings.change({allowed: {...Settings.preferences.allowed, [call.name]: call.digest}});
+function allow(call, node, how, tool) {
+  const chat = Chat.current, {digest} = tool;
+  if (how === "chat") Chat.change(chat, {allowed: {...chat.allowed, [call.name]: digest}});
+  if (how === "always") Settings.change({allowed: {...Settings.preferences.allowed, [call.name]: digest}});
   const alike = how === "once" ? [call] : node.calls.filter(each => each.name === call.name && each.result === undefined);
+  for (const each of alike) describe(each, tool);
   run(alike, node, chat);
 }
 
@@ -195,13 +198,19 @@ function partOf(call, node) {
     box.append(element("p", {className: "hint", textContent: one.text}), element("button", {type: "button", className: "plain", textContent: TEXT.cancelCall, onclick: () => cancel(call)}));
     return box;
   }
-  const note = call.changed ? TEXT.toolChanged : call.begun ? TEXT.begunBefore : "";
-  box.append(element("p", {className: "hint", textContent: call.about}), ...(note ? [element("p", {className: "alert", textContent: note})] : []));
-  const ways = [[TEXT.allowOnce, () => allow(call, node, "once"), "primary"], [TEXT.allowInChat, () => allow(call, node, "chat"), "plain"],
-    [TEXT.allowAlways, () => allow(call, node, "always"), "plain"], [TEXT.allowNo, () => deny(call, node), "plain"]];
+  // what is shown is what will run: another device, or whoever has its chats, may have written something else into the call
+  const tool = state.tools.get(call.name);
+  if (!tool) {
+    box.append(element("p", {className: "hint", textContent: TEXT.toolAway}));
+    return box;
+  }
+  const note = call.changed || call.digest !== tool.digest ? TEXT.toolChanged : call.begun ? TEXT.begunBefore : "";
+  box.append(element("p", {className: "hint", textContent: tool.description}), ...(note ? [element("p", {className: "alert", textContent: note})] : []));
+  const ways = [[TEXT.allowOnce, () => allow(call, node, "once", tool), "primary"], [TEXT.allowInChat, () => allow(call, node, "chat", tool), "plain"],
+    [TEXT.allowAlways, () => allow(call, node, "always", tool), "plain"], [TEXT.allowNo, () => deny(call, node), "plain"]];
   const row = element("div", {className: "line"}, ...ways.map(([textContent, onclick, className]) => element("button", {type: "button", className, textContent, onclick})));
   row.setAttribute("role", "group");
-  row.setAttribute("aria-label", TEXT.allowCall(call.tool, call.server));
+  row.setAttribute("aria-label", TEXT.allowCall(tool.tool, tool.server));
   box.append(row);
   return box;
 }
@@ -216,7 +225,7 @@ function resultOf(box, call) {
 }
 
 // A card is drawn again when this differs.
-const lookOf = calls => calls.map(call => running.get(call.id)?.text ?? "").join("\n");
+const lookOf = calls => calls.map(({id, name}) => [running.get(id)?.text ?? "", state.tools.get(name)?.digest ?? ""].join(" ")).join("\n");
 
 // choosing --------------------------------------------------------------------------------------------------------------
 
@@ -280,7 +289,7 @@ Parts.register({
     toolCounted: "tool", toolsCounted: "tools", toolStates: {starting: "starting", failed: "not running", stopped: "stopped"}, notAsked: "runs without asking", notEnforced: "arguments are not enforced",
     allowCall: (tool, server) => `Allow ${tool} of ${server}?`, allowOnce: "Once", allowInChat: "This chat", allowAlways: "Always", allowNo: "No", cancelCall: "Cancel",
     callWaits: "Running …", callFailed: "Failed", callTook: count => `${Parts.number(count)} s`, cutBy: count => `${plural(count, "character", "characters")} left out`, pictureOf: tool => `Picture of ${tool}`,
-    toolChanged: "This tool has changed since you allowed it.", begunBefore: "This call was begun before, and nobody knows how it ended.",
+    toolAway: "The server does not have this tool now, so the call cannot run.", toolChanged: "This tool has changed since you allowed it.", begunBefore: "This call was begun before, and nobody knows how it ended.",
     // for the model
     callDenied: "The user did not allow this call.", callCancelled: "The user cancelled this call.", callWasCut: "Not run: the call was cut off by the limit of tokens.", badArguments: "Not run: the arguments are not a complete JSON object.",
     calledBefore: "Not run: the same call was made twice before. Use its result.", outcomeUnknown: "The connection was lost. The call may have been carried out: the outcome is unknown.", toolGone: "Not run: the tool is not there any more.",

@@ -17,7 +17,7 @@
 
 const Tree = (() => {
 
-const {TEXT} = Parts;
+const {TEXT} = Parts, {isText, isObject} = Fields;
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 
@@ -234,32 +234,11 @@ function partsOf({content, attachments = [], pictures = []}) {
 
 // export and import ---------------------------------------------------------------------------------------------------
 
-// The fields of conversations and nodes in a file, each with its check; anything else in the file is
-// ignored.
-const isText = value => typeof value === "string";
-const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
-const areIds = value => Array.isArray(value) && value.length > 0 && value.every(id => Number.isSafeInteger(id) && id >= 0);
-const areCalls = value => Array.isArray(value) && value.every(call => isObject(call) && isText(call.id) && isText(call.name) &&
-  isText(call.arguments) && (call.result === undefined || isText(call.result)));
-const isPicture = value => isText(value) && /^data:image\/[a-z+.-]+;base64,[A-Za-z0-9+/=]+$/.test(value);
-const arePictures = value => Array.isArray(value) && value.every(each => isObject(each) && isText(each.name) && isPicture(each.picture));
-const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
-const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
-  system: isText, parameters: isObject, leaf: isText, model: isText, inTurns: value => typeof value === "boolean",
-  project: isText};
-const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
-  reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
-  error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,
-  pictures: arePictures, continued: value => value === true, calls: areCalls, calculator: Array.isArray};
-
-const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
-  .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));
-
 function exportOf(conversations, nodesOf, prompts = [], projects = []) {
   return {format: "chat_server chats", version: 2, exported: new Date().toISOString(), ...(prompts.length ? {prompts: prompts.map(({name, text, starter}) => ({name, text, starter}))} : {}),
     ...(projects.length ? {projects: projects.map(({id, name, prompt, files, stores}) => ({id, name, prompt, files, stores}))} : {}),
-    conversations: conversations.map(chat => ({...pick(chat, CONVERSATION_FIELDS),
-      nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
+    conversations: conversations.map(chat => ({...Fields.shared("conversations", chat),
+      nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...Fields.shared("nodes", node)}))}))};
 }
 
 // A file's chats as [{conversation, nodes, leftOut: how many attachments have no place here}] with new ids, so that nothing is
@@ -312,7 +291,7 @@ function importedTree(chat, name, index) {
   const conversation = newConversation(checkedChat(chat));
   const ids = new Map(chat.nodes.map(node => [node?.id, newId()]));
   const nodes = chat.nodes.map((node, i) => {
-    if (!isObject(node) || !NODE_FIELDS.role(node.role) || !isText(node.content)) throw new Error(TEXT.badMessage(name, index, i));
+    if (!isObject(node) || !["user", "assistant"].includes(node.role) || !isText(node.content)) throw new Error(TEXT.badMessage(name, index, i));
     return {...newNode(conversation.id, ids.get(node.parent) ?? null), ...checkedNode(node), id: ids.get(node.id)};
   });
   const tree = new Map(nodes.map(node => [node.id, node]));
@@ -342,22 +321,21 @@ function importedList(chat, name) {
 
 // Version 1 files had the system prompt and the parameters in `settings`.
 function checkedChat(chat) {
-  const found = pick({...(isObject(chat.settings) ? {system: chat.settings.system, parameters: chat.settings} : {}), ...chat},
-    CONVERSATION_FIELDS);
-  return {...found, title: titleOf(found.title ?? ""), parameters: checkedParameters(found.parameters ?? {})};
+  const found = Fields.shared("conversations", {...(isObject(chat.settings) ? {system: chat.settings.system} : {}), ...chat});
+  const parameters = [chat.parameters, chat.settings].find(isObject) ?? {};
+  return {...found, title: titleOf(found.title ?? ""), parameters: checkedParameters(parameters)};
 }
 
+// Of timings and parameters, what fits is taken: other programs write more into them.
 function checkedNode(node) {
-  const {attachments, timings, parameters, calculator, calls, ...fields} = pick(node, NODE_FIELDS), calculations = Calculator.checked(calculator, node.content);
+  const {attachments = [], calls, calculator, timings, parameters, ...fields} = Fields.shared("nodes", node), calculations = Calculator.checked(node.calculator, node.content);
   if (calculations.length && fields.role === "assistant") fields.calculator = calculations;
   // without what tools.js keeps there: a file could show another tool than the one that would run
   if (calls) fields.calls = calls.map(({id, name, arguments: text, result}) => ({id, name, arguments: text, ...(isText(result) ? {result} : {})}));
-  const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
-    at >= 0 && length > 0 && at + length <= node.content.length;
-  if (attachments?.every(each => isObject(each) && good(each))) fields.attachments = attachments.map(({name, at, length}) => ({name, at, length}));
-  if (timings) fields.timings = Object.fromEntries(Object.entries(timings).filter(([name, value]) =>
-    Number.isFinite(value) || ["finish_reason", "stop_reason"].includes(name) && isText(value)));
-  if (parameters) fields.parameters = checkedParameters(parameters);
+  if (attachments.length && attachments.every(({at, length}) => length > 0 && at + length <= node.content.length)) fields.attachments = attachments.map(({name, at, length}) => ({name, at, length}));
+  if (isObject(node.timings)) fields.timings = Object.fromEntries(Object.entries(node.timings).filter(fact =>
+    typeof fact[1] !== "string" && fact[1] !== null || ["finish_reason", "stop_reason"].includes(fact[0])).filter(Fields.isTiming));
+  if (isObject(node.parameters)) fields.parameters = checkedParameters(node.parameters);
   return fields.role === "assistant" ? {...fields, ...untagged(fields)} : fields;
 }
 
@@ -402,6 +380,6 @@ function checkedParameters(given) {
 }
 
 return Object.freeze({newId, newConversation, newNode, childrenOf, pathTo, leafBelow, withDescendants, failed, isGrowing, messagesOf, newestMessages,
-  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, isText, isObject, isPicture, exportOf, importOf, importIn, untagged, parameterValue,
+  titleOf, ThoughtTags, composeMessage, textOf, DOCUMENT, languageOf, partsOf, exportOf, importOf, importIn, untagged, parameterValue,
   checkedParameters});
 })();

@@ -7,7 +7,7 @@
 
 const Turns = (() => {
 
-const {TEXT, $, element, button, iconButton, onEnter, fitHeight, setText, number, plural, composing, mouse} = Parts;
+const {TEXT, $, alone, element, changeChildren, button, iconButton, onEnter, fitHeight, setText, number, plural, composing, mouse} = Parts;
 
 const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
@@ -36,7 +36,7 @@ function completeSome() {
 function renderTurns() {
   if (viewsOf !== Chat.current.id) { views.clear(); Look.dropLenses(); near.disconnect(); viewsOf = Chat.current.id; }
   const {path} = Chat, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
-  path.forEach(node => updateView(views.get(node.id)));
+  path.forEach(node => update(views.get(node.id)));
   for (const id of views.keys()) if (!Chat.nodes.has(id)) views.delete(id);
   return articles;
 }
@@ -64,12 +64,23 @@ function complete(view) {
   view.complete = true;
   near.unobserve(view.article);
   view.body.textContent = "";
-  (view.node.role === "user" ? completeQuestion : completeAnswer)(view);
-  updateView(view);
+  alone(() => (view.node.role === "user" ? completeQuestion : completeAnswer)(view), () => showPlain(view));
+  update(view);
+}
+
+// A turn that cannot be drawn is plain text; the others go on.
+function update(view) {
+  if (view.failed) setText(view.body, view.node.content);
+  else if (view.complete) alone(() => updateView(view), () => showPlain(view));
+}
+
+function showPlain(view) {
+  view.failed = true;
+  view.article.replaceChildren(view.body, element("p", {className: "alert", role: "alert", textContent: TEXT.turnNotDrawn}));
+  view.body.replaceChildren(view.node.content);
 }
 
 function updateView(view) {
-  if (!view.complete) return;
   const {node} = view, editing = Chat.editing === node.id;
   if (editing !== Boolean(view.editor)) editing ? startEditing(view) : stopEditing(view);
   view.actions.hidden = editing;
@@ -128,8 +139,8 @@ function updateQuestion(view) {
   if (view.drawn === view.node.content || view.editor) return;
   view.drawn = view.node.content;
   const {text, files} = Tree.partsOf(view.node);
-  view.body.replaceChildren(...files.filter(({picture}) => picture).map(pictureNode), ...questionNodes(text),
-    ...files.filter(({picture}) => !picture).map(fileNode));
+  const nodes = [...files.filter(({picture}) => picture).map(pictureNode), ...questionNodes(text), ...files.filter(({picture}) => !picture).map(fileNode)];
+  changeChildren(view.body, () => view.body.replaceChildren(...nodes));
 }
 
 // A question is shown as typed, except that code looks like code.
@@ -187,7 +198,7 @@ function completeAnswer(view) {
   view.nothing = element("p", {className: "nothing"});
   figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
-  const brought = Parts.all.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
+  const brought = ofParts(answer => answer.buttons?.(view));
   view.inside = button(TEXT.lookInside, "lens", clicked => Page.openMenu(clicked, looksOf(view)));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
     iconButton(TEXT.more, "more", clicked => Page.openMenu(clicked, answerMenu(view))), view.speed);
@@ -196,7 +207,10 @@ function completeAnswer(view) {
   view.body.onclick = event => clickToAct(event, () => Chat.regenerate(view.node));
 }
 
-const looksOf = view => Parts.all.flatMap(({answer}) => answer?.looks?.(view) ?? []);
+// What the parts add to an answer: all lists together. A part that fails adds nothing.
+const ofParts = ask => Parts.all.flatMap(({answer}) => answer && alone(() => ask(answer)) || []);
+
+const looksOf = view => ofParts(answer => answer.looks?.(view));
 
 function updateAnswer(view) {
   const {node} = view, growing = Tree.isGrowing(node), run = Chat.runs.get(node.id);
@@ -211,7 +225,7 @@ function updateAnswer(view) {
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !Chat.canAsk();
   view.copy.hidden = !node.content;
-  for (const {answer} of Parts.all) answer?.update?.(view, growing);
+  ofParts(answer => { answer.update?.(view, growing); });
   view.inside.hidden = !looksOf(view).length;
   view.inside.classList.toggle("on", Boolean(Look.lensOf(node.id)));
   view.goOn.hidden = growing || !Chat.canGoOn(node) || node !== Chat.lastNode() || !(view.plain || node.error || node.edited ||
@@ -225,7 +239,8 @@ function drawAnswer(view, growing) {
   const {node: {content, calculator = []}} = view, drawn = calculator.length ? Calculator.withCards(content, calculator) : content;
   const plain = Server.model.api === "text";             // a text that grows
   if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
-  if (plain) view.body.replaceChildren(...Calculator.plainWithCards(view.node));
+  view.body.dir = plain ? "auto" : "";                   // blocks of Markdown have their own
+  if (plain) changeChildren(view.body, () => view.body.replaceChildren(...Calculator.plainWithCards(view.node)));
   else if (view.plain) { view.body.replaceChildren(); view.markdown = new Markdown.View(view.body); }
   Object.assign(view, {drawn, finished: !growing, plain});
   view.body.classList.toggle("markdown", !plain);
@@ -364,7 +379,7 @@ function pinFigures(view) {
 function paint(node) {
   const view = Chat.current.id === node.conversation && views.get(node.id);
   if (!view || !view.article.isConnected) return;
-  updateAnswer(view);
+  update(view);
   Composer.renderState();
   Page.followEnd();
 }
@@ -456,7 +471,7 @@ function copied(clicked) {
 
 Parts.register({
   strings: {
-    lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
+    turnNotDrawn: "This message could not be drawn: this is its plain text.", lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
     callouts: {note: "Note", tip: "Tip", important: "Important", warning: "Warning", caution: "Caution"},
     wrap: "Wrap lines", preview: "Preview", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
@@ -494,6 +509,6 @@ Parts.register({
 });
 
 return Object.freeze({
-  viewOf: id => views.get(id), render: renderTurns, update: updateAnswer, paint, scrollTo, questionNodes, codeBlock, growingText, liveSpeedText, copyText, copied,
+  viewOf: id => views.get(id), render: renderTurns, update, paint, scrollTo, questionNodes, codeBlock, growingText, liveSpeedText, copyText, copied,
 });
 })();

@@ -137,6 +137,32 @@ def test_a_result_is_cut(shared, code):
     assert len(run(shared, code)["text"]) <= 8192
 
 
+LISTS = "let a = ['x']; for (let i = 0; i < 200; i++) a = [a, a]; "      # each holds the one before twice
+HOLDING = {
+    "lists that hold each other": LISTS + "postMessage(a)", "of every member": LISTS + "postMessage({said: [a], text: a, value: a, error: a})", "through the prototype": LISTS + "Object.getPrototypeOf(self).postMessage.call(self, a)",
+    "returned": LISTS + "return a.length", "its text": LISTS + "a.toJSON = () => 'short'; return a", "thrown": "throw {toString() { return 'x'.repeat(5e8 / 2); }}", "thrown later": "setTimeout(() => { throw 'x'.repeat(5e8); }); await new Promise(() => {})",
+    "changed functions": LISTS + "String.prototype.slice = () => a; JSON.stringify = () => a; Reflect.apply = () => a; Array.prototype.join = () => a; self.String = () => a; console.log('y'.repeat(1e5)); return 'x'.repeat(1e5)",
+    "a promise of its own": LISTS + "return {then(yes) { for (let i = 0; i < 1e5; i++) yes('x'.repeat(1e5)); }}", "what ends it": LISTS + "for (let i = 0; i < 1e5; i++) returned(a.length); failed(a.length)",
+    "out of the function": "})(); " + LISTS + "try { postMessage(a); } catch (error) {} for (let i = 0; i < 1e5; i++) failed('y'); (async () => {", "a flood of errors": "for (let i = 0; i < 1e4; i++) setTimeout(() => { throw 'x'.repeat(1e5); }); await new Promise(() => {})",
+    "no text": "throw Object.create(null)", "no text returned": "return {toJSON() { throw 1; }, toString() { throw 2; }}", "not even the event": "Event.prototype.preventDefault = () => {}; setTimeout(() => { throw 'x'.repeat(1e8); }); await new Promise(() => {})"}
+
+
+@pytest.mark.parametrize("way", HOLDING)
+def test_what_code_posts_does_not_hold_the_page(shared, way):
+    """It ends with a short text before its ten seconds are over, and only once."""
+    shared.evaluate("window.heard = []; window.hearing = ({data}) => heard.push(data); addEventListener('message', hearing); 0")
+    result = run(shared, HOLDING[way])
+    assert len(result["text"]) <= 8192 and "took too long" not in result["text"], result
+    heard = shared.evaluate("removeEventListener('message', hearing); heard")
+    assert len(heard) == 1 and heard[0].keys() == {"text", "cut", "failed"} and {type(value) for value in heard[0].values()} <= {str, int, bool}
+
+
+@pytest.mark.slow
+def test_a_value_that_is_written_for_ever_is_ended(shared):
+    result = run(shared, LISTS + "return a")
+    assert result["is_error"] and "took too long" in result["text"] and 9000 < result["ms"] < 14000
+
+
 def test_running_code_can_be_cancelled(shared):
     text = shared.evaluate("""async () => { await Parts.need("javascript"); const controller = new AbortController(); setTimeout(() => controller.abort(), 100);
         return (await Javascript.run("for (;;);", controller.signal)).text; }""")

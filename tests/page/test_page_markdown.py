@@ -476,3 +476,54 @@ def test_signs_stand_at_their_numbers(opened_page, tex, is_sign):
         return (number.left - sign.right) / sign.width;
     }""", tex)
     assert (gap < 0.05) == is_sign, gap
+
+
+# what a text can repeat: each mark, alone and beside a word, and whole texts of a given length
+REPEATED = ["[", "![", "\\[", "= 2*3*4 ", "*** ", "~a~", "[1][2]", "_*", "[^1]", "a\n", "$a$", "`a` ", "a*b*", "***", "***a ", "**a", "**「日」**", "_a", "_ a", "*a_b ", "~~a ", "](", "[](",
+            "[[]", "[a]", "[a](b ", "[a](b)", "![a](b)", "[a](<", "[^", "[a]: b\n", "[^a]: b\n", "$a ", "$$a ", "$$\n", "\\(", "\\begin{align}", "\\", "\\\\ ", "`", "`a``b```", "`` ` ", "<", "<a ",
+            "<a b=", "<b>", "<sub>x</sub>", "<sub>", "<!--", "<?", "<![CDATA[", "</", "&amp;", "&a", "@", "a@b.c ", "http://a.b ", "www.a", "a|b\n", "|", "- ", "* a\n", "1. a\n", "> ", "> [!note]\n",
+            "<details>\n", "</details>\n", "<details>\n<summary>\n", "# ", " #", "a\n===\n", "```\n", "```a\n", "~~~\n", " ", "\t", "\u00a0", "\r", "\ufdd0", "word ", "日", "😀"]
+BLOCKS_OF = {
+    "mathematics": lambda n: "$$\n" + "a\n" * (n // 2),
+    "an environment": lambda n: "\\begin{align}\n" + "a\n" * (n // 2),
+    "formulas": lambda n: "".join("\n\n$$\n" + f"\\lim_{{x{i}}} " * 100 + "\n$$\n" for i in range(n // 1000)),
+    "a wide table": lambda n: "|a" * (n // 6) + "\n" + "|-" * (n // 6) + "\n" + "|\n" * (n // 6),
+    "a long table": lambda n: "|a|b|\n|-|-|\n" + "|a|b|\n" * (n // 6),
+    "a line that is no delimiter": lambda n: "a\n---" + " " * n + "x",
+    "a task": lambda n: "- [x] " + "a\n  " * (n // 4),
+    "code": lambda n: "```python\n" + "x = 'a' # b\n" * (n // 12),
+    "a line of code": lambda n: "```python\n" + "x = 'a' + " * (n // 10),
+}
+LONG = {**{mark: lambda n, mark=mark: mark * (n // len(mark)) for mark in REPEATED}, **BLOCKS_OF}
+# the least time of some tries, for machines are busy, of a text and of one of ten times the length
+TIMES = """texts => texts.map(text => {
+    const began = performance.now();
+    new Markdown.View(document.createElement("div")).update(text, true);
+    return performance.now() - began;
+})"""
+
+
+@pytest.mark.parametrize("name", by_day(list(LONG), *REPEATED[:8], *BLOCKS_OF), ids=repr)
+def test_a_text_is_drawn_in_time_proportional_to_it(opened_page, name):
+    """Where it takes the square, ten times the text takes a hundred times the time."""
+    opened_page.evaluate("Promise.all(['katex', 'highlight'].map(name => Parts.need(name)))")
+    texts = [LONG[name](n) for n in (10_000, 100_000)]
+    least = [float("inf")] * 2
+    for _ in range(6):
+        least = [min(pair) for pair in zip(least, opened_page.evaluate(TIMES, texts))]
+        if least[1] < 20 * least[0] or least[1] < 50:
+            return
+    pytest.fail(f"{least} ms")
+
+
+@pytest.mark.parametrize("text", ["**" + "word " * 380 + "word** end " + "plain " * 900 + "`" + "code " * 380 + "` end", "An *opening " + "and so on " * 900, "[" * 9000, "x" * 9000 + " *y* " + "z" * 5000,
+                                  "😀" * 4000, "line *a*\n" * 900, "<sub>" + "a " * 3000 + "</sub> *b*"], ids=lambda text: text[:8])
+def test_windows_of_a_long_paragraph_are_not_seen(opened_page, text):
+    """Marks of up to a window belong together, wherever they stand, and no character is lost."""
+    grown, whole, most = drawn(opened_page, text, 97)
+    assert grown == whole and most["characters"] < 10_000
+    if "`" in text:
+        assert whole.count("<strong>") == whole.count("<code>") == 1
+    assert "\ufffd" not in whole
+    if not set("*`<") & set(text):
+        assert whole == f'<p dir="auto">{text}</p>'

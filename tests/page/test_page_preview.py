@@ -121,6 +121,40 @@ def test_code_in_a_preview_runs_nothing(attacked, elsewhere):
         frame.locator("body").evaluate("() => parent.document.title")
 
 
+ANIMATED = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="300" height="120"><a href="#here"><animate attributeName="href" to="PLACE/a" dur="1ms" fill="freeze"/>
+<rect id="animated" width="50" height="50"/></a><a href="#here"><set attributeName="href" to="PLACE/b"/><rect id="set" x="60" width="50" height="50"/></a>
+<a xlink:href="#here"><animate attributeName="xlink:href" values="PLACE/c;PLACE/c" dur="9s"/><rect id="linked" x="120" width="50" height="50"/></a></svg>
+<img usemap="#m" id="mapped" src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=" width="50" height="50"><map name="m"><area shape="rect" coords="0,0,50,50" href="PLACE/d" ping="PLACE/e"></map>"""
+
+
+@pytest.mark.parametrize("pressed", [{}, {"button": "middle"}, {"modifiers": ["Control"]}], ids=str)
+def test_an_animated_link_of_a_drawing_leads_nowhere(attacked, elsewhere, pressed):
+    """Neither to another server nor to this one, whose addresses the page's policy admits in frames."""
+    url, connections = elsewhere
+    asked = []
+    attacked.context.on("request", lambda request: asked.append(request.url))
+    for place in (url, attacked.url.rstrip("/")):
+        answer = shown(attacked, ("html", ANIMATED.replace("PLACE", place)))
+        button(answer, "Preview").click()
+        frame = answer.frame_locator("iframe")
+        expect(frame.locator("#mapped")).to_be_visible()
+        frame.locator("body").evaluate("() => new Promise(end => setTimeout(end, 50))")     # the animations have begun
+        for name in ("#animated", "#set", "#linked", "#mapped"):
+            frame.locator(name).click(**pressed)
+        expect(frame.locator("#animated")).to_be_visible()
+    assert connections == [] and len(attacked.context.pages) == 1
+    assert not [each for each in asked if each.rpartition("/")[2] in "abcde"], asked
+
+
+def test_a_link_to_a_place_in_the_code_scrolls_there(front):
+    answer = shown(front, ("html", '<a href="#pl%C3%A4ce">there</a><a href="#">top</a><a href="#nowhere">x</a><div style="height: 4000px"></div><p id="pläce">the place</p>'))
+    button(answer, "Preview").click()
+    frame = answer.frame_locator("iframe")
+    expect(frame.locator("p")).not_to_be_in_viewport()
+    frame.get_by_text("there").click()
+    expect(frame.locator("p")).to_be_in_viewport()
+
+
 def allowing(page, *tags):
     """Serves the page's frame without its cleaning of these tags; its script has another hash then."""
     text = (ROOT / "static/preview.html").read_text()

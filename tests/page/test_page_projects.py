@@ -254,3 +254,31 @@ def test_seven_tabs_hear_of_it_and_a_temporary_chat_is_in_one(devices):
     button(tabs[6].get_by_role("dialog", name="Delete the project “Boats”?"), "Delete").click()
     for tab in tabs:
         expect(tab.get_by_role("heading", name="Boats")).to_have_count(0)
+
+
+WIDE = """() => [document.documentElement, ...document.querySelectorAll("main, nav, dialog[open], [popover]:popover-open")]
+    .filter(each => each.scrollWidth > each.clientWidth + 1).map(each => `${each.tagName}#${each.id}: ${each.scrollWidth} > ${each.clientWidth}`)"""
+LONG = "Verylongnamewithoutaspace" * 8
+@pytest.mark.parametrize("width", [1280, 390])
+def test_long_names_make_nothing_wider(page, stand_in, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    open_page(page, stand_in.url)
+    page.evaluate("""name => {
+        Store.change("projects", "a".repeat(32), {id: "a".repeat(32), name, created: 1, prompt: name, files: [{name: `${name}.txt`, text: "x"}], stores: [{id: "vs", name}]});
+        Store.change("prompts", "b".repeat(32), {id: "b".repeat(32), name, created: 1, text: name, starter: true});
+    }""", LONG)
+    reload(page)
+    assert page.evaluate(WIDE) == []
+    page.evaluate("name => { Chat.change(Chat.current, {stores: [{id: 'vs', name}]}); Projects.move([Chat.current], 'a'.repeat(32)); }", LONG)
+    ask(page, LONG)
+    expect_answered(page)
+    page.evaluate("name => Chat.offerUndo(name, () => {})", LONG)
+    assert page.evaluate(WIDE) == []
+    if width < 800:
+        button(page, "Show or hide chats").click()
+        assert page.evaluate(WIDE) == []
+    for entry, shown in (("Edit the project", "dialog"), ("Delete the project", "alertdialog")):
+        project_menu(page, LONG, entry)
+        expect(page.locator("dialog[open]")).to_be_visible()
+        assert page.evaluate(WIDE) == []
+        page.keyboard.press("Escape")
