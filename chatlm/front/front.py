@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
+from aiohttp import web
+
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
@@ -26,18 +28,17 @@ from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.api.spoken import all_places, answer_encoder, form_of, load_all, load_for
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.lazy import web
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.server.answering import Answers, Ask, Begin
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
 from chatlm.front.server.describe import (
-    MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
-    stats_body)
+    MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, stats_body)
 from chatlm.front.server.discovery import DISCOVERY_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import Ledger
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
+from chatlm.front.server.readiness import Readiness
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
@@ -84,6 +85,7 @@ class Front:
         self.bodies = Bodies(intake, self.owners, self.hook(lambda annex: annex.offers))
         self.models = ModelRoutes(catalogue, self.bodies)
         self.page = PageFiles(page_files())
+        self.readiness = Readiness(catalogue)
         self.recordings = Recordings()
         self.metrics = Metrics(catalogue, self.ledger)
         self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
@@ -384,12 +386,12 @@ STREAM_ROUTES: tuple[Route[Front], ...] = (
 STATE_ROUTES: tuple[Route[Front], ...] = (
     Route("GET", "/api/version", OLLAMA, shows(lambda front, bound: ollama_version()),
           "the version of Ollama whose routes this server has, and its own"),
-    Route("GET", "/health", NANOCHAT, shows(lambda front, bound: front.catalogue.health()),
+    Route("GET", "/health", NANOCHAT, lambda front, http: front.readiness.handle_health(http),
           "200 when ready, else 503 with the stage", open=True, polled=True),
     Route("GET", "/livez", NANOCHAT, shows(lambda front, bound: alive_body()),
           "200 as long as the event loop runs", open=True, polled=True),
-    Route("GET", "/readyz", NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
-          "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
+    Route("GET", "/readyz", NANOCHAT, lambda front, http: front.readiness.handle_ready(http),
+          "200 when any request would be served now, else 503 with the reason", open=True, polled=True),
     Route("GET", "/stats", NANOCHAT,
           shows(lambda front, bound: stats_body(front.catalogue, front.models.visible(bound))
                 | {"annexes": [annex.name for annex in front.wanted]}),

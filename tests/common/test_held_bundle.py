@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -54,6 +55,14 @@ def text_of(url):
         return error.code, error.read().decode()
 
 
+def ready_of(url):
+    """What /readyz says, once it has looked at the files anew: it does so once a second."""
+    deadline_s = time.monotonic() + 30
+    while (found := text_of(url + "/readyz"))[0] == 200 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return found[0], json.loads(found[1])
+
+
 @pytest.mark.parametrize("change", [replaced, lambda file: file.unlink()], ids=["replaced", "deleted"])
 def test_a_server_goes_on_with_the_bundle_it_was_started_from(change, bundled, default_model_path, tmp_path):
     file = shutil.copy(bundled, tmp_path / "chat_server.pyz")
@@ -72,6 +81,7 @@ def test_a_server_goes_on_with_the_bundle_it_was_started_from(change, bundled, d
         answer = json.load(post(url + "/v1/chat/completions", ASKED))
         assert answer["usage"]["completion_tokens"] == 4 and worker_of(process).pid != old.pid
         assert CHANGED not in "".join(log)
+        assert text_of(url + "/readyz") == (200, '{"ready": true}') and "outdated" not in text_of(url + "/health")[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
@@ -94,6 +104,9 @@ def test_files_that_change_in_place_are_another_program(kind, bundled, default_m
             os.utime(changed, (1, 1))
         status, text = text_of(url + "/metrics")
         assert status == 503 and CHANGED in text
+        assert ready_of(url) == (503, {"ready": False, "reason": "outdated", "message": CHANGED})
+        status, text = text_of(url + "/health")
+        assert (status, json.loads(text)["status"], json.loads(text)["outdated"]) == (200, "degraded", CHANGED)
         for path in ("/v1/runs", "/health", "/"):
             assert text_of(url + path)[0] == 200, path
         assert post(url + "/v1/chat/completions", ASKED).status == 200
@@ -102,6 +115,10 @@ def test_files_that_change_in_place_are_another_program(kind, bundled, default_m
         assert refused.value.code == 503 and CHANGED in refused.value.read().decode()
         worker_of(process).kill()
         wait_for(process, f"({CHANGED})", log)
+        status, said = ready_of(url)
+        assert status == 503 and said["reason"] in ("outdated", "unavailable")
+        assert json.loads(text_of(url + "/health")[1])["outdated"] == CHANGED
+        assert "".join(log).count("not ready: " + CHANGED) == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--tp", "2")])
