@@ -32,6 +32,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from chatlm.common.hub.default_model import fetch_default_model
+from chatlm.front.chats.changes import Changing
+from chatlm.front.chats.records import change_of
 from chatlm.front.server.access import space_of
 from servers import free_port, our_server
 
@@ -66,25 +68,19 @@ def text_of(source, words, characters):
 
 
 class Filled:
-    """Writes rows as the server would, without its requests."""
+    """Writes records as the server would, without its requests."""
 
     def __init__(self, path):
         self.connection = sqlite3.connect(path)
         self.connection.execute("PRAGMA synchronous = OFF")
-        self.rev, = self.connection.execute("SELECT rev FROM chat_revisions").fetchone()
+        self.changing = {}      # by owner
 
-    def add(self, owner, kind, name, chat, parent, body):
-        self.rev += 1
-        text = body.get("title") or body.get("content", "")
-        row = self.connection.execute(
-            "INSERT INTO chat_records (owner, kind, name, chat, parent, rev, said, body, words, updated, changed) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (owner, kind, name, chat, parent, self.rev, self.rev, json.dumps(body), len(text), body.get("updated", 0), int(time.time())))
-        self.connection.execute("INSERT INTO chat_words (record, owner, chat, folded) VALUES (?, ?, ?, ?)",
-                                (row.lastrowid, owner, chat or name, text.lower()))
+    def add(self, owner, kind, name, body):
+        if owner not in self.changing:
+            self.changing = {owner: Changing(self.connection, owner, int(time.time()))}
+        self.changing[owner].create(change_of(kind, name, 0, body))
 
     def close(self):
-        self.connection.execute("UPDATE chat_revisions SET rev = ?", (self.rev,))
         self.connection.commit()
         self.connection.close()
 
@@ -100,20 +96,20 @@ def fill(path, owners, chats, megabytes):
         for _ in range(chats):
             number += 1
             chat, question = an_id(number * 10), an_id(number * 10 + 1)
-            filled.add(name, "chat", chat, "", "", {"created": 1, "updated": number, "title": text_of(source, words, 40)})
-            filled.add(name, "node", question, chat, "", {"created": 1, "conversation": chat, "role": "user",
+            filled.add(name, "chat", chat, {"created": 1, "updated": number, "title": text_of(source, words, 40)})
+            filled.add(name, "node", question, {"created": 1, "conversation": chat, "role": "user",
                                                            "content": text_of(source, words, CHARACTERS)})
-            filled.add(name, "node", an_id(number * 10 + 2), chat, question, {
+            filled.add(name, "node", an_id(number * 10 + 2), {
                 "created": 2, "conversation": chat, "parent": question, "role": "assistant",
                 "content": text_of(source, words, CHARACTERS)})
     name = space_of(header_of(owners))
     for _ in range(int(megabytes * 1e6 / 30_000)):
         number += 1
         chat = an_id(number * 100)
-        filled.add(name, "chat", chat, "", "", {"created": 1, "updated": number, "title": text_of(source, words, 40)})
+        filled.add(name, "chat", chat, {"created": 1, "updated": number, "title": text_of(source, words, 40)})
         for place in range(20):
             node = {"created": 1, "conversation": chat, "role": "user", "content": text_of(source, words, 1550)}
-            filled.add(name, "node", an_id(number * 100 + place + 1), chat, "", node)
+            filled.add(name, "node", an_id(number * 100 + place + 1), node)
     filled.close()
     return words
 

@@ -23,7 +23,7 @@ from chatlm.front.api.kept_fields import (
 from chatlm.front.api.knowledge_fields import (
     BEFORE, FILE_SEARCH_ITEM, FILE_SEARCH_OPTIONS, FILE_SEARCH_PARAMETERS, KNOWLEDGE_OF_CHAT, PAGE, QUERIES,
     STATUS)
-from chatlm.front.server.describe import A_MODEL
+from chatlm.front.api.model_schema import A_MODEL
 from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from chatlm.common.program import other_program, program_root
 from chatlm.front.aio import first_of, stop_signals, supervised
 from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
 from chatlm.front.front import create_app, routes_with
-from chatlm.front.lazy import import_web
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import free_memory, make_pool
 from chatlm.front.server.access import listen_on, server_urls
@@ -74,9 +73,8 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress
-        try:  # the workers start while a thread imports aiohttp (0.1 s)
+        try:
             await catalogue.start()
-            await asyncio.to_thread(import_web)
             store = await database_of(settings, annexes)
         except Exception:
             await catalogue.close()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+import aiohttp
+
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import (
     ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, visible)
@@ -25,7 +27,6 @@ from chatlm.front.api.spoken import answer_encoder, place_of
 from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
-from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import default_sampling
 from chatlm.terminal.batch_files import BatchResult, InputFile, OutputFile

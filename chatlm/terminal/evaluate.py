@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import aiohttp
+
 from chatlm.common.config import LIMITS, ModelEntry
 from chatlm.common.errors import ConfigError, EngineFailure, error_text, shown, visible
 from chatlm.common.jsontext import is_number, is_text
@@ -24,7 +26,6 @@ from chatlm.front.evals.published import NAME as HUMANEVAL, published_suite
 from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
 from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_upstream
-from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
 from chatlm.terminal.remote import RemotePool, identified, open_pool

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
+import aiohttp
+
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
 from chatlm.front.knowledge.folder_files import Found, Gone, look, read
-from chatlm.front.lazy import aiohttp
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.remote_streams import object_in, refusal, strict_object, whole_body
 

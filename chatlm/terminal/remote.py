@@ -8,6 +8,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
+import aiohttp
+
 from chatlm.common.config import PING_S
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, did_you_mean
 from chatlm.common.hub.nanochat_checkpoints import checkpoint_flags
@@ -16,7 +18,6 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
 from chatlm.common.text.calculations import calculations_of
 from chatlm.front.api.encode import calculator_member
-from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.pool import WorkerPool, make_pool
 from chatlm.terminal.remote_streams import (
     RemoteAnswerReader, RemoteStream, broken, connection_errors, object_in, reason_of)

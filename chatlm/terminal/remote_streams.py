@@ -10,11 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.messages.requests import (
     DRAFT_SOURCES, Delta, DraftCounts, Finished, Piece, PromptProgress, Usage)
 from chatlm.front.api.encode import PROGRESS_FIELDS
-from chatlm.front.lazy import aiohttp
 from chatlm.terminal.calculator import calls_of_event, split_at_calls
 
 if TYPE_CHECKING:

@@ -107,15 +107,16 @@ class Stores(Asking):
         )
 
     async def swept(self):
-        """All that was deleted is removed."""
-        while await self.place.front.store.run(purged):
-            pass
+        """Until all that was deleted is removed."""
+        self.ingest.wake_up()
+        while await self.place.front.store.run(is_left):
+            await asyncio.sleep(0.01)  # between two looks
 
 
-def purged(connection):
+def is_left(connection):
     from chatlm.front.knowledge import stores
 
-    return stores.purge(connection)
+    return stores.purge_next(connection, ()) is not None
 
 
 def by_space(space):

@@ -404,7 +404,6 @@ if __name__ == "__main__":
         import_all(*(["torch"] if what == "box" else ()))
     elif what not in ("", "downloads"):
         import_all("chat_server", "chatlm.front.serve", *sys.argv[4:])
-        importlib.import_module("chatlm.front.lazy").import_web()      # every server does that after its start
         become = become_front(compile(Path(what).read_bytes(), what, "exec"))
     else:
         import_all("chatlm.common.hub.offers", "chatlm.common.processes.ray", "chatlm.front.intake.sandboxed", "chatlm.front.intake.body_tasks")

@@ -6,14 +6,13 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import shutting_down
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
-from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, SandboxConfig,
@@ -21,41 +20,13 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import HEADER, BadMessage, unpacked
 from chatlm.common.processes.start import exit_in_words, patient, start_child
 from chatlm.common.program import why_outdated
+from chatlm.front.turns import Turns
 
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Pipe
 
 
 WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
-
-
-class FairLock:
-    """A lock that clients take in turn."""
-
-    def __init__(self):
-        self.is_taken = False
-        self.lanes = Lanes()  # futures of those who wait, by client
-
-    async def take(self, client: str):
-        if not self.is_taken:
-            self.is_taken = True
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self.lanes.append(client, turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it got the lock at the moment it was cancelled
-                self.give_back()
-            raise
-
-    def give_back(self):
-        while len(self.lanes):
-            turn = self.lanes.pop()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.is_taken = False
 
 
 async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
@@ -98,7 +69,7 @@ class Sandbox:
         """single_use: each task gets a process of its own, so a file that breaks a library affects no other
         task."""
         self.command = command
-        self.turns = FairLock()
+        self.turns = Turns()
         self.single_use = single_use
         self.process: subprocess.Popen | None = None
         self.starting = asyncio.Lock()
@@ -111,25 +82,26 @@ class Sandbox:
                       bodies: Seq[bytes | bytearray] = (), ticket: int = 0):
         """Run a task and return its value. Raises RequestError if the task refuses or exceeds a limit.
         config: of the model that the task is for. ticket: of `bodies`, if other tasks are about them too."""
-        await self.turns.take(client)
+        give_back = await self.turns.take(client)
         task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
-        return await self._run(config, task, bodies)
+        return await self._run(give_back, config, task, bodies)
 
     async def forget(self, ticket: int):
         """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
-        await self.turns.take("")
+        give_back = await self.turns.take("")
         if self.closed or self.process is None or ticket != self.ticket:
-            self.turns.give_back()
+            give_back()
             return
         config = self.configs[-1]  # of the task that was about this body; any that the process has would do
-        await self._run(config, SandboxTask("forget", [], config.number), ())
+        await self._run(give_back, config, SandboxTask("forget", [], config.number), ())
 
-    async def _run(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
+    async def _run(self, give_back: Callable[[], None], config: SandboxConfig, task: SandboxTask,
+                   bodies: Seq[bytes | bytearray]):
         """Run a task for whoever has taken the turn, and give the turn back."""
         # the exchange continues even if its client leaves
         exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
         exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
-        exchange.add_done_callback(lambda ended: self.turns.give_back())
+        exchange.add_done_callback(lambda ended: give_back())
         try:
             return await asyncio.shield(exchange)
         finally:
@@ -231,11 +203,11 @@ class Sandbox:
 
     async def stop_idle(self):
         """Kill the process, if any, once its task is done."""
-        await self.turns.take("")
+        give_back = await self.turns.take("")
         try:
             await self.stop()
         finally:
-            self.turns.give_back()
+            give_back()
 
     async def close(self):
         self.closed = True

@@ -12,7 +12,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError, shown
 from chatlm.common.jsontext import as_json
 from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import CHAT, NODE, PLACE, Change, patched
+from chatlm.front.chats.records import CHAT, NODE, PLACE, change_of
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     changing = Changing(connection, place.owner, now_s)
     for what, kind, name in (("id", CHAT, place.chat), ("parent", NODE, place.parent)):
         found = changing.found(kind, name)
-        if found is None or not found.text or kind == NODE and found.chat != place.chat:
+        if found is None or found.deleted or kind == NODE and found.chat != place.chat:
             where = " in this chat" if kind == NODE else ""
             raise RequestError(f"there is no {kind} {shown(name)}{where}",
                                status=404, code="not_found", param=f"chat.{what}")
     node = changing.found(NODE, place.node)
     if node is None:
         return None
-    if not node.text:
+    if node.deleted:
         raise RequestError(f"the node {shown(place.node)} is deleted", status=404, code="not_found",
                            param="chat.node")
-    body = node.body
+    body = node.fields
     there = tuple(body.get(name) for name in PLACE if name != "created")
     if there != (place.chat, place.parent, "assistant"):
         raise RequestError(f"the node {shown(place.node)} is elsewhere, or is no answer", status=409,
@@ -70,13 +70,13 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
     if check_place(connection, place, now_s) is None:
         new = {**made, "conversation": place.chat, "parent": place.parent, "role": "assistant", "content": "",
                "stream": {"id": place.stream, "next": 0}}
-        changing.create(Change(NODE, place.node, 0, new), new)
+        changing.create(change_of(NODE, place.node, 0, new))
     node = changing.found(NODE, place.node)
     assert node
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
                        "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
                        (node.number, place.stream))
-    return node.body
+    return dict(node.fields)
 
 
 def whole_of(earlier: Mapping, later: Mapping) -> dict:
@@ -113,24 +113,23 @@ def write(connection: sqlite3.Connection, place: WrittenPlace, patch: Mapping, n
     changing = Changing(connection, place.owner, now_s)
     node = changing.found(NODE, place.node)
     chat = changing.found(CHAT, place.chat)
-    if node is None or not node.text or chat is None or not chat.text:
+    if node is None or node.deleted or chat is None or chat.deleted:
         if node:
             forget(connection, node.number)
         return False
     if "content" in patch:  # else it only says why there is no more
         size = sum(len(as_json({**each})) for each in (patch, *others.values()))
-        quota.check(connection, place.owner, max(0, size - len(node.text)))
-    changing.update(Change(NODE, place.node, node.rev, {**patch}), node)
+        quota.check(connection, place.owner, max(0, size - node.bytes))
+    changing.update(change_of(NODE, place.node, node.rev, patch), node)
     if "ended" in patch:
         forget(connection, node.number)
-        beside = {name: node.body[name] for name in (*PLACE, "model") if name in node.body}
+        beside = {name: node.fields[name] for name in (*PLACE, "model") if name in node.fields}
         for index, said in others.items():
             name = choice_name(place.node, index)
-            body = patched(beside, said)
             if changing.found(NODE, name) is None:
-                changing.create(Change(NODE, name, 0, body), body)
-        now = {"updated": max(now_s * 1000, chat.body.get("updated", 0))}
-        changing.update(Change(CHAT, place.chat, chat.rev, now), chat)
+                changing.create(change_of(NODE, name, 0, {**beside, **said}))
+        now = {"updated": max(now_s * 1000, chat.fields.get("updated", 0))}
+        changing.update(change_of(CHAT, place.chat, chat.rev, now), chat)
     return True
 
 
@@ -148,6 +147,6 @@ def end_cut(connection: sqlite3.Connection, now_s: int):
                                          (last,)).fetchone()
         changing = Changing(connection, owner, now_s)
         node = changing.found(NODE, name)
-        if node and node.text and node.body.get("stream", {}).get("id") == stream:
-            changing.update(Change(NODE, name, node.rev, {**CUT, "ended": stream}), node)
+        if node and not node.deleted and node.fields.get("stream", {}).get("id") == stream:
+            changing.update(change_of(NODE, name, node.rev, {**CUT, "ended": stream}), node)
         forget(connection, last)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
-from chatlm.common.jsontext import as_json
+from chatlm.common.jsontext import dump
 from chatlm.front.api.picture_parts import picture_kind
 from chatlm.front.store import quota
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.store.store import Parts
 
 
 CHAT_PICTURE_BYTES = 4 << 20
 UNSHOWN_S = 86_400  # for so long a picture is kept that no message shows yet
-AT_ONCE = 50        # of these are removed
 
 
 def type_of(data: bytes | bytearray) -> str:
@@ -46,11 +45,12 @@ def add(connection: sqlite3.Connection, owner: str, client: str, data: bytes, no
     name = hashlib.sha256(data).hexdigest()
     number = find(connection, owner, name)
     if number is not None:
-        connection.execute("UPDATE chat_pictures SET made = ? WHERE number = ?", (now_s, number))
+        connection.execute("UPDATE chat_unshown SET made = ? WHERE picture = ?", (now_s, number))
         return name
     quota.check(connection, owner, len(data), client=client)
-    connection.execute("INSERT INTO chat_pictures (owner, name, made, data) VALUES (?, ?, ?, ?)",
-                       (owner, name, now_s, data))
+    added = connection.execute("INSERT INTO chat_pictures (owner, name, made, data) VALUES (?, ?, ?, ?)",
+                               (owner, name, now_s, data))
+    connection.execute("INSERT INTO chat_unshown (picture, made) VALUES (?, ?)", (added.lastrowid, now_s))
     return name
 
 
@@ -62,22 +62,22 @@ def read(connection: sqlite3.Connection, owner: str, name: str) -> bytes:
     return connection.execute("SELECT data FROM chat_pictures WHERE number = ?", (number,)).fetchone()[0]
 
 
-def files_in(body: Mapping) -> set[str]:
-    """The names of the pictures that a record shows."""
-    return {each["file"] for each in body.get("pictures", ()) if "file" in each}
+def files_in(shown: Iterable[Mapping]) -> set[str]:
+    """The names of the files among the pictures of a record."""
+    return {each["file"] for each in shown if "file" in each}
 
 
-def check_shown(connection: sqlite3.Connection, owner: str, body: Mapping):
+def check_shown(connection: sqlite3.Connection, owner: str, pictures: Iterable[Mapping]):
     """Raises RequestError for a record that shows a picture which is not there."""
-    for name in sorted(files_in(body)):
+    for name in sorted(files_in(pictures)):
         if find(connection, owner, name) is None:
             raise RequestError(f"there is no picture {shown(name)}: send it to /v1/chats/files first",
                                code="not_found", param="pictures")
 
 
-def note_shown(connection: sqlite3.Connection, owner: str, record: int, body: Mapping):
+def note_shown(connection: sqlite3.Connection, owner: str, record: int, pictures: Iterable[Mapping]):
     """Note which pictures a record shows now. A picture that none shows any more goes (chat_shown_ended)."""
-    wanted = {find(connection, owner, name) for name in files_in(body)}
+    wanted = {find(connection, owner, name) for name in files_in(pictures)}
     there = {picture for picture, in connection.execute(
         "SELECT picture FROM chat_shown WHERE record = ?", (record,))}
     for picture in wanted - there:
@@ -86,27 +86,18 @@ def note_shown(connection: sqlite3.Connection, owner: str, record: int, body: Ma
         connection.execute("DELETE FROM chat_shown WHERE record = ? AND picture = ?", (record, picture))
 
 
-def purge_unshown(connection: sqlite3.Connection, now_s: int) -> bool:
-    """Remove some pictures that no message has shown for long. True if there may be more."""
-    numbers = connection.execute(
-        "SELECT number FROM chat_pictures WHERE made < ? AND NOT EXISTS "
-        "(SELECT 1 FROM chat_shown WHERE picture = number) LIMIT ?", (now_s - UNSHOWN_S, AT_ONCE)).fetchall()
-    connection.executemany("DELETE FROM chat_pictures WHERE number = ?", numbers)
-    return len(numbers) == AT_ONCE
+def purge_unshown(connection: sqlite3.Connection, now_s: int) -> Parts[None]:
+    """Remove the pictures that no message has shown for long."""
+    while row := connection.execute("SELECT picture FROM chat_unshown WHERE made < ? LIMIT 1",
+                                    (now_s - UNSHOWN_S,)).fetchone():
+        connection.execute("DELETE FROM chat_pictures WHERE number = ?", row)
+        yield
 
 
-def with_pictures(connection: sqlite3.Connection, owner: str, text: str) -> str:
-    """A record's JSON with its pictures in it, as a file of chats has them."""
-    body = json.loads(text) if '"file"' in text else {}
-    if not files_in(body):
-        return text
-    body["pictures"] = [inlined(connection, owner, each) for each in body["pictures"]]
-    return as_json(body)
-
-
-def inlined(connection: sqlite3.Connection, owner: str, picture: Mapping) -> Mapping:
+def inlined(connection: sqlite3.Connection, owner: str, picture: Mapping) -> bytes:
+    """A picture of a message as JSON, with its data in it, as a file of chats has it."""
     if "file" not in picture or find(connection, owner, picture["file"]) is None:
-        return picture
+        return dump(picture)
     data = read(connection, owner, picture["file"])
-    text = base64.b64encode(data).decode()
-    return {"name": picture["name"], "picture": f"data:{type_of(data)};base64,{text}"}
+    return b'{"name": %s, "picture": "data:%s;base64,%s"}' % (
+        dump(picture["name"]), type_of(data).encode(), base64.b64encode(data))

@@ -3,29 +3,30 @@ chooses what it is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value
-from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.front.api.fields import json_object
-from chatlm.front.chats.records import read_change
+from chatlm.front.chats.fields import Fields
+from chatlm.front.chats.records import Change, is_text, read_change
 
 MOST_CHANGES = 500
-RECORD_BYTES = 4 << 20      # of a patch, and of a record
-DETAILS_BYTES = 512 << 10   # of all but its texts: the store's thread parses it, and others wait for that
-LONG = "content", "reasoning", "pictures", "system", "prompt", "text", "files", "knowledge"
 
 
 class ReadChange(NamedTuple):
-    """A change as the store gets it, or why it is refused."""
+    """A change as the store gets it; or why it is refused, and its id."""
 
-    kind: str
-    id: str
-    base: int
-    patch: str | None  # JSON; None: delete the record
+    change: Change
     problem: str = ""
     param: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """About what it adds."""
+        patch = self.change.patch
+        texts = 0 if patch is None else sum(map(len, patch.texts.values()))
+        return texts + sum(map(len, self.change.words))
 
 
 def read_changes(body: bytes | bytearray) -> list[ReadChange]:
@@ -39,26 +40,21 @@ def read_changes(body: bytes | bytearray) -> list[ReadChange]:
 
 def read_one(value) -> ReadChange:
     try:
-        change = read_change(value)
-        patch = None if change.patch is None else whole_unicode(as_json(change.patch))
-        check_size(change.patch or {}, patch or "")
+        return ReadChange(read_change(value))
     except RequestError as error:
-        kind, name = (value.get("kind"), value.get("id")) if isinstance(value, dict) else ("", "")
-        shown = [each if isinstance(each, str) and len(each) <= 64 else "" for each in (kind, name)]
-        return ReadChange(shown[0], shown[1], 0, None, str(error), error.param or "")
-    return ReadChange(change.kind, change.id, change.base, patch)
-
-
-def check_size(patch: Mapping, text: str):
-    """Raises RequestError for a patch that is too large. text: the patch as JSON."""
-    if len(text.encode()) > RECORD_BYTES:
-        raise RequestError(f"a record may have {RECORD_BYTES:,} bytes", code="too_large", param="patch")
-    if len(text) > DETAILS_BYTES:
-        for name, value in patch.items():
-            if name not in LONG and len(as_json(value)) > DETAILS_BYTES:
-                raise RequestError(f"{name} may have {DETAILS_BYTES:,} bytes", code="too_large", param=name)
+        name = value.get("id") if isinstance(value, dict) else ""
+        shown = name if is_text(name) and len(name) <= 64 else ""
+        return ReadChange(Change("", shown, 0, None), str(error), error.param or "")
 
 
 def read_in_sandbox(body: bytes) -> Seq[Seq]:
-    """A task of a sandbox: `read_changes`, as lists."""
-    return [list(change) for change in read_changes(body)]
+    """A task of a sandbox: `read_changes`, as `unpacked` takes them."""
+    return [[read.change.kind, read.change.id, read.change.base,
+             None if read.change.patch is None else dict(read.change.patch.texts), read.change.words,
+             read.problem, read.param] for read in read_changes(body)]
+
+
+def unpacked(values: Seq) -> ReadChange:
+    kind, name, base, texts, words, problem, param = values
+    patch = None if texts is None else Fields(texts)
+    return ReadChange(Change(kind, name, base, patch, words), problem, param)

@@ -11,39 +11,43 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.client_words import overloaded
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.jsontext import dump
 from chatlm.common.request_ids import is_unguessable
+from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
 from chatlm.front.chats import changes, growing, listing, pictures, search
-from chatlm.front.chats.changes import Changing, Outcome
+from chatlm.front.chats.changes import Outcome, Told
+from chatlm.front.chats.exporting import Export
 from chatlm.front.chats.growing import WrittenPlace
-from chatlm.front.chats.reading import ReadChange, read_changes
+from chatlm.front.chats.reading import ReadChange, read_changes, unpacked
 from chatlm.front.chats.writing import WrittenAnswer
-from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_part, send_parts, take_room)
 from chatlm.front.server.streams import read_bytes
-from chatlm.front.store import quota
+from chatlm.front.store.readers import Readers
 
 if TYPE_CHECKING:
-    import sqlite3
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.chats.writing import Running
+    from chatlm.front.intake.budget import Holding
     from chatlm.front.server.answering import Ask, Begin
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
 
 
 WAITS = 4     # of an owner: a device needs one
-SEARCHES = 2  # at a time
+PAUSE_S = 1.0    # between two times that what was deleted is removed
 LOOK_S = 3600.0  # between two looks for chats that are too old
+PART_BYTES = 6 << 20  # of what is sent in parts: a picture as text is the largest
 IN_SANDBOX = "chatlm.front.chats.reading:read_in_sandbox"
 
 
@@ -60,7 +64,8 @@ class ChatRoutes:
         self.ending: set[asyncio.Task[None]] = set()  # write the ends of those that were cancelled
         self.waiting: dict[str, set[asyncio.Event]] = defaultdict(set)  # by owner
         self.deleted = asyncio.Event()
-        self.searches = asyncio.Semaphore(SEARCHES)
+        self.forgetting = set[str]()  # owners who have deleted something
+        self.readers = Readers(store.path, "chat search") if store else None
         self.task: asyncio.Task[None] | None = None
 
     async def start(self):
@@ -80,6 +85,8 @@ class ChatRoutes:
     async def close(self):
         if self.task:
             await end_tasks([self.task])
+        if self.readers:
+            self.readers.close()
         writing = {answer.task for answer in self.answers if answer.task} | self.ending
         if writing:
             await asyncio.wait(writing, timeout=5.0)
@@ -119,7 +126,7 @@ class ChatRoutes:
         asked = ask.parsed.added[CHAT_PLACE.name]
         place = WrittenPlace(self.owner, ask.parsed.request.client, asked["id"], asked["node"],
                              asked["parent"], ask.parsed.request.id)
-        await store.run(partial(growing.check_place, place=place, now_s=now_s()))
+        await store.run(partial(growing.check_place, place=place, now_s=now_s()), client=place.client)
         from chatlm.front.api.dialects.openai import OpenAIEncoder  # loaded: it has read the body
         assert isinstance(ask.encoder, OpenAIEncoder)
         answer = WrittenAnswer(store, place, ask.encoder, self.running, self.tell)
@@ -141,6 +148,7 @@ class ChatRoutes:
     def notice_deletion(self, owner: str):
         """Answers in chats that are deleted need not go on."""
         self.deleted.set()
+        self.forgetting.add(owner)
         for answer in self.answers:
             if answer.place.owner == owner:
                 answer.look_again()
@@ -154,43 +162,56 @@ class ChatRoutes:
         client = REQUEST_LOG.get().client
         with self.bodies.holding() as holding:
             body = await read_bytes(http, holding, LIMITS.body_bytes)
+            await take_room(holding, 2 * len(body))  # the patches, and what is found by them
             read = await self.read(body)
-            size = sum(len(each.patch or "") for each in read)
-            outcomes, rev = await store.run(partial(change_all, owner=owner, client=client, read=read),
-                                            adds_bytes=size)
-        if any(outcome.state in ("stored", "sibling", "deleted") for outcome in outcomes):
-            self.tell(owner)
-        if any(change.patch is None or '"pictures"' in change.patch for change in read):
-            self.notice_deletion(owner)  # perhaps no message shows a picture any more
-        rows = separated(map(shown_outcome, outcomes))
-        return await send_parts(http, [b'{"rev": %d, "data": [' % rev, *rows, b"]}"])
+            changed = await store.run(
+                partial(changes.change_all, owner=owner, client=client, read=read, now_s=now_s()),
+                adds_bytes=sum(each.bytes for each in read), client=client)
+            if any(outcome.state in ("stored", "sibling", "deleted") for outcome in changed.outcomes):
+                self.tell(owner)
+            if any(each.change.patch is None or each.change.base for each in read):
+                self.notice_deletion(owner)  # perhaps of a text that was replaced
+            bases = [each.change.base for each in read]
+            del body, read
+            holding.give_back_beyond(0)
+            records = await self._texts(store, client, holding, changed.told)
+            rows = shown_outcomes(changed.outcomes, bases, records)
+            return await send_parts(http, [b'{"rev": %d, "data": [' % changed.rev, *separated(rows), b"]}"])
 
     async def read(self, body: bytes | bytearray) -> list[ReadChange]:
         if len(body) <= LIMITS.inline_bytes:
             return read_changes(body)
-        found = await self.bodies.intake.in_sandbox(self.bodies.caller(), IN_SANDBOX, body)
-        return [ReadChange(*values) for values in found]
+        return [*map(unpacked, await self.bodies.intake.in_sandbox(self.bodies.caller(), IN_SANDBOX, body))]
+
+    async def _texts(self, store: Store, client: str, holding: Holding,
+                     rows: Seq[Told]) -> list[tuple[Told, bytes]]:
+        """Records, once the memory budget has room for them; as `changes.texts_of`."""
+        if not rows:
+            return []
+        await take_room(holding, sum(row.bytes for row in rows))
+        return await store.run(partial(changes.texts_of, rows=rows), client=client)
 
     async def handle_changes(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/changes: those after a revision, as soon as there are any."""
         store = self.kept()
         owner = self.owner
+        client = REQUEST_LOG.get().client
         after = query_value(http, SINCE, 0)
         until_s = time.monotonic() + query_value(http, WAIT, 0)
         read = partial(changes.changed_after, owner=owner, after=after)
         with self.listening(owner) as news:
-            page = await store.run(read)
+            page = await store.run(read, client=client)
             while not page.rows and (left_s := until_s - time.monotonic()) > 0:
                 try:
                     await asyncio.wait_for(news.wait(), left_s)
                 except asyncio.TimeoutError:
                     break
                 news.clear()
-                page = await store.run(read)
-        rows = [b'{"kind": %s, "id": %s, "rev": %d, "record": %s}'
-                % (dump(row.kind), dump(row.id), row.rev, row.text.encode() or b"null") for row in page.rows]
+                page = await store.run(read, client=client)
         with self.bodies.holding() as holding:
-            await take_room(holding, sum(map(len, rows)))
+            rows = [b'{"kind": %s, "id": %s, "rev": %d, "record": %s}'
+                    % (dump(row.kind), dump(row.id), row.rev, text or b"null")
+                    for row, text in await self._texts(store, client, holding, page.rows)]
             return await send_parts(http, [b'{"rev": %d, "data": [' % page.rev, *separated(rows),
                                            b'], "has_more": %s}' % dump(page.more)])
 
@@ -219,43 +240,57 @@ class ChatRoutes:
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.deleted.wait(), LOOK_S)
             self.deleted.clear()
-            more = True
-            while more:
-                owners, more = await store.run(partial(self.expire, now_s=now_s()))
-                for owner in owners:
+            if days := self.settings.chats_keep_days:
+                before_s = now_s() - days * DAY_S
+                for owner in await store.run(partial(changes.expire, before_s=before_s, now_s=now_s())):
                     self.tell(owner)
-            while await store.run(partial(changes.purge, now_s=now_s())):
-                pass
-            while await store.run(partial(pictures.purge_unshown, now_s=now_s())):
-                pass
+            await store.run(partial(changes.purge, now_s=now_s()))
+            while self.forgetting:
+                await store.run(partial(changes.forget_most, owner=self.forgetting.pop()))
+            await store.run(partial(pictures.purge_unshown, now_s=now_s()))
             await store.clear_log()
-
-    def expire(self, connection: sqlite3.Connection, now_s: int) -> tuple[set[str], bool]:
-        """Delete some chats that are too old: (whose they were, whether there may be more)."""
-        days = self.settings.chats_keep_days
-        return changes.expire(connection, now_s - days * DAY_S, now_s) if days else (set(), False)
+            await asyncio.sleep(PAUSE_S)
 
     # chats
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats"""
+        store = self.kept()
+        owner = self.owner
+        client = REQUEST_LOG.get().client
         limit = query_value(http, LIMIT, 20)
         after = query_value(http, AFTER, "")
-        rows, more = await self.kept().run(
-            partial(listing.chats_after, owner=self.owner, after=after, limit=limit))
-        return json_response({"object": "list", "data": rows, "has_more": more})
+        page = await store.run(partial(listing.chats_after, owner=owner, after=after, limit=limit),
+                               client=client)
+        with self.bodies.holding() as holding:
+            await take_room(holding, page.bytes)
+            rows = await store.run(partial(listing.listed_chats, owner=owner, places=page.places),
+                                   client=client)
+            return await send_parts(http, [b'{"object": "list", "data": [', *separated(rows),
+                                           b'], "has_more": %s}' % dump(page.more)])
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/{id}: the chat with its nodes; 304 if it has the revision of If-None-Match."""
         store = self.kept()
         owner = self.owner
+        client = REQUEST_LOG.get().client
         name = http.match_info["id"]
-        tag, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
+        tag, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name), client=client)
         headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
         if headers["ETag"] in http.headers.get("If-None-Match", ""):
             return web.Response(status=304, headers=headers)
-        parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name))
-        return await self.send(http, headers, enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"))
+
+        async def parts() -> AsyncIterator[bytes]:
+            between = chat[:-1] + b', "nodes": ['
+            last = 0
+            while part := await store.run(partial(listing.nodes_part, owner=owner, chat=name, after=last),
+                                          client=client):
+                last = part.last
+                for text in part.texts:
+                    yield between + text
+                    between = b", "
+            yield (b"" if last else between) + b"]}"
+        return await self.send(http, headers, parts())
 
     async def handle_delete(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
@@ -275,37 +310,32 @@ class ChatRoutes:
     async def delete(self, names: Seq[str] | None, count: int = 0):
         store = self.kept()
         owner = self.owner
-        await store.run(
-            partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()))
+        await store.run(partial(listing.delete_chats, owner=owner, names=names, count=count, now_s=now_s()),
+                        client=REQUEST_LOG.get().client)
         self.tell(owner)
         self.notice_deletion(owner)
 
     async def handle_search(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/search: chats with all of the words, the newest first."""
-        store = self.kept()
+        self.kept()
         owner = self.owner
         question = query_value(http, WORDS, "")
         if not search.words_of(question):
             raise bad_value("q", question, "the words to find")
         after = query_value(http, AFTER, "")
-
-        def look() -> search.FoundPage:
-            with store.reading() as connection:
-                return search.search(connection, owner, question, after)
-        async with self.searches:
-            page = await asyncio.to_thread(look)
+        assert self.readers
+        page = await self.readers.run(partial(search.search, owner=owner, question=question, after=after),
+                                      REQUEST_LOG.get().client, search.CHAT_SEARCH_S)
         return json_response({
             "object": "list", "after": page.after, "has_more": page.after is not None, "data": [
-                {"id": found.id, "title": found.chat.get("title", ""), "updated": found.chat.get("updated"),
-                 "node": found.node, "snippet": found.snippet} for found in page.found]})
+                {"id": found.id, "title": found.title, "updated": found.updated, "node": found.node,
+                 "snippet": found.snippet} for found in page.found]})
 
     async def handle_export(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/chats/export: all chats as a file that the page and the terminal import."""
-        store = self.kept()
-        owner = self.owner
-        begin = await store.run(partial(listing.export_begin, owner=owner, now_s=now_s()))
+        export = Export(self.kept(), self.owner, REQUEST_LOG.get().client)
         headers = {"Content-Disposition": 'attachment; filename="chats.json"'}
-        return await self.send(http, headers, enclosed(begin, self.exported(store, owner), b"]}"))
+        return await self.send(http, headers, export.parts(now_s()))
 
     # pictures
 
@@ -319,59 +349,47 @@ class ChatRoutes:
             kind = pictures.type_of(body)
             data = bytes(body)
             keep = partial(pictures.add, owner=owner, client=client, data=data, now_s=now_s())
-            name = await store.run(keep, adds_bytes=len(data))
+            name = await store.run(keep, adds_bytes=len(data), client=client)
         return json_response({"id": name, "object": "chat.file", "bytes": len(data), "type": kind})
 
     async def handle_show(self, http: web.Request) -> web.Response:
         """GET /v1/chats/files/{sha256}"""
         store = self.kept()
         owner = self.owner
+        client = REQUEST_LOG.get().client
         with self.bodies.holding() as holding:
             await take_room(holding, pictures.CHAT_PICTURE_BYTES)
-            data = await store.run(partial(pictures.read, owner=owner, name=http.match_info["sha256"]))
+            data = await store.run(partial(pictures.read, owner=owner, name=http.match_info["sha256"]),
+                                   client=client)
             return web.Response(body=data, headers={
                 "Content-Type": pictures.type_of(data), "Cache-Control": "no-store",
                 "X-Content-Type-Options": "nosniff",
                 "Content-Security-Policy": "default-src 'none'; sandbox"})
 
-    async def exported(self, store: Store, owner: str) -> AsyncIterator[bytes]:
-        names = await store.run(partial(listing.chat_names, owner=owner))
-        first = True
-        for name in names:
-            try:
-                _, chat = await store.run(partial(listing.chat_and_tag, owner=owner, name=name))
-            except RequestError:  # deleted meanwhile
-                continue
-            parts = self.parts(store, partial(listing.nodes_after, owner=owner, chat=name, whole=True))
-            yield b"" if first else b", "
-            first = False
-            async for part in enclosed(chat[:-1] + b', "nodes": [', parts, b"]}"):
-                yield part
-
-    async def parts(self, store: Store, read: Callable[..., listing.NodesPage]) -> AsyncIterator[bytes]:
-        """The nodes of a chat, a few at a time."""
-        part = listing.NodesPage(b"", 0, True)
-        while part.more:
-            part = await store.run(partial(read, after=part.last))
-            yield part.text
-
     async def send(self, http: web.Request, headers: dict, parts: AsyncIterator[bytes]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**headers, "Content-Type": "application/json",
-                                               "X-Request-Id": REQUEST_LOG.get().id})
-        if http.version < (1, 1):
-            response.force_close()
-        await response.prepare(http)
-        if http.method == "GET":
-            async for part in parts:
-                await send_part(http, response, part)
-        return response
+        """Send what is read from the store part by part, once the memory budget has room for a part."""
+        with self.bodies.holding() as holding:
+            await take_room(holding, PART_BYTES)
+            response = web.StreamResponse(headers={**headers, "Content-Type": "application/json",
+                                                   "X-Request-Id": REQUEST_LOG.get().id})
+            if http.version < (1, 1):
+                response.force_close()
+            await response.prepare(http)
+            if http.method != "HEAD":
+                async for part in joined(parts):
+                    await send_part(http, response, part)
+            return response
 
 
-async def enclosed(begin: bytes, parts: AsyncIterator[bytes], end: bytes) -> AsyncIterator[bytes]:
-    yield begin
+async def joined(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Parts, with small ones joined, because writing each by itself would take long."""
+    small = bytearray()
     async for part in parts:
-        yield part
-    yield end
+        small += part
+        if len(small) > WRITE_BYTES:
+            yield bytes(small)
+            small.clear()
+    yield bytes(small)
 
 
 def separated(parts: Iterable[bytes]) -> Iterable[bytes]:
@@ -379,24 +397,18 @@ def separated(parts: Iterable[bytes]) -> Iterable[bytes]:
         yield (b", " if index else b"") + part
 
 
-def change_all(connection, owner: str, client: str, read: Seq[ReadChange]) -> tuple[list[Outcome], int]:
-    """Do all changes; (what became of them, the last revision)."""
-    changing = Changing(connection, owner, now_s())
-    outcomes = []
-    for change in read:
-        if change.patch is not None:
-            try:
-                quota.check(connection, owner, len(change.patch), client=client)
-            except RequestError as error:
-                outcomes.append(Outcome(change.id, "refused", error=str(error), param=error.param or ""))
-                continue
-        outcomes.append(changing.make(change))
-    return outcomes, changes.revisions(connection)[0]
-
-
-def shown_outcome(outcome: Outcome) -> bytes:
-    more = {"sibling": outcome.sibling} if outcome.sibling else {}
-    if outcome.error:
-        more = {"error": {"message": outcome.error, "param": outcome.param or None}}
-    head = dump({"id": outcome.id, "state": outcome.state, "rev": outcome.rev, **more})
-    return head if not outcome.record else b'%s, "record": %s}' % (head[:-1], outcome.record.encode())
+def shown_outcomes(outcomes: Seq[Outcome], bases: Seq[int],
+                   records: Seq[tuple[Told, bytes]]) -> Iterable[bytes]:
+    """Outcomes as the answer has them. A record goes with the last one that is about it. Where it is left
+    out, because the answer would be too large, `rev` stays what the device has: it reads the record from the
+    list of changes. bases: the revisions that the device knew."""
+    left = {row.number: (row.rev, text) for row, text in records}
+    shown = list[bytes]()
+    for outcome, base in reversed([*zip(outcomes, bases)]):
+        rev, record = left.pop(outcome.told, (base if outcome.told else outcome.rev, b""))
+        more = {"sibling": outcome.sibling} if outcome.sibling else {}
+        if outcome.error:
+            more = {"error": {"message": outcome.error, "param": outcome.param or None}}
+        head = dump({"id": outcome.id, "state": outcome.state, "rev": rev, **more})
+        shown.append(b'%s, "record": %s}' % (head[:-1], record) if record else head)
+    return reversed(shown)

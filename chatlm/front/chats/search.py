@@ -1,36 +1,41 @@
 """Finds chats by words: all words must be somewhere in a chat, each as a part of any word, as in the page.
 
 A full-text index would keep the words of deleted messages, so a search looks through all texts: chat by chat,
-the newest first, until a page of results is full."""
+the newest first, until a page of results is full, or has taken its time."""
 
 from __future__ import annotations
 
 import json
 import re
+import sqlite3
+import time
+import unicodedata
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.front.chats.listing import chat_names
+from chatlm.front.chats.fields import Fields, StoredTexts
+from chatlm.front.chats.listing import Place, places_behind
+from chatlm.front.chats.records import LONGEST_WORD, folded
 
 if TYPE_CHECKING:
-    import sqlite3
+    from chatlm.front.store.readers import Reading
 
 
 MOST_WORDS = 16
 MOST_FOUND = 50
-LOOKED_BYTES = 64 << 20  # after so many a page of results ends
-LEAST_CHATS = 8          # looked through at once, then twice as many,
-BATCH_CHATS = 256        # up to these
+LOOKED_S = 0.5           # after so long a page of results ends
+CHAT_SEARCH_S = 5.0           # and so long one chat may take
 AROUND = 40              # characters before the word in a snippet
 SNIPPET = 160
 GLOB_SIGNS = re.compile(r"[*?[]")
 
 
 class FoundChat(NamedTuple):
-    """A chat with all words. node: the first message with one of them; None: only the title has any."""
+    """A chat with all words. node: the first message with most of them; None: only the title has any."""
 
     id: str
-    chat: dict
+    title: str
+    updated: float | None
     node: str | None
     snippet: str
 
@@ -43,86 +48,77 @@ class FoundPage(NamedTuple):
 
 
 def words_of(question: str) -> list[str]:
-    return [*dict.fromkeys(question.lower().split())][:MOST_WORDS]
+    """The words of a question, as texts are searched for them."""
+    words = (word[:LONGEST_WORD] for word in folded(question).split())
+    return [*dict.fromkeys(words)][:MOST_WORDS]
 
 
 def pattern_of(word: str) -> str:
-    """What GLOB finds a word with, wherever it stands in a text."""
+    """What GLOB finds a word with, wherever it stands in a text. It takes a quarter of the time of instr."""
     return f"*{GLOB_SIGNS.sub(lambda sign: f'[{sign[0]}]', word)}*"
 
 
-def search(connection: sqlite3.Connection, owner: str, question: str, after: str = "") -> FoundPage:
+def search(reading: Reading, owner: str, question: str, after: str = "") -> FoundPage:
     """The next chats with these words. after: the last chat of the page before."""
     words = words_of(question)
+    until_s = time.monotonic() + LOOKED_S
     found = list[FoundChat]()
-    looked = 0
-    names = chat_names(connection, owner)
-    begin = names.index(after) + 1 if after in names else 0
-    size = LEAST_CHATS
-    while begin < len(names):
-        batch = names[begin:begin + size]
-        looked_now, having = chats_having(connection, owner, batch, words)
-        looked += looked_now
-        for name in batch:
-            if name in having:
-                found.append(shown_chat(connection, owner, name, words))
-            if len(found) == MOST_FOUND:
-                return FoundPage(found, name)
-        if looked > LOOKED_BYTES:
-            return FoundPage(found, batch[-1])
-        begin += size
-        size = min(2 * size, BATCH_CHATS)
-    return FoundPage(found, None)
+    last = after
+    try:
+        for place in places_behind(reading.connection, owner, after):
+            if has_all(reading.connection, owner, place.name, words):
+                found.append(shown_chat(reading.connection, owner, place, words))
+            last = place.name
+            if len(found) == MOST_FOUND or time.monotonic() > until_s:
+                return FoundPage(found, last)
+        return FoundPage(found, None)
+    except sqlite3.OperationalError:  # the time is over in the middle of a chat
+        if last == after:
+            raise
+        return FoundPage(found, last)
 
 
-def chats_having(connection: sqlite3.Connection, owner: str, names: Seq[str],
-                 words: Seq[str]) -> tuple[int, set[str]]:
-    """(bytes of the texts of these chats, those that have all words). Each word is looked for only where the
-    ones before are, the longest first: it is probably the rarest."""
-    looked = 0
-    left = set(names)
-    for word in sorted(words, key=len, reverse=True):
-        if not left:
-            break
-        places = ", ".join("?" * len(left))
-        # GLOB takes a quarter of the time of instr
-        rows = connection.execute(
-            "SELECT chat, SUM(length(CAST(folded AS BLOB))), MAX(folded GLOB ?) FROM chat_words "
-            f"WHERE owner = ? AND chat IN ({places}) GROUP BY chat",
-            (pattern_of(word), owner, *left)).fetchall()
-        looked = looked or sum(size for _, size, _ in rows)
-        left = {chat for chat, _, has in rows if has}
-    return looked, left
+def has_all(connection: sqlite3.Connection, owner: str, chat: str, words: Seq[str]) -> bool:
+    """Has a chat all words? The longest is looked for first: it is probably the rarest."""
+    return all(connection.execute(
+        "SELECT 1 FROM chat_words WHERE owner = ? AND chat = ? AND folded GLOB ? LIMIT 1",
+        (owner, chat, pattern_of(word))).fetchone() for word in sorted(words, key=len, reverse=True))
 
 
-def shown_chat(connection: sqlite3.Connection, owner: str, name: str, words: Seq[str]) -> FoundChat:
+def shown_chat(connection: sqlite3.Connection, owner: str, place: Place, words: Seq[str]) -> FoundChat:
     """A found chat, with the text around the first word that its title lacks: of the first message that has
     the most of the words."""
-    number, text = connection.execute(
-        "SELECT number, body FROM chat_records WHERE owner = ? AND kind = 'chat' AND name = ?",
-        (owner, name)).fetchone()
-    chat = json.loads(text)
-    title = chat.get("title", "").lower()
-    missing = [word for word in words if word not in title]
-    best, most = 0, 0
-    for record, folded in connection.execute(
-            "SELECT record, folded FROM chat_words WHERE owner = ? AND chat = ? ORDER BY record",
-            (owner, name)):
-        count = sum(word in folded for word in words)
-        if record != number and count > most and any(word in folded for word in missing or words):
-            best, most = record, count
-    if not best:
-        return FoundChat(name, chat, None, "")
-    node, body = connection.execute("SELECT name, body FROM chat_records WHERE number = ?",
-                                    (best,)).fetchone()
-    content = json.loads(body)["content"]
-    return FoundChat(name, chat, node, snippet_of(content, missing or words))
+    fields = Fields(StoredTexts(connection, place.number))
+    title = fields.get("title", "")
+    missing = [word for word in words if word not in folded(title)] or words
+    node = best_node(connection, owner, place, words, missing)
+    if node is None:
+        return FoundChat(place.name, title, fields.get("updated"), None, "")
+    number, name = node
+    (content,) = connection.execute("SELECT value FROM chat_fields WHERE record = ? AND name = 'content'",
+                                    (number,)).fetchone()
+    return FoundChat(place.name, title, fields.get("updated"), name, snippet_of(json.loads(content), missing))
+
+
+def best_node(connection: sqlite3.Connection, owner: str, place: Place, words: Seq[str],
+              wanted: Seq[str]) -> tuple[int, str] | None:
+    """(number, id) of the first message that has the most of the words, and one of those that are wanted;
+    None if none has."""
+    has = [f"MAX(folded GLOB ?{index})" for index, _ in enumerate(words, 4)]
+    has_wanted = [each for each, word in zip(has, words) if word in wanted]
+    row = connection.execute(
+        f"SELECT record, {' + '.join(has)} AS count FROM chat_words WHERE owner = ?1 AND chat = ?2 "
+        f"AND record <> ?3 GROUP BY record HAVING {' OR '.join(has_wanted)} ORDER BY count DESC, record "
+        "LIMIT 1", (owner, place.name, place.number, *map(pattern_of, words))).fetchone()
+    return row and connection.execute("SELECT number, name FROM chat_records WHERE number = ?",
+                                      row[:1]).fetchone()
 
 
 def snippet_of(content: str, words: Seq[str]) -> str:
     """The text around the first of these words that it has."""
-    folded = content.lower()
-    at = next((place for word in words if (place := folded.find(word)) >= 0), 0)
+    content = unicodedata.normalize("NFC", content)
+    text = folded(content)
+    at = next((place for word in words if (place := text.find(word)) >= 0), 0)
     begin = max(0, at - AROUND)
-    text = " ".join(content[begin:begin + SNIPPET].split())
-    return ("…" if begin else "") + text + ("…" if begin + SNIPPET < len(content) else "")
+    shown = " ".join(content[begin:begin + SNIPPET].split())
+    return ("…" if begin else "") + shown + ("…" if begin + SNIPPET < len(content) else "")

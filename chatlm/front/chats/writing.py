@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import ChatServerError
 from chatlm.common.log import log
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+T = TypeVar("T")
 GROWN_S = 3.0  # between two times that a growing answer is written: what a killed server loses
 NO_MISHAP = {"note": None, "error": None, "remedy": None}  # whatever a device has said
 NO_ROOM = "the server could not keep the rest of this answer: "
@@ -74,10 +75,14 @@ class WrittenAnswer:
         """Raises RequestError if it cannot be written there."""
         made = {"created": time.time() * 1000 // 1, "model": self.twin.model,
                 "seed": self.twin.request.params.sampling.seed}
-        self.before = await self.store.run(partial(growing.begin, place=self.place, made=made, now_s=now_s()),
-                                           adds_bytes=1)
+        self.before = await self._run(growing.begin, adds_bytes=1, made=made)
         self.tell(self.place.owner)
         self.due_s = time.monotonic() + GROWN_S
+
+    async def _run(self, work: Callable[..., T], adds_bytes: int, **arguments) -> T:
+        """Do work at this answer's place in the store."""
+        return await self.store.run(partial(work, place=self.place, now_s=now_s(), **arguments), adds_bytes,
+                                    self.place.client)
 
     async def watched(self, events: AsyncGenerator[Event, None],
                       later: Callable[[Callable[[], Awaitable[None]]], None]) -> AsyncGenerator[Event, None]:
@@ -168,8 +173,7 @@ class WrittenAnswer:
         try:
             if self.problem:
                 return
-            kept = await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s()),
-                                        adds_bytes=len(patch["content"]))
+            kept = await self._run(growing.write, adds_bytes=len(patch["content"]), patch=patch)
             if kept:
                 self.tell(self.place.owner)
             else:  # its chat is deleted
@@ -204,8 +208,7 @@ class WrittenAnswer:
             try:
                 size = len(patch.get("content", ""))
                 others = {} if self.problem else self.others(facts)
-                await self.store.run(partial(growing.write, place=self.place, patch=patch, now_s=now_s(),
-                                             others=others), adds_bytes=size)
+                await self._run(growing.write, adds_bytes=size, patch=patch, others=others)
                 return self.tell(self.place.owner)
             except ChatServerError as error:
                 self.problem = self.problem or str(error)

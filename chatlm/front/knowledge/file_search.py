@@ -68,9 +68,10 @@ class FileSearch:
         entry = options["entry"]
         names = options["vector_store_ids"]
         filters = options.get("filters")
-        terms = terms_of(options)._replace(filter=filters and read_filter(filters, f"{entry}.filters"))
+        wanted = read_filter(filters, f"{entry}.filters") if filters else None
+        terms = terms_of(options)._replace(filter=wanted)
         await self.store.run(partial(used_stores, wanted=names, owner=caller.texts,
-                                     param=f"{entry}.vector_store_ids"))
+                                     param=f"{entry}.vector_store_ids"), client=caller.client)
         searched = {"searched": Searched(names, caller.texts, terms)}
         return replace(parsed, plan=replace(plan, options={**plan.options, TYPE: searched}))
 
@@ -96,7 +97,7 @@ class FileSearch:
     async def _found(self, call: ToolCall, queries: Seq[str]) -> list[Hit]:
         """The passages that fit, without those that earlier calls have found."""
         searched: Searched = call.options["searched"]
-        numbers = await self.store.run(partial(left_stores, searched=searched))
+        numbers = await self.store.run(partial(left_stores, searched=searched), client=call.client)
         asker = Asker(call.client, call.owner, call.request.low_priority, call.request.params.temporary)
         found = await self.search.find(numbers, queries, asker, searched.terms)
         if found.words_only:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable, Sequence as Seq
+import time
+from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,12 @@ from chatlm.front.store import file_rows, quota
 
 if TYPE_CHECKING:
     import sqlite3
-    from chatlm.front.store.store import Store
+    from chatlm.front.store.store import Parts, Store
 
 
 T = TypeVar("T")
-LOOKS_S = 5.0          # between two looks at the folders
+LOOKS_S = 5.0          # between two looks at the folders, at least,
+RESTS = 20             # and so many times as long as they took
 PATIENCE_S = 60.0      # for a file system that does not answer; then other folders have their turns
 PIECE_BYTES = 1 << 20  # of a file in a row of the database
 NOTE_BYTES = 2048      # of the rows of a file besides its content
@@ -71,6 +73,7 @@ class Following:
         self.problems: dict[int, str] = {}
         self.hung: dict[int, asyncio.Future[Any]] = {}  # what the file system of a store has not answered
         self.lock = asyncio.Lock()    # one look at a time
+        self.looking_s = 0.0          # that listing the folders took
         self.task: asyncio.Task | None = None
 
     async def start(self):
@@ -89,6 +92,7 @@ class Following:
 
     async def run(self):
         while True:
+            self.looking_s = 0.0
             for followed in self.followed:
                 try:
                     async with self.lock:
@@ -100,13 +104,20 @@ class Following:
                     await self._tell(followed, str(error))
                 except Overloaded as error:    # a full disk: the next look goes on
                     log.debug("--knowledge %s waits: %s", followed.name, error)
-            await asyncio.sleep(LOOKS_S)
+            await asyncio.sleep(self.rest_s)
+
+    @property
+    def rest_s(self) -> float:
+        """Until the next look: what looking takes of a processor does not grow with the folders."""
+        return max(LOOKS_S, RESTS * self.looking_s)
 
     async def follow(self, followed: Followed):
         """Look at a folder, and take over what has changed. Raises Hangs."""
         known = await self.store.run(partial(known_files, store=followed.store))
+        began_s = time.monotonic()
         try:
             seen = await self._answered(followed, partial(look, followed.folder))
+            self.looking_s += time.monotonic() - began_s
         except OSError as error:
             await self._tell(followed, f"the folder cannot be read ({error.strerror}): what was read from it "
                                        "stays")
@@ -178,8 +189,16 @@ class Following:
 def missing(known: dict[str, Known], seen: Look) -> list[str]:
     """What the database has and the folder has not. Not what may be in folders that could not be listed."""
     there = {found.path for found in seen.found}
-    return [path for path in known if path not in there
-            and not any(path == unread or path.startswith(f"{unread}/") for unread in seen.unread)]
+    unread = set(seen.unread)
+    return [path for path in known
+            if path not in there and unread.isdisjoint(places_of(path))]
+
+
+def places_of(path: str) -> Iterator[str]:
+    """A path, and the folders that it is in."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
 
 
 # in the database
@@ -195,6 +214,8 @@ def activate(connection: sqlite3.Connection, names: Seq[str], now: int) -> list[
             row = (made.number,)
             connection.execute("INSERT INTO knowledge_folders (store, name) VALUES (?, ?)", (*row, name))
         connection.execute("UPDATE knowledge_folders SET active = 1, problem = '' WHERE store = ?", row)
+        connection.execute("UPDATE files SET state = ? WHERE owner = ? AND state = ?",  # of a killed server
+                           (file_rows.DELETED, FOLDER + name, file_rows.WRITTEN))
         numbers += row
     return numbers
 
@@ -229,23 +250,25 @@ def forget(connection: sqlite3.Connection, store: int, path: str):
 
 
 def take(connection: sqlite3.Connection, followed: Followed, found: Found, data: bytes, digest: str,
-         now: int):
+         now: int) -> Parts[None]:
     """Put a file into the store, in place of what it had of this path. One that is not read is there as
     failed, with its reason."""
-    forget(connection, followed.store, found.path)
     owner = FOLDER + followed.name
     reason = found.reason
     if not reason and (refused := quota.refusal(connection, owner, len(data))):
         reason = f"{refused}; the next start of the server tries again"
         data, digest = b"", reason
     file = file_rows.create(connection, owner, found.path, "assistants", now)
-    pieces = [data[begin:begin + PIECE_BYTES] for begin in range(0, len(data), PIECE_BYTES)]
-    file_rows.add_lines(connection, file.id, [file_rows.LineRow(number, piece)
-                                              for number, piece in enumerate(pieces, 1)])
+    for number, begin in enumerate(range(0, len(data), PIECE_BYTES), 1):
+        piece = data[begin:begin + PIECE_BYTES]
+        file_rows.add_lines(connection, file.id, [file_rows.LineRow(number, piece)])
+        yield
+    forget(connection, followed.store, found.path)
     connection.execute("UPDATE files SET state = ?, requests = 0 WHERE id = ?", (file_rows.THERE, file.id))
     [[store]] = connection.execute("SELECT id FROM knowledge_stores WHERE number = ?", (followed.store,))
     wanted = Wanted(file.name, {}, {"type": "auto"}, "file")
-    added = stores.add_file(connection, stores.store_of_owner(connection, store, owner), wanted, now)
+    added = stores.add_file(connection, stores.store_of_owner(connection, store, owner), wanted,
+                            FOLDERS_CLIENT, now)
     if reason:
         stores.fail(connection, added, "unsupported_file", reason)
     connection.execute("INSERT INTO knowledge_folder_files (store, path, stamp, digest, file) "

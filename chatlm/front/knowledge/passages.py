@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence as Seq
+from itertools import islice
 from typing import NamedTuple
 
 PASSAGE_TOKENS = 512        # of a passage of `auto`, at most
@@ -23,9 +24,15 @@ PIECE_CHARACTERS = 240      # longer sentences are cut
 HEADING_CHARACTERS = 200    # of each heading
 LEVELS = 3                  # innermost headings above a passage
 PIECE_LEAST = 24            # characters of a piece, unless its paragraph ends
+MOST_PIECES = 50_000        # of a text
+TOKEN_CHARACTERS = 16       # of a token, at most: some texts have none for a tokenizer, and yet a size
 SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]?(?=\s)|[。！？]|\n")
 FENCE = re.compile(r" {0,3}(```|~~~)")
 MARK = re.compile(r"\[(?:page|slide) (\d+)\]$")
+
+
+class TooManyPieces(Exception):
+    """A text consists of more than MOST_PIECES sentences and headings."""
 
 
 class Strategy(NamedTuple):
@@ -64,6 +71,11 @@ class Paragraph(NamedTuple):
     heading: str
     page: int | None
     section: int
+
+
+def counting(count: Callable[[str], int]) -> Callable[[str], int]:
+    """The tokens of a text, at least one for every TOKEN_CHARACTERS. count: as its tokenizer has it."""
+    return lambda text: max(count(text), -(-len(text) // TOKEN_CHARACTERS))
 
 
 def heading_in(line: str) -> tuple[int, str] | None:
@@ -213,6 +225,7 @@ def shortened(heading: str, count: Callable[[str], int], most: int) -> str:
 def windows_of_passage(text: str, heading: str, count: Callable[[str], int], longest: int,
                        special: int = 2) -> tuple[str, ...]:
     """The windows of a passage that was cut before, for another embedder. Arguments as for passages_of."""
+    count = counting(count)
     room = max(min(WINDOW_TOKENS, longest) - special, 8)
     short = shortened(heading, count, min(HEADING_TOKENS, room // 4))
     left = room - (count(short) + 1 if short else 0)
@@ -225,10 +238,14 @@ def windows_of_passage(text: str, heading: str, count: Callable[[str], int], lon
 def passages_of(text: str, count: Callable[[str], int], longest: int, special: int = 2,
                 strategy: Strategy = Strategy(), marked: bool = False) -> Iterator[Passage]:
     """The passages of a text. count: the tokens of a text, without special ones. longest: tokens that the
-    embedder reads, `special` ones included. marked: see lines_of."""
+    embedder reads, `special` ones included. marked: see lines_of. Raises TooManyPieces."""
+    count = counting(count)
     room = max(min(WINDOW_TOKENS, longest) - special, 8)
     of_heading = min(HEADING_TOKENS, room // 4)
-    pieces = [*pieces_of(text, count, min(room // 2, strategy.tokens), marked)]
+    most = min(room // 2, strategy.tokens)
+    pieces = [*islice(pieces_of(text, count, most, marked), MOST_PIECES + 1)]
+    if len(pieces) > MOST_PIECES:
+        raise TooManyPieces
     short: dict[str, str] = {}
     for place, run in enumerate(runs_of(pieces, strategy)):
         first = run[0]

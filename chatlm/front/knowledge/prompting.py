@@ -18,6 +18,7 @@ from chatlm.common.messages.requests import Message
 from chatlm.front.admission.questions import before_question, questions_in
 from chatlm.front.knowledge import stores
 from chatlm.front.knowledge.asking import Asker
+from chatlm.front.knowledge.passages import counting
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.stored_lists import now_s
@@ -110,7 +111,7 @@ class Prompting:
         assert prompts  # the body was read for a model that is known
         room = await room_in(request, messages, caller.client, prompts)
         mode = asked.get("mode") or "auto"
-        given = None if mode == "search" else await self._whole([*names], room, prompts)
+        given = None if mode == "search" else await self._whole([*names], room, prompts, caller.client)
         if mode == "whole" and given is None:
             most = min(WHOLE_TOKENS, room)
             raise no_room("their whole documents have more", most)
@@ -131,12 +132,12 @@ class Prompting:
 
     async def _stores(self, wanted: Seq[str], caller: Caller) -> dict[int, str]:
         return await self.store.run(partial(used_stores, wanted=wanted, owner=caller.texts,
-                                            param="knowledge.stores"))
+                                            param="knowledge.stores"), client=caller.client)
 
-    async def _whole(self, numbers: Seq[int], room: int, prompts: PromptMaker) -> Given | None:
+    async def _whole(self, numbers: Seq[int], room: int, prompts: PromptMaker, client: str) -> Given | None:
         """All that stores have; None if that does not fit."""
         most = min(WHOLE_TOKENS, room)
-        hits = await self.search.whole(numbers, SEVERAL * WHOLE_TOKENS)
+        hits = await self.search.whole(numbers, SEVERAL * WHOLE_TOKENS, client)
         if hits is None:
             return None
         parts = whole_parts(hits)
@@ -180,7 +181,7 @@ def used_stores(connection: sqlite3.Connection, wanted: Seq[str], owner: str, pa
 
 
 def counter(prompts: PromptMaker) -> Count:
-    return lambda text: len(prompts.tokenizer.encode(text))
+    return counting(lambda text: len(prompts.tokenizer.encode(text)))
 
 
 def no_room(why: str, room: int) -> RequestError:

@@ -26,7 +26,7 @@ WINDOW_BYTES = 512  # that a window takes in the database, about
 
 
 class Rebuilding:
-    """Looks at all stores in turns, and makes the windows of one file in a step."""
+    """Looks at all stores in turns, and makes the windows of some passages in a step."""
 
     def __init__(self, stored: Callable[..., Awaitable[Any]], owners: Owners, embedders: Embedders):
         """stored: runs a function in the store, and again while that cannot be used."""
@@ -35,20 +35,22 @@ class Rebuilding:
         self.embedders = embedders
         self.seen = 0                 # the number of the store that was looked at last
         self.store: Foreign | None = None  # the one whose windows are made
-        self.file = 0                 # that of its file which was done last
+        self.file = 0                 # that of its file
+        self.place = -1               # that of the passage of this file which was done last
 
     async def step(self) -> bool:
         """Do a piece of work. False if there was none."""
         if self.store is None:
             self.store = await self._next()
             self.file = 0
+            self.place = -1
         if self.store is None:
             return False
         store = self.store
         client = self.owners.client_of(store.owner, store.client) or ""
         try:
             chosen = self._other(store)
-            if chosen is None or not await self._file(store, chosen, client):
+            if chosen is None or not await self._passages(store, chosen, client):
                 self.store = None
         except ChatServerError as error:  # the next round tries again
             log.debug("the vectors of store %d wait: %s", store.store, error)
@@ -78,19 +80,20 @@ class Rebuilding:
             return None
         return chosen if chosen.digest not in ("", store.digest) else None
 
-    async def _file(self, store: Foreign, chosen: Chosen, client: str) -> bool:
-        """Make the windows of the next file; of the last one, have the store be searched with all of them.
-        False then."""
+    async def _passages(self, store: Foreign, chosen: Chosen, client: str) -> bool:
+        """Make the windows of the next passages; after the last ones, have the store be searched with all of
+        them. False then."""
         embedder = await self.stored(partial(
             stores.embedder_number, digest=chosen.digest, name=chosen.served.name,
-            dimensions=chosen.dimensions))
-        found = await self.stored(partial(stores.bare_passages, store=store.store, embedder=embedder,
-                                          after=self.file))
-        if found is None:
-            await self.stored(partial(stores.search_with, store=store.store, embedder=embedder))
+            dimensions=chosen.dimensions), client=client)
+        file, passages = await self.stored(partial(
+            stores.bare_passages, store=store.store, embedder=embedder, file=self.file, place=self.place),
+            client=client)
+        if not passages:
+            await self.stored(partial(stores.search_with, store=store.store, embedder=embedder),
+                              client=client)
             log.info("vector store %d is searched with the vectors of %s", store.store, chosen.served.name)
             return False
-        file, passages = found
         windows = await asyncio.to_thread(windows_of_all, passages, chosen)
         vectors = list[stores.Embedded]()
         owner = self.owners.of_pages(client)
@@ -99,8 +102,9 @@ class Rebuilding:
             vectors += map(packed, await self.embedders.vectors(chosen, texts, client, owner))
         made = [(passage, vector) for (passage, _), vector in zip(windows, vectors)]
         await self.stored(partial(stores.add_windows, store=store.store, file=file, embedder=embedder,
-                                  windows=made), adds_bytes=WINDOW_BYTES * len(made))
+                                  windows=made), adds_bytes=WINDOW_BYTES * len(made), client=client)
         self.file = file
+        self.place = passages[-1].place
         return True
 
 

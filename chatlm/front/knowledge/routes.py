@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.ledger import Ledger
-    from chatlm.front.store.store import Store
+    from chatlm.front.store.store import Parts, Store
     from chatlm.front.tools.results import ToolResult
 
 
@@ -103,7 +103,7 @@ class KnowledgeRoutes:
     def wake_up(self):
         """There is work."""
         if self.ingest:
-            self.ingest.wake.set()
+            self.ingest.wake_up()
 
     def metric_families(self, families: Any) -> Iterator[Any]:
         """What stores have, and how long searches took. families: the module
@@ -134,14 +134,14 @@ class KnowledgeRoutes:
                   for index, file in enumerate(unique(values.get("file_ids", ()), "file_ids"))]
         size = len(dump(values))
 
-        def create(connection) -> dict:
-            quota.check(connection, owner, size, client=client)
+        def create(connection) -> Parts[dict]:
+            quota.check(connection, owner, size + ROW_BYTES * (1 + len(wanted)), client=client)
+            yield from stores.check_files(connection, wanted, owner)
             now = now_s()
             made = stores.create_store(connection, owner, client, values, model, now)
-            for file in wanted:
-                stores.add_file(connection, made, file, now)
+            yield from stores.add_files(connection, made, wanted, client, now)
             return stores.store_of_owner(connection, made.id, owner).body(now)
-        body = await store.run(create, adds_bytes=size + ROW_BYTES * (1 + len(wanted)))
+        body = await store.run(create, adds_bytes=size + ROW_BYTES * (1 + len(wanted)), client=client)
         self.wake_up()
         return json_response(body)
 
@@ -157,12 +157,16 @@ class KnowledgeRoutes:
         def read(connection) -> ListPage:
             rows = stores.stores_of_owner(connection, owner, query.after, query.before, query.ascending)
             return query.page(Listed(row.id, dump(row.body(now))) for row in rows)
-        return await send_page(http, self.bodies, await require_store(self.store).run(read))
+        return await send_page(http, self.bodies, await self._stored(read))
+
+    async def _stored(self, work: Callable[[Any], Any], adds_bytes: int = 0) -> Any:
+        """Do some work in the database, in the turn of this request's client."""
+        return await require_store(self.store).run(work, adds_bytes, REQUEST_LOG.get().client)
 
     async def _on_store(self, http: web.Request, work: Callable[[Any, VectorStore, int], Any],
                         usable: bool = False, adds_bytes: int = 0, changes: bool = True) -> Any:
         """Do some work on the store that a path names, of this owner. usable: one that has expired is
-        refused; changes: one that follows a folder."""
+        refused; changes: one that follows a folder. `work` may be long, as for `Store.run`."""
         name = http.match_info["id"]
         owner = self.bodies.owner
         client = REQUEST_LOG.get().client
@@ -176,7 +180,7 @@ class KnowledgeRoutes:
             if adds_bytes:
                 quota.check(connection, found.owner, adds_bytes, client=client)
             return work(connection, found, now)
-        return await require_store(self.store).run(run, adds_bytes)
+        return await self._stored(run, adds_bytes)
 
     async def handle_store(self, http: web.Request) -> web.Response:
         return polled(await self._on_store(http, lambda connection, store, now: store.body(now),
@@ -206,11 +210,12 @@ class KnowledgeRoutes:
         values = await self.bodies.small(http)
         strategy = values.get("chunking_strategy")
         chunking = strategy and checked_strategy(strategy)
+        client = REQUEST_LOG.get().client
 
         def add(connection, store: VectorStore, now: int) -> dict:
             wanted = Wanted(values["file_id"], values.get("attributes", {}),
                             chunking or stores.read_json(store.chunking), "file_id")
-            file = stores.add_file(connection, store, wanted, now)
+            file = stores.add_file(connection, store, wanted, client, now)
             stores.note_use(connection, store, now)
             return file.body(store.id)
         self._check_embedder((await self._found(http)).model)
@@ -298,7 +303,7 @@ class KnowledgeRoutes:
         query = values["query"]
         ranking = values.get("ranking_options", {})
         filters = values.get("filters")
-        terms = Terms(values.get("max_num_results", 10), filters and read_filter(filters),
+        terms = Terms(values.get("max_num_results", 10), read_filter(filters) if filters else None,
                       ranking.get("score_threshold", 0.0), ranking.get("ranker") != "none")
         store = await self._on_store(http, noted, usable=True, changes=False)
         record = REQUEST_LOG.get()
@@ -335,10 +340,11 @@ class KnowledgeRoutes:
         with self.bodies.holding() as holding:
             values = await self.bodies.fields(http, holding, BATCH_BODY_BYTES)
         self._check_embedder((await self._found(http)).model)
+        client = REQUEST_LOG.get().client
 
-        def begin(connection, store: VectorStore, now: int) -> dict:
+        def begin(connection, store: VectorStore, now: int) -> Parts[dict]:
             wanted = wanted_of(values, stores.read_json(store.chunking))
-            batch = stores.create_batch(connection, store, wanted, now)
+            batch = yield from stores.create_batch(connection, store, wanted, client, now)
             stores.note_use(connection, store, now)
             return stores.shown_batch(connection, store, batch)
         count = len(values.get("file_ids") or values.get("files") or ())
@@ -355,8 +361,8 @@ class KnowledgeRoutes:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         name = http.match_info["batch"]
 
-        def cancel(connection, store: VectorStore, now: int) -> dict:
-            stores.cancel_batch(connection, stores.batch_of_store(connection, store, name))
+        def cancel(connection, store: VectorStore, now: int) -> Parts[dict]:
+            yield from stores.cancel_batch(connection, stores.batch_of_store(connection, store, name))
             return stores.shown_batch(connection, store, stores.batch_of_store(connection, store, name))
         body = await self._on_store(http, cancel)
         self.wake_up()

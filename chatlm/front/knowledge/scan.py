@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
+from functools import partial
 from pathlib import Path
 
 from chatlm.common.client_words import shutting_down
@@ -16,8 +17,9 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import (
     PROCESS_COMMAND, exit_in_words, patient, process_environment, start_child)
 from chatlm.common.program import why_outdated
-from chatlm.front.admission.sandbox import FairLock, next_message
+from chatlm.front.admission.sandbox import next_message
 from chatlm.front.aio import supervised
+from chatlm.front.turns import Turns
 
 # of vectors that the process keeps; or a quarter of the memory that is free at its start
 VECTORS_BYTES = 1 << 30
@@ -38,7 +40,7 @@ class VectorScanner:
     def __init__(self, database: Path, command: Seq[str] = PROCESS_COMMAND):
         self.database = database.absolute()
         self.command = command
-        self.turns = FairLock()
+        self.turns = Turns()
         self.process: subprocess.Popen[bytes] | None = None
         self.idle: asyncio.TimerHandle | None = None
         self.ending: asyncio.Task[None] | None = None
@@ -46,19 +48,15 @@ class VectorScanner:
 
     async def nearest(self, scan: Scan, client: str = "") -> Scanned:
         """The passages nearest to a vector. Raises Overloaded if they cannot be had now."""
-        await self.turns.take(client)
-        return await self._run(scan)
-
-    async def _run(self, scan: Scan) -> Scanned:
-        """Scan for whoever has taken the turn, and give the turn back."""
+        give_back = await self.turns.take(client)
         work = asyncio.ensure_future(self._scanned(scan))  # goes on though its client leaves
-        work.add_done_callback(self._end_turn)
+        work.add_done_callback(partial(self._end_turn, give_back))
         return await asyncio.shield(work)
 
-    def _end_turn(self, work: asyncio.Future[Scanned]):
+    def _end_turn(self, give_back: Callable[[], None], work: asyncio.Future[Scanned]):
         if not work.cancelled():
             work.exception()  # else it is logged if its client has left
-        self.turns.give_back()
+        give_back()
         if self.idle:
             self.idle.cancel()
         if not self.closed:
@@ -70,11 +68,11 @@ class VectorScanner:
 
     async def _stop_between(self):
         """End the process between two scans."""
-        await self.turns.take("")
+        give_back = await self.turns.take("")
         try:
             await self._stop()
         finally:
-            self.turns.give_back()
+            give_back()
 
     async def _scanned(self, scan: Scan) -> Scanned:
         for left in reversed(range(self.PROCESSES)):

@@ -10,17 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import sqlite3
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING, TypeVar
-from urllib.parse import quote
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
@@ -30,12 +25,15 @@ from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
 from chatlm.front.server.metrics import Durations
+from chatlm.front.store.readers import Readers
 
 if TYPE_CHECKING:
+    import sqlite3
     from chatlm.common.messages.vectors import Scanned
     from chatlm.front.front import Front
     from chatlm.front.knowledge.embedding import Chosen
     from chatlm.front.knowledge.filters import Filter
+    from chatlm.front.store.readers import Reading
 
 
 T = TypeVar("T")
@@ -43,10 +41,9 @@ LISTED = 50       # passages of each list that is joined
 RRF = 60          # a passage gets 1 / (RRF + its rank) of each list
 RERANKED = 30     # passages that a reranker reads
 RERANK_S = 5.0    # and the longest that it is waited for
-READERS = 2       # searches that read the database at a time
-BUSY_S = 5.0      # how long another program may hold the database
-SEARCH_READ_S = 5.0  # the longest that words are searched for
-STEPS = 1000      # of SQLite's machine, between two looks at the time
+SEARCH_READ_S = 5.0  # the longest that the database is read at a time
+MOST_WHOLE = 2_000   # passages that are given to read as a whole
+CHECKED_FILES = 64   # between two looks at the time, while files are filtered
 LISTED_CHARACTERS = 4 << 20  # of attributes, as JSON, that are kept in memory: they take five times as much
 ROW_CHARACTERS = 40          # that a file counts besides these
 
@@ -94,7 +91,7 @@ class SearchedStore(NamedTuple):
     embedder: int | None  # the number of the embedder whose windows it has
     digest: str | None    # of that
     has_words: bool
-    is_purged: bool       # nothing of it waits to be removed, of which there are still words
+    is_purged: bool       # its words are those of completed files alone
     passages: int         # of its files
     tokens: int           # of these, as the embedder counts
     revision: int         # another one after any change of its files
@@ -136,7 +133,8 @@ ROWS = ("SELECT p.number, p.store, p.file, p.place, p.heading, p.start, p.page, 
         "CROSS JOIN knowledge_stores AS s ON s.number = f.store AND s.deleted = 0 AND s.expired = 0 "
         "WHERE f.deleted = 0 AND f.status = 'completed'")
 PLACES = ("SELECT s.number, s.embedder, e.digest, s.has_words, NOT EXISTS (SELECT 1 FROM "
-          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1), s.passages, s.tokens, "
+          "knowledge_files AS f WHERE f.store = s.number AND f.deleted = 1) AND NOT EXISTS (SELECT 1 FROM "
+          "knowledge_files AS f WHERE f.store = s.number AND f.written > 0), s.passages, s.tokens, "
           "s.revision FROM knowledge_stores AS s "
           "LEFT JOIN knowledge_embedders AS e ON e.number = s.embedder "
           "WHERE s.number = ? AND s.deleted = 0 AND s.expired = 0")
@@ -185,10 +183,9 @@ class Search:
     """Searches stores, whose numbers a caller has from `Stores.of_owner`, so that they are its own."""
 
     def __init__(self, database: Path, asking: Asking, scanner: VectorScanner):
-        self.database = database.absolute()
         self.asking = asking
         self.scanner = scanner
-        self.readers = ThreadPoolExecutor(READERS, "search")
+        self.readers = Readers(database, "search")
         self.durations = Durations()  # of searches, those that failed too
         self.lists = FileLists()
 
@@ -200,7 +197,7 @@ class Search:
         return cls(front.store.path, Asking(embedders), VectorScanner(front.store.path))
 
     async def close(self):
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
         await self.scanner.close()
 
     async def find(self, stores: Seq[int], questions: Seq[str], asker: Asker,
@@ -218,7 +215,7 @@ class Search:
         words_only = any(part[2] for part in lists)
         joined, scores = join([ranks for part in lists for ranks in part[1]],
                               [part[3] for part in lists])
-        rows = await self._read(lambda connection: rows_of(connection, [*joined]))
+        rows = await self._read(lambda reading: rows_of(reading.connection, [*joined]), asker.client)
         order = sorted(rows.values(), key=lambda row: (-joined[row.passage], row.file_number, row.place))
         reranker = self.asking.reranker() if terms.rerank else None
         reranked = None
@@ -228,19 +225,20 @@ class Search:
         hits = [hit for hit in hits if hit.score >= terms.threshold][:terms.limit]
         return Found(hits, words_only, reranked is not None, before.passages)
 
-    async def whole(self, stores: Seq[int], most_tokens: int, terms: Terms = Terms()) -> list[Hit] | None:
+    async def whole(self, stores: Seq[int], most_tokens: int, client: str,
+                    terms: Terms = Terms()) -> list[Hit] | None:
         """All passages of the stores, in their order, if these have at most so many tokens (as the embedder
         counted); else None."""
-        return await self._read(lambda connection: whole_of(
-            connection, stores, most_tokens, terms.filter, self.lists))
+        return await self._read(lambda reading: whole_of(
+            reading, stores, most_tokens, terms.filter, self.lists), client)
 
     async def _lists(self, stores: Seq[int], question: str, asker: Asker, terms: Terms) -> tuple[
             InWords, list[tuple[float, list[int]]], bool, dict[int, float]]:
         """(what was searched; ranked lists with their weights; whether words alone were; the scores)"""
         if not question.strip():
             raise RequestError("the query is empty", param="query", code="invalid_value")
-        before = await self._read(lambda connection: in_words(
-            connection, stores, question, terms.filter, self.lists))
+        before = await self._read(lambda reading: in_words(
+            reading, stores, question, terms.filter, self.lists), asker.client)
         weighted = list[tuple[float, list[int]]]()
         scores = {each.passage: each.score / (1 + each.score) for ranks in before.lists for each in ranks}
         cosines = dict[int, float]()
@@ -293,56 +291,34 @@ class Search:
         """The raw scores of texts, for each question."""
         return [await self.asking.scores(model, question, texts, asker) for question in questions]
 
-    async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Read from the database, in a thread, in one transaction. Raises Overloaded if that takes too long,
-        or cannot be done now."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.readers, partial(self._read_here, function))
-
-    def _read_here(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        uri = f"file:{quote(str(self.database))}?mode=ro"
-        try:
-            with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
-                connection.set_progress_handler(Deadline(SEARCH_READ_S), STEPS)
-                connection.execute("BEGIN")
-                return function(connection)
-        except sqlite3.OperationalError as error:
-            log.error("--database %s: a search failed: %s", self.database, error)
-            raise Overloaded("the server's database cannot be searched now; its log says why",
-                             retry_after_s=10) from error
-
-
-class Deadline:
-    """Ends what SQLite does after some seconds."""
-
-    def __init__(self, seconds: float):
-        self.ends_s = time.monotonic() + seconds
-
-    def __call__(self) -> bool:
-        return time.monotonic() > self.ends_s
+    async def _read(self, work: Callable[[Reading], T], client: str) -> T:
+        return await self.readers.run(work, client, SEARCH_READ_S)
 
 
 def places_of(connection: sqlite3.Connection, stores: Seq[int]) -> list[SearchedStore]:
     return [SearchedStore(*row) for store in stores for row in connection.execute(PLACES, (store,))]
 
 
-def fitting(connection: sqlite3.Connection, places: Seq[SearchedStore], wanted: Filter | None,
+def fitting(reading: Reading, places: Seq[SearchedStore], wanted: Filter | None,
             lists: FileLists) -> Iterator[Listed]:
     """The files of stores that fit a filter."""
     for place in places:
-        for file in lists.of(connection, place):
+        for index, file in enumerate(lists.of(reading.connection, place)):
+            if index % CHECKED_FILES == 0:
+                reading.check()
             if wanted is None or wanted(file.attributes):
                 yield file
 
 
-def in_words(connection: sqlite3.Connection, stores: Seq[int], question: str, wanted: Filter | None,
+def in_words(reading: Reading, stores: Seq[int], question: str, wanted: Filter | None,
              lists: FileLists) -> InWords:
     """What a search reads first: the stores, their files that fit a filter, the passages with its words."""
+    connection = reading.connection
     places = places_of(connection, stores)
     files: list[int] = []
     passages = sum(place.passages for place in places)
     if wanted is not None:
-        left = [*fitting(connection, places, wanted, lists)]
+        left = [*fitting(reading, places, wanted, lists)]
         files = [file.number for file in left]
         passages = sum(file.passages for file in left)
         connection.execute("CREATE TEMP TABLE searched (number INTEGER PRIMARY KEY)")
@@ -363,15 +339,18 @@ def rows_of(connection: sqlite3.Connection, passages: Seq[int]) -> dict[int, Row
     return {row[0]: Row(*row) for row in connection.execute(f"{ROWS} AND p.number IN ({marks})", passages)}
 
 
-def whole_of(connection: sqlite3.Connection, stores: Seq[int], most_tokens: int, wanted: Filter | None,
+def whole_of(reading: Reading, stores: Seq[int], most_tokens: int, wanted: Filter | None,
              lists: FileLists) -> list[Hit] | None:
+    connection = reading.connection
     places = places_of(connection, stores)
     if wanted is None and sum(place.tokens for place in places) > most_tokens:
         return None
+    left = MOST_WHOLE
     hits = []
-    for file in fitting(connection, places, wanted, lists):
+    for file in fitting(reading, places, wanted, lists):
         most_tokens -= file.tokens
-        if most_tokens < 0:
+        left -= file.passages
+        if most_tokens < 0 or left < 0:
             return None
         hits += [Row(*row).hit(1.0) for row in connection.execute(
             f"{ROWS} AND p.file = ? ORDER BY p.place", (file.number,))]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import heapq
 import json
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
+from contextlib import suppress
+from itertools import islice
 from operator import itemgetter
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -18,15 +21,17 @@ from chatlm.front.store.file_rows import owns
 if TYPE_CHECKING:
     import sqlite3
     from chatlm.front.knowledge.passages import Passage
+    from chatlm.front.store.store import Parts
 
 
 DAY_S = 86_400
 ACTIVE_S = 60        # last_active is written again only after so long
 STATUSES = "in_progress", "completed", "failed", "cancelled"
+MOST_CLIENTS = 1000  # that are looked at for the next turn
 UNREADABLE = "unsupported_file", "invalid_file"
-PURGED_ROWS = 200    # passages that are removed at once, with their windows
-PURGED_WINDOWS = 2_000
-MERGED_PAGES = 500   # of an index of words, at once
+PURGED_ROWS = 100    # that are looked up at once
+PURGED_WINDOWS = 500
+MERGED_PAGES = 100   # of an index of words, at once
 
 
 class VectorStore(NamedTuple):
@@ -103,6 +108,7 @@ class StoreFile(NamedTuple):
     windows: int
     characters: int
     tokens: int
+    written: int
 
     def body(self, store_id: str) -> dict:
         """As the API shows it. `cut` says what its text lacks."""
@@ -277,41 +283,73 @@ def note_use(connection: sqlite3.Connection, store: VectorStore, now: int):
 def delete_store(connection: sqlite3.Connection, store: VectorStore):
     """Nobody sees it from now on; `purge` removes what it has."""
     connection.execute("UPDATE knowledge_stores SET deleted = 1 WHERE number = ?", (store.number,))
-    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND deleted = 0",
-                       (store.number,))
 
 
-def expire(connection: sqlite3.Connection, now: int):
+def expire(connection: sqlite3.Connection, now: int) -> Parts[None]:
     """Empty the stores whose time is over. They are shown until their owners delete them."""
-    over = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
-                              "AND expires <= ?", (now,)).fetchall()
-    for row in over:
+    while row := connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
+                                    "AND expires <= ? LIMIT 1", (now,)).fetchone():
+        for file in connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0",
+                                       row).fetchall():
+            connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE number = ?", file)
+            yield
         connection.execute("UPDATE knowledge_stores SET expired = 1 WHERE number = ?", row)
-        connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND deleted = 0", row)
+        yield
 
 
 # files
 
-def add_file(connection: sqlite3.Connection, store: VectorStore, wanted: Wanted, now: int) -> StoreFile:
-    """Have a store get a file, again if it has it. Raises RequestError if it may not."""
-    file = file_rows.file_of_owner(connection, wanted.file, store.owner, wanted.param)
+def check_file(connection: sqlite3.Connection, wanted: Wanted, owner: str) -> file_rows.File:
+    """The uploaded file that a store of this owner is to have. Raises RequestError if it may not."""
+    file = file_rows.file_of_owner(connection, wanted.file, owner, wanted.param)
     if file.purpose in ("batch", "batch_output"):
         raise RequestError(f"the purpose of {file.name} is {file.purpose}, not assistants or user_data",
                            code="invalid_value", param=wanted.param)
-    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND file = ? AND deleted = 0",
-                       (store.number, file.name))
+    return file
+
+
+def check_room(connection: sqlite3.Connection, store: int, added: int, param: str):
+    """Raises RequestError if a store would have too many files."""
     held = connection.execute(
         "SELECT in_progress + completed + failed + cancelled FROM knowledge_stores WHERE number = ?",
-        (store.number,)).fetchone()[0]
-    if held >= LIMITS.store_files:
-        raise RequestError(f"the vector store has {held:,} files, as many as one may have", status=403,
-                           code="too_many_files", param=wanted.param)
+        (store,)).fetchone()[0]
+    if held + added > LIMITS.store_files:
+        raise RequestError(f"the vector store has {held:,} files, and may have {LIMITS.store_files:,}",
+                           status=403, code="too_many_files", param=param)
+
+
+def add_file(connection: sqlite3.Connection, store: VectorStore, wanted: Wanted, client: str,
+             now: int) -> StoreFile:
+    """Have a store get a file, again if it has it. client: who adds it, and pays for it. Raises RequestError
+    if it may not."""
+    file = check_file(connection, wanted, store.owner)
+    connection.execute("UPDATE knowledge_files SET deleted = 1 WHERE store = ? AND file = ? AND deleted = 0",
+                       (store.number, file.name))
+    check_room(connection, store.number, 1, wanted.param)
     cursor = connection.execute(
-        "INSERT INTO knowledge_files (store, file, filename, attributes, chunking, created) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO knowledge_files (store, file, filename, attributes, chunking, client, created) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (store.number, file.name, file.filename, json.dumps(wanted.attributes), json.dumps(wanted.chunking),
-         now))
+         client, now))
     return file_numbered(connection, cursor.lastrowid or 0)
+
+
+def add_files(connection: sqlite3.Connection, store: VectorStore, wanted: Seq[Wanted], client: str,
+              now: int) -> Parts[list[StoreFile]]:
+    """Have a store get files that were checked, but for those that were deleted since."""
+    added = list[StoreFile]()
+    for each in wanted:
+        with suppress(RequestError):
+            added.append(add_file(connection, store, each, client, now))
+        yield
+    return added
+
+
+def check_files(connection: sqlite3.Connection, wanted: Seq[Wanted], owner: str) -> Parts[None]:
+    """Raises RequestError if a store of this owner may not have one of these."""
+    for each in wanted:
+        check_file(connection, each, owner)
+        yield
 
 
 def file_numbered(connection: sqlite3.Connection, number: int) -> StoreFile:
@@ -378,16 +416,21 @@ def passages_after(connection: sqlite3.Connection, file: StoreFile,
 
 # batches
 
-def create_batch(connection: sqlite3.Connection, store: VectorStore, wanted: Seq[Wanted],
-                 now: int) -> FileBatch:
+def create_batch(connection: sqlite3.Connection, store: VectorStore, wanted: Seq[Wanted], client: str,
+                 now: int) -> Parts[FileBatch]:
+    """Have a store get all files of a batch. Raises RequestError, before it has any, if it may not have
+    one."""
+    yield from check_files(connection, wanted, store.owner)
+    check_room(connection, store.number, len(wanted), wanted[0].param)
     name = f"vsfb_{secrets.token_hex(16)}"
-    cursor = connection.execute("INSERT INTO knowledge_batches (id, store, created) VALUES (?, ?, ?)",
-                                (name, store.number, now))
+    connection.execute("INSERT INTO knowledge_batches (id, store, created) VALUES (?, ?, ?)",
+                       (name, store.number, now))
+    batch = batch_of_store(connection, store, name)
     for each in wanted:
-        file = add_file(connection, store, each, now)
-        connection.execute("INSERT INTO knowledge_batch_files (batch, file) VALUES (?, ?)",
-                           (cursor.lastrowid, file.number))
-    return batch_of_store(connection, store, name)
+        for file in (yield from add_files(connection, store, [each], client, now)):
+            connection.execute("INSERT INTO knowledge_batch_files (batch, file) VALUES (?, ?)",
+                               (batch.number, file.number))
+    return batch
 
 
 def batch_of_store(connection: sqlite3.Connection, store: VectorStore, name: str) -> FileBatch:
@@ -419,21 +462,23 @@ def shown_batch(connection: sqlite3.Connection, store: VectorStore, batch: FileB
             "file_counts": {**by_status, "total": sum(by_status.values())}}
 
 
-def cancel_batch(connection: sqlite3.Connection, batch: FileBatch):
+def cancel_batch(connection: sqlite3.Connection, batch: FileBatch) -> Parts[None]:
     """Cancel those of its files that are not there yet."""
-    connection.execute("UPDATE knowledge_batches SET cancelled = 1 WHERE number = ? AND EXISTS (SELECT 1 "
-                       "FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file "
-                       "WHERE batch = ? AND status = 'in_progress' AND deleted = 0)",
-                       (batch.number, batch.number))
-    connection.execute("UPDATE knowledge_files SET status = 'cancelled' WHERE status = 'in_progress' "
-                       "AND number IN (SELECT file FROM knowledge_batch_files WHERE batch = ?)",
-                       (batch.number,))
+    waiting = connection.execute(
+        "SELECT mine.file FROM knowledge_batch_files AS mine JOIN knowledge_files ON number = mine.file "
+        "WHERE batch = ? AND status = 'in_progress' AND deleted = 0", (batch.number,)).fetchall()
+    if waiting:
+        connection.execute("UPDATE knowledge_batches SET cancelled = 1 WHERE number = ?", (batch.number,))
+    for file in waiting:
+        connection.execute("UPDATE knowledge_files SET status = 'cancelled' WHERE number = ? "
+                           "AND status = 'in_progress'", file)
+        yield
 
 
 # ingestion
 
 class Pending(NamedTuple):
-    """A store with files that are to be ingested."""
+    """A store, and who has added files to it that are to be ingested."""
 
     store: int
     id: str
@@ -442,18 +487,45 @@ class Pending(NamedTuple):
     model: str
 
 
-def pending(connection: sqlite3.Connection) -> list[Pending]:
-    return [Pending(*row) for row in connection.execute(
-        "SELECT number, id, owner, client, model FROM knowledge_stores INDEXED BY knowledge_stores_waiting "
-        "WHERE in_progress > 0 AND deleted = 0 AND expired = 0")]
+# Files that are to be ingested, unless their store is expired or deleted
+WAITING = ("FROM knowledge_files INDEXED BY knowledge_files_waiting "
+           "WHERE status = 'in_progress' AND deleted = 0")
 
 
-def claim(connection: sqlite3.Connection, store: int, busy: Seq[int]) -> StoreFile | None:
-    """The first file of a store that waits to be ingested; None if there is none. busy: files that are."""
+def waiting_clients(connection: sqlite3.Connection, after: str) -> list[str]:
+    """The next ones who have added files that are to be ingested."""
+    found = list[str]()
+    query = f"SELECT client {WAITING} AND client > ? ORDER BY client LIMIT 1"
+    row = connection.execute(query, (after,)).fetchone()
+    while row and len(found) < MOST_CLIENTS:
+        found += row
+        row = connection.execute(query, row).fetchone()
+    return found
+
+
+def next_pending(connection: sqlite3.Connection, client: str, after: int) -> Parts[Pending | None]:
+    """The next store with files of a client that are to be ingested: behind a number, or else the first."""
+    for last in (after, 0):
+        row: tuple[int] | None = (last,)
+        while row := connection.execute(f"SELECT store {WAITING} AND client = ? AND store > ? ORDER BY store "
+                                        "LIMIT 1", (client, *row)).fetchone():
+            found = connection.execute("SELECT number, id, owner, model FROM knowledge_stores "
+                                       "WHERE number = ? AND deleted = 0 AND expired = 0", row).fetchone()
+            if found:
+                number, name, owner, model = found
+                return Pending(number, name, owner, client, model)
+            yield
+    return None
+
+
+def claim(connection: sqlite3.Connection, pending: Pending, busy: Seq[int]) -> StoreFile | None:
+    """The first file of a client in a store that waits to be ingested; None if there is none. busy: files
+    that are under way."""
     marks = ", ".join("?" * len(busy))
     row = connection.execute(
-        f"{FILE} WHERE store = ? AND status = 'in_progress' AND deleted = 0 "
-        f"AND number NOT IN ({marks}) ORDER BY number LIMIT 1", (store, *busy)).fetchone()
+        f"SELECT {', '.join(StoreFile._fields)} {WAITING} AND client = ? AND store = ? "
+        f"AND number NOT IN ({marks}) ORDER BY number LIMIT 1",
+        (pending.client, pending.store, *busy)).fetchone()
     return row and StoreFile(*row)
 
 
@@ -488,17 +560,23 @@ AGAIN = ("UPDATE knowledge_files SET status = 'in_progress', error_code = NULL, 
          "tries = 0, lacks_embedder = 0 WHERE ")
 
 
-def without_embedder(connection: sqlite3.Connection) -> list[Pending]:
-    """The stores that have files which wait for an embedder."""
-    return [Pending(*row) for row in connection.execute(
-        "SELECT number, id, owner, client, model FROM knowledge_stores WHERE deleted = 0 AND expired = 0 "
-        "AND number IN (SELECT DISTINCT store FROM knowledge_files INDEXED BY "
-        "knowledge_files_without_embedder WHERE lacks_embedder = 1)")]
+def without_embedder(connection: sqlite3.Connection, store: int, client: str) -> Pending | None:
+    """The next store and client, behind these, whose files wait for an embedder."""
+    row = connection.execute(
+        "SELECT s.number, id, owner, f.client, model FROM knowledge_files AS f INDEXED BY "
+        "knowledge_files_without_embedder CROSS JOIN knowledge_stores AS s ON s.number = f.store "
+        "AND s.deleted = 0 AND expired = 0 WHERE lacks_embedder = 1 AND (f.store, f.client) > (?, ?) "
+        "AND f.deleted = 0 ORDER BY f.store, f.client LIMIT 1", (store, client)).fetchone()
+    return row and Pending(*row)
 
 
-def take_again(connection: sqlite3.Connection, store: int):
-    """There is an embedder for a store: its files that had none are read."""
-    connection.execute(f"{AGAIN} store = ? AND lacks_embedder = 1 AND deleted = 0", (store,))
+def take_again(connection: sqlite3.Connection, pending: Pending) -> Parts[None]:
+    """There is an embedder for a client's files in a store: those that had none are read."""
+    for row in connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND client = ? "
+                                  "AND lacks_embedder = 1 AND deleted = 0",
+                                  (pending.store, pending.client)).fetchall():
+        connection.execute(f"{AGAIN} number = ?", row)
+        yield
 
 
 def try_again(connection: sqlite3.Connection, store: int, file: str):
@@ -514,43 +592,67 @@ def embedder_number(connection: sqlite3.Connection, digest: str, name: str, dime
                               (digest,)).fetchone()[0]
 
 
-def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Passage],
-             vectors: Seq[Embedded], embedder: int, characters: int, note: str | None) -> bool:
-    """Write all parts of a file. Returns False, and writes nothing, if it is no longer wanted. Raises
-    RequestError if its store would have too many windows."""
-    if not is_wanted(connection, file):
-        return False
-    store, held, has_words, bound = connection.execute(
-        "SELECT number, windows, has_words, embedder FROM knowledge_stores WHERE number = ?",
-        (file.store,)).fetchone()
-    if held + len(vectors) > LIMITS.store_windows:
-        raise RequestError(f"its vector store has {held:,} windows of text, and with the {len(vectors):,} "
-                           f"of this file it would have more than {LIMITS.store_windows:,}")
-    size = 0
+def add_parts(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Passage],
+              vectors: Seq[Embedded], embedder: int) -> Parts[bool]:
+    """Write the next passages of a file. They are searched once it is completed. Returns False as soon as it
+    is no longer wanted."""
     waiting = iter(vectors)
     for passage in passages:
+        if not is_wanted(connection, file):
+            return False
+        (has_words,) = connection.execute("SELECT has_words FROM knowledge_stores WHERE number = ?",
+                                          (file.store,)).fetchone()
         number = connection.execute(
             "INSERT INTO knowledge_passages (store, file, place, heading, start, page, tokens, text) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (store, file.number, passage.place, passage.heading, passage.start, passage.page, passage.tokens,
-             passage.text)).lastrowid
-        windows = [next(waiting) for _ in passage.windows]
-        rows = [(store, file.number, number, embedder, *window) for window in windows]
-        connection.executemany("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, "
-                               "scale) VALUES (?, ?, ?, ?, ?, ?)", rows)
-        size += len(passage.text.encode()) + len(passage.heading.encode())
-        size += sum(len(window.vector) + 8 for window in windows)
+            (file.store, file.number, passage.place, passage.heading, passage.start, passage.page,
+             passage.tokens, passage.text)).lastrowid
+        own = [*islice(waiting, len(passage.windows))]
+        connection.executemany(
+            "INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            [(file.store, file.number, number, embedder, *window) for window in own])
         if has_words:
-            connection.execute(f"INSERT INTO {words_table(store)} (rowid, heading, text) VALUES (?, ?, ?)",
-                               (number, passage.heading, passage.text))
-    if bound is None:
-        connection.execute("UPDATE knowledge_stores SET embedder = ? WHERE number = ?", (embedder, store))
-    connection.execute(
-        "UPDATE knowledge_files SET status = 'completed', bytes = ?, passages = ?, windows = ?, "
-        "characters = ?, tokens = ?, note = ? WHERE number = ?",
-        (size, len(passages), len(vectors), characters, sum(passage.tokens for passage in passages), note,
-         file.number))
+            connection.execute(f"INSERT INTO {words_table(file.store)} (rowid, heading, text) "
+                               "VALUES (?, ?, ?)", (number, passage.heading, passage.text))
+        size = len(passage.text.encode()) + len(passage.heading.encode())
+        size += sum(len(window.vector) + 8 for window in own)
+        connection.execute("UPDATE knowledge_files SET written = written + 1, bytes = bytes + ? "
+                           "WHERE number = ?", (size, file.number))
+        yield
     return True
+
+
+def clear_parts(connection: sqlite3.Connection, file: StoreFile) -> Parts[None]:
+    """Remove what was written of a file that is not completed."""
+    yield from purge_passages(connection, file.number, file.store)
+    connection.execute("UPDATE knowledge_files SET written = 0, bytes = 0 WHERE number = ?", (file.number,))
+
+
+def complete(connection: sqlite3.Connection, file: StoreFile, passages: Seq[Passage], embedder: int,
+             characters: int, note: str | None) -> bool:
+    """All parts of a file are written: it is searched from now on. Returns False if it is no longer wanted.
+    Raises RequestError if its store would have too many windows."""
+    if not is_wanted(connection, file):
+        return False
+    windows = sum(len(passage.windows) for passage in passages)
+    check_windows(connection, file, windows)
+    connection.execute("UPDATE knowledge_stores SET embedder = ? WHERE number = ? AND embedder IS NULL",
+                       (embedder, file.store))
+    connection.execute(
+        "UPDATE knowledge_files SET status = 'completed', written = 0, passages = ?, windows = ?, "
+        "characters = ?, tokens = ?, note = ? WHERE number = ?",
+        (len(passages), windows, characters, sum(passage.tokens for passage in passages), note, file.number))
+    return True
+
+
+def check_windows(connection: sqlite3.Connection, file: StoreFile, windows: int):
+    """Raises RequestError if the store of a file would have too many windows with its own."""
+    (held,) = connection.execute("SELECT windows FROM knowledge_stores WHERE number = ?",
+                                 (file.store,)).fetchone()
+    if held + windows > LIMITS.store_windows:
+        raise RequestError(f"its vector store has {held:,} windows of text, and with the {windows:,} of this "
+                           f"file it would have more than {LIMITS.store_windows:,}")
 
 
 # another embedder
@@ -571,6 +673,7 @@ class Bare(NamedTuple):
     number: int
     heading: str
     text: str
+    place: int
 
 
 def embedded_stores(connection: sqlite3.Connection, after: int, most: int) -> list[Foreign]:
@@ -581,20 +684,29 @@ def embedded_stores(connection: sqlite3.Connection, after: int, most: int) -> li
         "AND expired = 0 AND old_windows = 0 ORDER BY s.number LIMIT ?", (after, most))]
 
 
-def bare_passages(connection: sqlite3.Connection, store: int, embedder: int,
-                  after: int) -> tuple[int, list[Bare]] | None:
-    """(the next file behind a number, its passages without windows of an embedder); None if there is no other
-    file."""
-    row = connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0 "
-                             "AND number > ? AND status = 'completed' ORDER BY number LIMIT 1",
-                             (store, after)).fetchone()
-    if row is None:
-        return None
-    found = connection.execute(
-        "SELECT number, heading, text FROM knowledge_passages AS p WHERE file = ? AND NOT EXISTS "
-        "(SELECT 1 FROM knowledge_windows WHERE passage = p.number AND embedder = ?) ORDER BY place",
-        (*row, embedder))
-    return row[0], [Bare(*each) for each in found]
+def bare_passages(connection: sqlite3.Connection, store: int, embedder: int, file: int,
+                  place: int) -> Parts[tuple[int, list[Bare]]]:
+    """(a completed file, some of its passages without windows of an embedder): of the file with this number
+    those behind a place, else those of the next file; (0, []) if there is no other file."""
+    row: tuple[int] | None = (file,)
+    while row:
+        found = connection.execute(
+            "SELECT number, heading, text, place, EXISTS (SELECT 1 FROM knowledge_windows "
+            "WHERE passage = p.number AND embedder = ?) FROM knowledge_passages AS p "
+            "WHERE file = ? AND place > ? ORDER BY place LIMIT ?",
+            (embedder, *row, place, PURGED_ROWS)).fetchall()
+        bare = [Bare(*each) for *each, has_windows in found if not has_windows]
+        if bare:
+            return row[0], bare
+        if found:
+            place = found[-1][3]
+        else:
+            place = -1
+            row = connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0 "
+                                     "AND number > ? AND status = 'completed' ORDER BY number LIMIT 1",
+                                     (store, *row)).fetchone()
+        yield
+    return 0, []
 
 
 def add_windows(connection: sqlite3.Connection, store: int, file: int, embedder: int,
@@ -609,29 +721,31 @@ def add_windows(connection: sqlite3.Connection, store: int, file: int, embedder:
             [(store, file, passage, embedder, *window) for passage, window in windows])
 
 
-def search_with(connection: sqlite3.Connection, store: int, embedder: int):
+def search_with(connection: sqlite3.Connection, store: int, embedder: int) -> Parts[None]:
     """All passages of a store have windows of another embedder: these are searched from now on."""
+    for file in connection.execute("SELECT number FROM knowledge_files WHERE store = ? AND deleted = 0 "
+                                   "AND status = 'completed'", (store,)).fetchall():
+        connection.execute(
+            "UPDATE knowledge_files SET "
+            "windows = (SELECT COUNT(*) FROM knowledge_windows WHERE file = ?2 AND embedder = ?1), "
+            "bytes = (SELECT IFNULL(SUM(LENGTH(CAST(text AS BLOB)) + LENGTH(CAST(heading AS BLOB))), 0) "
+            "FROM knowledge_passages WHERE file = ?2) + (SELECT IFNULL(SUM(LENGTH(vector) + 8), 0) "
+            "FROM knowledge_windows WHERE file = ?2 AND embedder = ?1) WHERE number = ?2",
+            (embedder, *file))
+        yield
     connection.execute("UPDATE knowledge_stores SET embedder = ?, old_windows = 1 WHERE number = ?",
                        (embedder, store))
-    connection.execute(
-        "UPDATE knowledge_files SET windows = (SELECT COUNT(*) FROM knowledge_windows AS w WHERE w.file = "
-        "knowledge_files.number AND w.embedder = ?1), bytes = (SELECT IFNULL(SUM(LENGTH(CAST(text AS BLOB)) "
-        "+ LENGTH(CAST(heading AS BLOB))), 0) FROM knowledge_passages AS p WHERE p.file = "
-        "knowledge_files.number) + (SELECT IFNULL(SUM(LENGTH(w.vector) + 8), 0) FROM knowledge_windows AS w "
-        "WHERE w.file = knowledge_files.number AND w.embedder = ?1) "
-        "WHERE store = ?2 AND deleted = 0 AND status = 'completed'", (embedder, store))
 
 
-def purge_windows(connection: sqlite3.Connection, store: int, embedder: int):
-    """Remove some windows of a store that are of other embedders than this."""
-    removed = 0
+def purge_windows(connection: sqlite3.Connection, store: int, embedder: int) -> Parts[None]:
+    """Remove the windows of a store that are of other embedders than this."""
     for other in "<", ">":
-        cursor = connection.execute(
-            f"DELETE FROM knowledge_windows WHERE number IN (SELECT number FROM knowledge_windows "
-            f"WHERE store = ? AND embedder {other} ? LIMIT ?)", (store, embedder, PURGED_WINDOWS))
-        removed += cursor.rowcount
-    if not removed:
-        connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
+        while connection.execute(
+                "DELETE FROM knowledge_windows WHERE number IN (SELECT number FROM knowledge_windows "
+                f"WHERE store = ? AND embedder {other} ? LIMIT ?)",
+                (store, embedder, PURGED_WINDOWS)).rowcount:
+            yield
+    connection.execute("UPDATE knowledge_stores SET old_windows = 0 WHERE number = ?", (store,))
 
 
 def totals(connection: sqlite3.Connection) -> dict[str, int]:
@@ -642,65 +756,112 @@ def totals(connection: sqlite3.Connection) -> dict[str, int]:
 
 # what was deleted
 
-def purge(connection: sqlite3.Connection) -> bool:
-    """Remove a piece of what was deleted. False if there is nothing left."""
+def purge(connection: sqlite3.Connection, until_s: float, busy: Seq[int]) -> Parts[bool]:
+    """Remove what was deleted, until that time. False if there was nothing. busy: files that are ingested."""
+    has_removed = False
+    while work := purge_next(connection, busy):
+        has_removed = True
+        yield from work
+        yield
+        if time.monotonic() > until_s:
+            break
+    return has_removed
+
+
+def purge_next(connection: sqlite3.Connection, busy: Seq[int]) -> Parts[None] | None:
+    """What removes the next thing that was deleted; None if there is none."""
+    row = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 1 LIMIT 1").fetchone()
+    if row:
+        return purge_store(connection, *row)
     row = connection.execute(
         "SELECT number, store FROM knowledge_files INDEXED BY knowledge_files_deleted WHERE deleted = 1 "
         "LIMIT 1").fetchone()
     if row:
-        purge_file(connection, *row)
-        return True
-    row = connection.execute("SELECT number FROM knowledge_stores WHERE deleted = 1 LIMIT 1").fetchone()
-    if row:
-        connection.execute(f"DROP TABLE IF EXISTS {words_table(*row)}")
-        connection.execute("DELETE FROM knowledge_batches WHERE store = ?", row)
-        connection.execute("DELETE FROM knowledge_stores WHERE number = ?", row)
-        return True
+        return purge_file(connection, *row)
     row = connection.execute("SELECT number, embedder FROM knowledge_stores INDEXED BY knowledge_stores_old "
                              "WHERE old_windows > 0 LIMIT 1").fetchone()
     if row:
-        purge_windows(connection, *row)
-        return True
-    row = connection.execute("SELECT number, expired, stale_words FROM knowledge_stores INDEXED BY "
+        return purge_windows(connection, *row)
+    row = connection.execute("SELECT number, expired FROM knowledge_stores INDEXED BY "
                              "knowledge_stores_stale WHERE stale_words > 0 LIMIT 1").fetchone()
     if row:
-        merge_words(connection, *row)
-        return True
-    return False
+        return merge_words(connection, *row)
+    marks = ", ".join("?" * len(busy))
+    row = connection.execute(f"{FILE} INDEXED BY knowledge_files_left WHERE written > 0 AND status IN "
+                             f"('failed', 'cancelled') AND number NOT IN ({marks}) LIMIT 1", busy).fetchone()
+    return row and clear_parts(connection, StoreFile(*row))
 
 
-def purge_file(connection: sqlite3.Connection, file: int, store: int):
-    """Remove some passages of a file that was deleted, and the file with the last of them."""
-    is_gone, has_words = connection.execute(
-        "SELECT deleted, has_words FROM knowledge_stores WHERE number = ?", (store,)).fetchone()
-    passages = connection.execute("SELECT number, heading, text FROM knowledge_passages WHERE file = ? "
-                                  "ORDER BY place LIMIT ?", (file, PURGED_ROWS)).fetchall()
-    for number, heading, text in passages:
-        connection.execute("DELETE FROM knowledge_windows WHERE passage = ?", (number,))
-        if has_words and not is_gone:  # the table of a deleted store goes as a whole
-            table = words_table(store)
-            connection.execute(f"INSERT INTO {table} ({table}, rowid, heading, text) "
-                               "VALUES ('delete', ?, ?, ?)", (number, heading, text))
-        connection.execute("DELETE FROM knowledge_passages WHERE number = ?", (number,))
-    if passages:
-        connection.execute("UPDATE knowledge_stores SET stale_words = has_words WHERE number = ?", (store,))
-    if len(passages) < PURGED_ROWS:
-        connection.execute("DELETE FROM knowledge_batch_files WHERE file = ?", (file,))
-        connection.execute("DELETE FROM knowledge_files WHERE number = ?", (file,))
+def purge_store(connection: sqlite3.Connection, store: int) -> Parts[None]:
+    """Remove a store that was deleted, with all that it has."""
+    for [file] in connection.execute("SELECT number FROM knowledge_files WHERE store = ?",
+                                     (store,)).fetchall():
+        yield from purge_file(connection, file, store)
+    if connection.execute("SELECT has_words FROM knowledge_stores WHERE number = ?", (store,)).fetchone()[0]:
+        yield from drop_words(connection, store)
+    connection.execute("DELETE FROM knowledge_batches WHERE store = ?", (store,))
+    connection.execute("DELETE FROM knowledge_stores WHERE number = ?", (store,))
 
 
-def merge_words(connection: sqlite3.Connection, store: int, expired: int, stage: int):
-    """Merge a part of a store's index of words, after which words of deleted texts are gone from it. SQLite
-    keeps them until then, even with secure_delete."""
+def purge_file(connection: sqlite3.Connection, file: int, store: int) -> Parts[None]:
+    """Remove a file that was deleted, and the batches whose last one it is."""
+    yield from purge_passages(connection, file, store)
+    batches = connection.execute("SELECT batch FROM knowledge_batch_files WHERE file = ?", (file,)).fetchall()
+    connection.execute("DELETE FROM knowledge_batch_files WHERE file = ?", (file,))
+    for batch in batches:
+        connection.execute("DELETE FROM knowledge_batches WHERE number = ?1 AND NOT EXISTS "
+                           "(SELECT 1 FROM knowledge_batch_files WHERE batch = ?1)", batch)
+    connection.execute("DELETE FROM knowledge_files WHERE number = ?", (file,))
+
+
+def purge_passages(connection: sqlite3.Connection, file: int, store: int) -> Parts[None]:
+    """Remove the passages of a file, their windows and words."""
+    is_gone, has_words = connection.execute("SELECT deleted, has_words FROM knowledge_stores "
+                                            "WHERE number = ?", (store,)).fetchone() or (1, 0)
+    while passages := connection.execute(
+            "SELECT number, heading, text FROM knowledge_passages WHERE file = ? ORDER BY place LIMIT ?",
+            (file, PURGED_ROWS)).fetchall():
+        for number, heading, text in passages:
+            connection.execute("DELETE FROM knowledge_windows WHERE passage = ?", (number,))
+            if has_words and not is_gone:  # the table of a deleted store goes as a whole
+                table = words_table(store)
+                connection.execute(f"INSERT INTO {table} ({table}, rowid, heading, text) "
+                                   "VALUES ('delete', ?, ?, ?)", (number, heading, text))
+                connection.execute("UPDATE knowledge_stores SET stale_words = 1 WHERE number = ?", (store,))
+            connection.execute("DELETE FROM knowledge_passages WHERE number = ?", (number,))
+            yield
+
+
+def drop_words(connection: sqlite3.Connection, store: int) -> Parts[None]:
+    """Remove a store's index of words. Its pages are first removed from the table in which FTS5 has them,
+    since to drop that at once takes long."""
     table = words_table(store)
+    last = -1
+    while pages := connection.execute(f"SELECT id FROM {table}_data WHERE id > ? ORDER BY id LIMIT ?",
+                                      (last, MERGED_PAGES)).fetchall():
+        connection.executemany(f"DELETE FROM {table}_data WHERE id = ?", pages)
+        [last] = pages[-1]
+        yield
+    connection.execute(f"DROP TABLE {table}")
+    connection.execute("UPDATE knowledge_stores SET has_words = 0, stale_words = 0 WHERE number = ?",
+                       (store,))
+
+
+def merge_words(connection: sqlite3.Connection, store: int, expired: int) -> Parts[None]:
+    """Merge a store's index of words into one, after which words of deleted texts are gone from it. SQLite
+    keeps them until then, even with secure_delete."""
     if expired:
-        connection.execute(f"DROP TABLE IF EXISTS {table}")
-        connection.execute("UPDATE knowledge_stores SET has_words = 0, stale_words = 0 WHERE number = ?",
-                           (store,))
+        yield from drop_words(connection, store)
         return
-    before = connection.total_changes
-    pages = -MERGED_PAGES if stage == 1 else MERGED_PAGES  # below 0: begin to merge all into one
-    connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('merge', ?)", (pages,))
-    is_over = stage == 2 and connection.total_changes - before < 2
-    connection.execute("UPDATE knowledge_stores SET stale_words = ? WHERE number = ?",
-                       (0 if is_over else 2, store))
+    connection.execute("UPDATE knowledge_stores SET stale_words = 2 WHERE number = ?", (store,))
+    table = words_table(store)
+    pages = -MERGED_PAGES  # below 0: begin to merge all
+    changed = 2
+    while changed > 1:
+        before = connection.total_changes
+        connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('merge', ?)", (pages,))
+        changed = connection.total_changes - before if pages > 0 else 2
+        pages = MERGED_PAGES
+        yield
+    connection.execute("UPDATE knowledge_stores SET stale_words = 0 WHERE number = ? AND stale_words = 2",
+                       (store,))

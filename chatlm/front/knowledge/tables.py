@@ -41,7 +41,7 @@ CREATE TABLE knowledge_stores (
     old_windows INTEGER NOT NULL DEFAULT 0,   -- 1: those of an earlier embedder still have to go
     has_words INTEGER NOT NULL DEFAULT 0,     -- 1: its table knowledge_words_NUMBER is there
     stale_words INTEGER NOT NULL DEFAULT 0,   -- 1: words of deleted texts are still in that, 2: they are
-                                              -- being merged out of it
+                                              -- being merged out of it, and no more have come
     in_progress INTEGER NOT NULL DEFAULT 0,   -- files by their status
     completed INTEGER NOT NULL DEFAULT 0,
     failed INTEGER NOT NULL DEFAULT 0,
@@ -101,7 +101,7 @@ CREATE TABLE knowledge_batch_files (
     PRIMARY KEY (batch, file)
 ) WITHOUT ROWID;
 CREATE INDEX knowledge_batches_of_file ON knowledge_batch_files (file);
-CREATE TABLE knowledge_passages (   -- of files that are completed, in order; of deleted ones until a purge
+CREATE TABLE knowledge_passages (   -- of files, in order; of deleted ones until a purge
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     store INTEGER NOT NULL,         -- that of its file
     file INTEGER NOT NULL REFERENCES knowledge_files (number),
@@ -227,8 +227,31 @@ CREATE TRIGGER knowledge_searched_added AFTER INSERT ON knowledge_files BEGIN {c
 CREATE TRIGGER knowledge_searched_changed AFTER UPDATE ON knowledge_files BEGIN {changes("NEW", "OLD")} END;
 CREATE TRIGGER knowledge_searched_removed AFTER DELETE ON knowledge_files BEGIN {changes("", "OLD")} END;
 """
+# A file's parts are written while it is embedded; `revision` changes with what a search sees. Who adds a file
+# to a store pays for it, and not who made the store. A batch goes with the last of its files. A passage has a
+# token for every 16 characters (passages.TOKEN_CHARACTERS)
+WRITTEN = f"""
+ALTER TABLE knowledge_files ADD COLUMN written INTEGER NOT NULL DEFAULT 0;  -- passages, while not completed
+CREATE INDEX knowledge_files_written ON knowledge_files (store) WHERE written > 0;
+CREATE INDEX knowledge_files_left ON knowledge_files (status) WHERE written > 0;
+DROP INDEX knowledge_stores_waiting;
+ALTER TABLE knowledge_files ADD COLUMN client TEXT NOT NULL DEFAULT '';     -- who has added it
+UPDATE knowledge_files SET client = (SELECT client FROM knowledge_stores WHERE number = store);
+CREATE INDEX knowledge_files_waiting ON knowledge_files (client, store, number)
+    WHERE status = 'in_progress' AND deleted = 0;
+DROP INDEX knowledge_files_without_embedder;
+CREATE INDEX knowledge_files_without_embedder ON knowledge_files (store, client) WHERE lacks_embedder = 1;
+DROP TRIGGER knowledge_searched_changed;
+CREATE TRIGGER knowledge_searched_changed
+    AFTER UPDATE OF status, attributes, filename, deleted, {", ".join(COUNTED)} ON knowledge_files
+BEGIN {changes("NEW", "OLD")} END;
+DELETE FROM knowledge_batches
+    WHERE NOT EXISTS (SELECT 1 FROM knowledge_batch_files WHERE batch = knowledge_batches.number);
+UPDATE knowledge_files SET tokens = characters / 16 WHERE deleted = 0 AND tokens < characters / 16;
+"""
 # Only the end may be changed once a release has had it
-KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS, SEARCHED)
+KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS, SEARCHED,
+                        WRITTEN)
 
 
 def words_table(store: int) -> str:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.client_words import key_needed, key_unknown
 from chatlm.common.config import FOLDER, FOLDERS_CLIENT, SPACE, ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.request_ids import id_of_client, is_unguessable
-from chatlm.front.lazy import web
 from chatlm.front.server.host_names import is_loopback, is_own_name, is_public_name, split_address
 from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
@@ -218,7 +219,7 @@ class Owners:
         if not self.settings.keys:
             return "" if is_unguessable(request_id) else client
         named = self.named(client)
-        return f"owner {named}" if named else client
+        return f"owner {named}" if named else f"key {client}"
 
     def named(self, client: str) -> str:
         """The owner= of a client's key, "" without it."""

@@ -45,16 +45,15 @@ class KeptUses:
     def may_be_known(self, until_s: int) -> bool:
         return True
 
-    async def find(self, owner: str, name: str) -> Use | None:
-        return await self.store.run(partial(approvals.use_of, owner=owner, name=name))
+    async def find(self, client: str, owner: str, name: str) -> Use | None:
+        return await self.store.run(partial(approvals.use_of, owner=owner, name=name), client=client)
 
-    async def begin(self, owner: str, name: str, use: Use, until_s: int) -> Use | None:
+    async def begin(self, client: str, owner: str, name: str, use: Use, until_s: int) -> Use | None:
         return await self.store.run(partial(
-            approvals.begin, owner=owner, name=name, use=use, expires=until_s), adds_bytes=ROW_BYTES)
+            approvals.begin, owner=owner, name=name, use=use, expires=until_s), ROW_BYTES, client)
 
-    async def end(self, owner: str, name: str, use: Use):
-        await self.store.run(partial(approvals.end, owner=owner, name=name, use=use),
-                             adds_bytes=len(use.result))
+    async def end(self, client: str, owner: str, name: str, use: Use):
+        await self.store.run(partial(approvals.end, owner=owner, name=name, use=use), len(use.result), client)
 
 
 class NotedUses:
@@ -75,18 +74,18 @@ class NotedUses:
     def may_be_known(self, until_s: int) -> bool:
         return until_s > self.unknown_until_s
 
-    async def find(self, owner: str, name: str) -> Use | None:
+    async def find(self, client: str, owner: str, name: str) -> Use | None:
         noted = self.noted.get((owner, name))
         return noted and noted[1]
 
-    async def begin(self, owner: str, name: str, use: Use, until_s: int) -> Use | None:
-        known = await self.find(owner, name)
+    async def begin(self, client: str, owner: str, name: str, use: Use, until_s: int) -> Use | None:
+        known = await self.find(client, owner, name)
         if known is None:
             self.noted[owner, name] = until_s, use
             self._forget(use.began)
         return known
 
-    async def end(self, owner: str, name: str, use: Use):
+    async def end(self, client: str, owner: str, name: str, use: Use):
         if (owner, name) in self.noted:
             self.noted[owner, name] = self.noted[owner, name][0], use
 
@@ -157,7 +156,7 @@ class Approvals:
         """Raise RequestError 409 if the call of one of these approvals has begun before."""
         owner = self.owner_of(client)
         for name in names:
-            use = await self.uses.find(owner, name)
+            use = await self.uses.find(client, owner, name)
             if use:
                 raise used_approval(name, why_used(use))
 
@@ -166,7 +165,7 @@ class Approvals:
         that will be kept. Raises RequestError 409 if it has begun before."""
         owner = self.owner_of(client)
         use = Use(now_s(), response)
-        before = await self.uses.begin(owner, name, use, self._until(owner, name))
+        before = await self.uses.begin(client, owner, name, use, self._until(owner, name))
         if before:
             raise used_approval(name, why_used(before))
         return use
@@ -176,7 +175,7 @@ class Approvals:
         text = whole_unicode(result.text)[:SHOWN_CHARACTERS]
         ended = use._replace(ended=now_s(), failed=result.is_error, result=text)
         try:
-            await self.uses.end(self.owner_of(client), name, ended)
+            await self.uses.end(client, self.owner_of(client), name, ended)
         except ChatServerError as error:  # a full disk. The call was made, so its answer goes on
             log.warning("the result of an approved call is not kept: %s", error)
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import Any, TYPE_CHECKING
+
+from aiohttp import web
 
 from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
@@ -25,7 +27,6 @@ from chatlm.front.api.spoken import answer_encoder
 from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import loaded_tokenizer
-from chatlm.front.lazy import web
 from chatlm.front.server.line_queue import Lane, LineQueue, WaitingLine
 from chatlm.front.server.file_routes import FileRoutes
 from chatlm.front.server.ledger import Amount, Charge, Ledger
@@ -43,10 +44,9 @@ if TYPE_CHECKING:
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.file_rows import LineRow
-    from chatlm.front.store.store import Store
+    from chatlm.front.store.store import Parts, Store
 
 
-T = TypeVar("T")
 TRIES = 3         # for an answer during which workers died, each time as often as a request allows
 SPARE = 8         # lines under way beyond a model's rows, so that none of these is empty
 PAGE_LINES = 200  # of a batch that wait in memory
@@ -57,6 +57,7 @@ KEPT_PAGES = 1000  # free ones that stay in the file
 VACUUMED_PAGES = 1000  # that are given back at once
 EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
 BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
+EXPIRED_LINES = 100   # at once
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
 
 
@@ -105,7 +106,7 @@ class BatchRoutes:
             return batches.shown_batch(connection, batches.create(
                 connection, owner, client, source, values["endpoint"], window, now, now + WINDOWS[window],
                 metadata, values.get("output_expires_after", self.files.keep_s)))
-        body = await store.run(create, adds_bytes=BATCH_BYTES + len(metadata or ""))
+        body = await store.run(create, adds_bytes=BATCH_BYTES + len(metadata or ""), client=client)
         self.wake_up()
         return json_response(body)
 
@@ -114,11 +115,13 @@ class BatchRoutes:
         owner = self.bodies.owner
         after = query_value(http, AFTER, "")
 
-        def read(connection) -> ListPage:
-            rows = file_rows.list_rows(connection, "batches", BatchRow._fields, owner, after)
+        def read(connection) -> Parts[ListPage]:
+            rows = yield from file_rows.list_rows(connection, "batches", BatchRow._fields, owner, after,
+                                                  limit)
             bodies = (batches.shown_batch(connection, BatchRow(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
-        return await send_page(http, self.bodies, await require_store(self.store).run(read))
+        page = await require_store(self.store).run(read, client=REQUEST_LOG.get().client)
+        return await send_page(http, self.bodies, page)
 
     async def handle_batch(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
@@ -127,14 +130,14 @@ class BatchRoutes:
         def read(connection) -> dict:
             return batches.shown_batch(connection, batches.batch_of_owner(connection, name, owner))
 
-        return json_response(await require_store(self.store).run(read))
+        return json_response(await require_store(self.store).run(read, client=REQUEST_LOG.get().client))
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         owner = self.bodies.owner
         now = now_s()
         body = await require_store(self.store).run(lambda connection: batches.shown_batch(
-            connection, batches.cancel(connection, name, owner, now)))
+            connection, batches.cancel(connection, name, owner, now)), client=REQUEST_LOG.get().client)
         if self.worker and (stop := self.worker.stops.get(name)):
             stop.set()
         self.wake_up()
@@ -196,12 +199,13 @@ class BatchWorker:
             if self.timer:
                 self.timer.cancel()
 
-    async def _stored(self, function: Callable[[Any], T],
-                      then: Callable[[T], None] = lambda found: None, adds_bytes: int = 0) -> T:
+    async def _stored(self, function: Callable[[Any], Any],
+                      then: Callable[[Any], None] = lambda found: None, adds_bytes: int = 0,
+                      client: str = "") -> Any:
         """Run `function` in the store, and try again while the store cannot be used, as on a full disk. When
         it is done, call `then` with its result, even if this coroutine was cancelled meanwhile."""
-        async def work() -> T:
-            found = await self.store.run(function, adds_bytes)
+        async def work() -> Any:
+            found = await self.store.run(function, adds_bytes, client)
             then(found)
             return found
         while True:
@@ -246,9 +250,9 @@ class BatchWorker:
 
     async def _work(self, batch: BatchRow, client: str):
         """Bring a batch to its end, from whatever state it is in."""
-        batch = await self._stored(partial(batches.batch_named, name=batch.name))
+        batch = await self._stored(partial(batches.batch_named, name=batch.name), client=client)
         if batch.status == "validating":
-            has_begun = await self._stored(lambda connection: batches.begin(connection, batch, now_s()))
+            has_begun = await self._stored(partial(batches.begin, batch=batch, now=now_s()), client=client)
             if not has_begun:
                 return
         stop = self.stops[batch.name]
@@ -268,9 +272,9 @@ class BatchWorker:
             lines.result()  # raises the failure, if there was one
         if status == "expired":
             expire = partial(self._expire_some, batch)
-            while await self._stored(expire, adds_bytes=EXPIRY_BYTES):
+            while await self._stored(expire, adds_bytes=EXPIRY_BYTES, client=client):
                 pass
-        await self._stored(lambda connection: self._end(connection, batch, status))
+        await self._stored(lambda connection: self._end(connection, batch, status), client=client)
 
     @staticmethod
     def _end(connection, batch: BatchRow, status: str):
@@ -281,11 +285,11 @@ class BatchWorker:
         log.info("%s is %s", batch.name, status)
 
     @staticmethod
-    def _expire_some(batch: BatchRow, connection) -> bool:
+    def _expire_some(batch: BatchRow, connection) -> Parts[bool]:
         """Give some lines without a result the result that their time is over. False if there are none."""
         if batches.batch_named(connection, batch.name).status != "in_progress":
             return False
-        lines = batches.waiting_lines(connection, batch, 0, file_rows.PART_LINES)
+        lines = yield from batches.waiting_lines(connection, batch, 0, EXPIRED_LINES)
         results = []
         for number, _, _ in lines:
             row = batches.line(connection, batch, number)
@@ -296,8 +300,8 @@ class BatchWorker:
 
     async def _answer_all(self, batch: BatchRow, client: str):
         """Answer and record all lines that have no result. Only a few of them wait in memory at a time."""
-        created = (await self._stored(partial(file_rows.file_named, name=batch.input))).created
-        mine = UnderWay(batch, client, created)
+        source = await self._stored(partial(file_rows.file_named, name=batch.input), client=client)
+        mine = UnderWay(batch, client, source.created)
         self.under_way[batch.name] = mine
         last = 0
         more = True
@@ -305,7 +309,7 @@ class BatchWorker:
             while more or mine.left:
                 if more and mine.left < PAGE_LINES // 2:
                     page = await self._stored(partial(
-                        batches.waiting_lines, batch=batch, after=last, most=PAGE_LINES))
+                        batches.waiting_lines, batch=batch, after=last, most=PAGE_LINES), client=client)
                     more = len(page) == PAGE_LINES
                     last = page[-1].number if page else last
                     self._queue(mine, page)
@@ -383,7 +387,8 @@ class BatchWorker:
         with Holding(self.intake.budget, mine.client) as holding:
             if line.bytes > LIMITS.inline_bytes:
                 holding.keep(line.bytes)
-            row = await self._stored(partial(batches.line, batch=mine.batch, number=line.number))
+            row = await self._stored(partial(batches.line, batch=mine.batch, number=line.number),
+                                     client=mine.client)
             try:
                 await self._record(mine.batch, await self._result(row, mine, charges), charges)
             finally:
@@ -393,7 +398,7 @@ class BatchWorker:
     async def _result(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
         """The result of a line: (number, text, whether it is an error)."""
         endpoint = mine.batch.endpoint
-        error = await self._stored(partial(quota.refusal, owner=mine.batch.owner))
+        error = await self._stored(partial(quota.refusal, owner=mine.batch.owner), client=mine.client)
         if not error:
             problem = row.problem
             if not problem and row.url != endpoint:
@@ -420,7 +425,7 @@ class BatchWorker:
         def count(recorded: bool):
             for charge, (row, amount) in zip(charges, used):
                 self.ledger.count(charge, row, amount if recorded else Amount())
-        await self._stored(record, count, adds_bytes=len(result[1]))
+        await self._stored(record, count, adds_bytes=len(result[1]), client=batch.client)
 
     async def _answer(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
         """The answer to a line: (status, body). Tries up to TRIES times if workers fail. Raises Overloaded if

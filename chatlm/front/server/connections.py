@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.client_words import overloaded
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.log import log
 from chatlm.front.api.errors import public_error
-from chatlm.front.lazy import web
 from chatlm.front.pool.prefixes import segments_in_memory
 from chatlm.front.server.access import BACKLOG, network_of
 from chatlm.front.server.responses import early_response

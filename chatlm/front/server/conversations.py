@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from aiohttp import web
 
 from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
@@ -25,7 +27,6 @@ from chatlm.front.api.kept_items import AN_ID, kept_items
 from chatlm.front.api.message_readers import chat_messages, other_types, without_others
 from chatlm.front.api.response_items import OTHER_ITEMS, response_messages
 from chatlm.front.intake.intake import KeptBefore
-from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_list, send_parts, shown_item, take_room)
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.dialect import Reference
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.intake.opened_body import OpenedBody
+    from chatlm.front.intake.opened_body import Caller, OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.recordings import Recording
@@ -86,26 +87,28 @@ class ResponseKeeper:
         an unknown item."""
         chained = opened_body.envelope.chained
         owner = opened_body.caller.texts
+        client = opened_body.caller.client
         store = require_store(self.store)
         sent_bytes = sum(map(len, opened_body.parts))
         before = KeptBefore()
         if chained.response or chained.conversation:
             what = {"previous": chained.response, "conversation": chained.conversation, "owner": owner}
-            size = await store.run(partial(responses.size_before, **what))
+            size = await store.run(partial(responses.size_before, **what), client=client)
             if size > LIMITS.inline_bytes:  # wait until there is memory for it
                 await take_room(reading, sent_bytes + 2 * size)
-            before = KeptBefore(await store.run(partial(responses.before, **what)))
+            before = KeptBefore(await store.run(partial(responses.before, **what), client=client))
         if chained.items:
-            referenced = await self._referenced(chained.items, owner, sent_bytes, reading)
+            referenced = await self._referenced(chained.items, opened_body.caller, sent_bytes, reading)
             before = before._replace(referenced=referenced)
         return before
 
-    async def _referenced(self, references: Seq[Reference], owner: str, sent_bytes: int,
+    async def _referenced(self, references: Seq[Reference], caller: Caller, sent_bytes: int,
                           reading: Holding) -> bytes:
         """The items that an input refers to, as a JSON object. sent_bytes: of its body."""
         store = require_store(self.store)
         names = [reference.id if AN_ID.fullmatch(reference.id) else "" for reference in references]
-        found = await store.run(partial(responses.item_places, names=names, owner=owner))
+        found = await store.run(partial(responses.item_places, names=names, owner=caller.texts),
+                                client=caller.client)
         places = []
         for reference, place in zip(references, found):
             if place is None:
@@ -118,7 +121,8 @@ class ResponseKeeper:
         if size > LIMITS.inline_bytes:
             await take_room(reading, sent_bytes + 2 * size)
         items = []
-        for reference, text in zip(references, await store.run(partial(texts, places=places))):
+        kept = await store.run(partial(texts, places=places), client=caller.client)
+        for reference, text in zip(references, kept):
             if text is None:  # deleted meanwhile
                 raise refuse_reference(reference)
             items.append(b'"%s": %s' % (reference.id.encode(), responses.with_id(reference.id, text)))
@@ -157,7 +161,7 @@ class ResponseKeeper:
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await require_store(self.store).run(partial(
             quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false',
-            client=parsed.request.client), adds_bytes=size)
+            client=parsed.request.client), adds_bytes=size, client=parsed.request.client)
         # A second encoder makes the kept copy, so that it is complete before the client has the end: what a
         # client has seen is kept. It leaves out log-probabilities.
         params = replace(parsed.request.params, logprobs=None)
@@ -213,7 +217,8 @@ class ResponseKeeper:
         new = NewResponse(
             twin.head["id"], owner, now, now + self.keep_s, details.get("previous_response_id"),
             details.get("conversation"), twin.parsed.kept, output, body)
-        await require_store(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes)
+        await require_store(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes,
+                                            client=twin.parsed.request.client)
 
 
 def refuse_reference(reference: Reference) -> RequestError:
@@ -254,7 +259,8 @@ class ConversationRoutes:
             return await self.keeper.follow(http, running.recording, start)
         if running:
             return web.Response(body=running.encoder.response("in_progress"), content_type="application/json")
-        place = await store.run(partial(responses.whole_of, name=name, owner=owner))
+        place = await store.run(partial(responses.whole_of, name=name, owner=owner),
+                                client=REQUEST_LOG.get().client)
         with self.bodies.holding() as holding:
             return await send_parts(http, [await self._read(place, holding)])
 
@@ -272,14 +278,16 @@ class ConversationRoutes:
         if running:
             self.keeper.cancel(running.recording.id)
             await asyncio.wait([running.kept])
-        place = await store.run(partial(responses.whole_of, name=name, owner=owner))
+        place = await store.run(partial(responses.whole_of, name=name, owner=owner),
+                                client=REQUEST_LOG.get().client)
         with self.bodies.holding() as holding:
             return await send_parts(http, [await self._read(place, holding)])
 
     async def handle_delete(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         owner = self.bodies.owner
-        await self._store_of(name).run(partial(responses.delete, name=name, owner=owner))
+        await self._store_of(name).run(partial(responses.delete, name=name, owner=owner),
+                                       client=REQUEST_LOG.get().client)
         self.keeper.removed()
         return json_response({"id": name, "object": "response", "deleted": True})
 
@@ -291,10 +299,14 @@ class ConversationRoutes:
 
     # lists and their rows
 
+    async def _stored(self, work: Callable[[Any], Any], adds_bytes: int = 0) -> Any:
+        """Do some work in the database, in the turn of this request's client."""
+        return await require_store(self.store).run(work, adds_bytes, REQUEST_LOG.get().client)
+
     async def _read(self, place: TextPlace, holding: Holding) -> bytes:
         """The text at a place in the store. Raises RequestError 404 if it was deleted meanwhile."""
         await take_room(holding, place.bytes)
-        [text] = await require_store(self.store).run(partial(texts, places=[place]))
+        [text] = await self._stored(partial(texts, places=[place]))
         if text is None:
             raise responses.refuse("item", place.name)
         return text
@@ -304,12 +316,11 @@ class ConversationRoutes:
         limit = query_value(http, LIMIT, 20)
         after = query_value(http, AFTER, "")
         ascending = query_value(http, ORDER, "desc") == "asc"
-        store = require_store(self.store)
-        page = await store.run(partial(find, name=http.match_info["id"], owner=self.bodies.owner, after=after,
-                                       ascending=ascending, limit=limit))
+        page = await self._stored(partial(find, name=http.match_info["id"], owner=self.bodies.owner,
+                                          after=after, ascending=ascending, limit=limit))
         with self.bodies.holding() as holding:
             await take_room(holding, 2 * page.bytes)  # as they are stored, and with their ids
-            found = await store.run(partial(texts, places=page.rows))
+            found = await self._stored(partial(texts, places=page.rows))
             rows = [Listed(place.name, shown_item(place.name, text)) for place, text in
                     zip(page.rows, found) if text is not None]
             return await send_list(http, rows, page.more)
@@ -332,35 +343,35 @@ class ConversationRoutes:
         return kept_items(without_others(items, OTHER_ITEMS), own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
-        store = require_store(self.store)
+        require_store(self.store)
         owner = self.bodies.owner
         client = REQUEST_LOG.get().client
         values = await self.bodies.small(http)
         items = self._items(values)
         now = now_s()
         metadata = json.dumps(values.get("metadata", {}))
-        return json_response(self._body(await store.run(
+        return json_response(self._body(await self._stored(
             lambda connection: responses.create_conversation(
                 connection, owner, client, now, now + self.keep_s, metadata, items),
             adds_bytes=responses.ITEM_BYTES + len(metadata) + responses.bytes_of(items))))
 
     async def handle_conversation(self, http: web.Request) -> web.Response:
-        return json_response(self._body(await require_store(self.store).run(partial(
+        return json_response(self._body(await self._stored(partial(
             responses.conversation_named, name=http.match_info["id"], owner=self.bodies.owner))))
 
     async def handle_update(self, http: web.Request) -> web.Response:
-        store = require_store(self.store)
+        require_store(self.store)
         name = http.match_info["id"]
         owner = self.bodies.owner
         metadata = json.dumps((await self.bodies.small(http))["metadata"])
-        return json_response(self._body(await store.run(
+        return json_response(self._body(await self._stored(
             partial(responses.set_metadata, name=name, owner=owner, metadata=metadata),
             adds_bytes=len(metadata))))
 
     async def handle_forget(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         delete = partial(responses.delete_conversation, name=name, owner=self.bodies.owner)
-        await require_store(self.store).run(delete)
+        await self._stored(delete)
         self.keeper.removed()
         return json_response({"id": name, "object": "conversation.deleted", "deleted": True})
 
@@ -368,17 +379,17 @@ class ConversationRoutes:
         return await self._send_items(http, responses.items)
 
     async def handle_add(self, http: web.Request) -> web.StreamResponse:
-        store = require_store(self.store)
+        require_store(self.store)
         name = http.match_info["id"]
         owner = self.bodies.owner
         items = self._items(await self.bodies.small(http))
-        added = await store.run(
+        added = await self._stored(
             partial(responses.extend, name=name, owner=owner, items=items, expires=now_s() + self.keep_s),
             adds_bytes=responses.bytes_of(items))
         return await send_list(http, [Listed(item.name, shown_item(*item)) for item in added], False)
 
     async def handle_item(self, http: web.Request) -> web.StreamResponse:
-        place = await require_store(self.store).run(partial(
+        place = await self._stored(partial(
             responses.item_named, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.bodies.owner))
         with self.bodies.holding() as holding:
@@ -387,6 +398,6 @@ class ConversationRoutes:
 
     async def handle_drop(self, http: web.Request) -> web.Response:
         """DELETE of an item; the answer is the conversation."""
-        return json_response(self._body(await require_store(self.store).run(partial(
+        return json_response(self._body(await self._stored(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.bodies.owner))))

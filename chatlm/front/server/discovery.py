@@ -14,7 +14,7 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
 from chatlm.front.server.routes import Route
 
 if TYPE_CHECKING:
-    from chatlm.front.lazy import web
+    from aiohttp import web
     from chatlm.front.pool.models import ModelOrAdapter
 
 

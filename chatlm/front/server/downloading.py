@@ -8,6 +8,8 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
 from chatlm.common.hub.better import MEMORY_RATE
 from chatlm.common.hub.offers import (
@@ -16,7 +18,6 @@ from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory
 from chatlm.front.api.dialects.ollama import OllamaEncoder
 from chatlm.front.api.encode import Encoder, frame
-from chatlm.front.lazy import web
 from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.streams import EventStream

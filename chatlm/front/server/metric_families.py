@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.errors import ConfigError, RequestError, require_library
 from chatlm.common.messages.requests import DRAFT_SOURCES
-from chatlm.front.lazy import web
 from chatlm.front.server.metrics import histogram
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import mimetypes
 import re
 from collections.abc import Mapping
 
+from aiohttp import web
+
 from chatlm.front.api.errors import NANOCHAT
-from chatlm.front.lazy import web
 from chatlm.front.server.routes import Route
 
 

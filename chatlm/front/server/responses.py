@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from aiohttp import web
+
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.api.errors import native_error, public_error
-from chatlm.front.lazy import web
 from chatlm.front.server.inflate import READ
 from chatlm.front.server.page import POLICY, missing_page
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
 from chatlm.front.late import Late
-from chatlm.front.lazy import web
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 

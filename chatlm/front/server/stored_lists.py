@@ -7,12 +7,13 @@ import math
 import time
 from typing import Any, TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.intake.budget import BODY_S
-from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.S
                                            "X-Request-Id": REQUEST_LOG.get().id})
     response.content_length = size
     await response.prepare(http)
-    if http.method == "GET":  # not HEAD
+    if http.method != "HEAD":
         for part in joined_small(parts):
             await send_part(http, response, part)
     return response

@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, suppress
 
+from aiohttp import web
+
 from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS, PING_S
 from chatlm.common.errors import RequestError
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import Encoder
 from chatlm.front.intake.budget import BODY_S, Holding
-from chatlm.front.lazy import web
 from chatlm.front.server.inflate import encoding_of, inflated
 
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value
 from chatlm.common.jsontext import dump
@@ -16,7 +18,6 @@ from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.tool_calls import read_call, unpacked_call
-from chatlm.front.lazy import web
 from chatlm.front.server.bodies import note_ignored
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.streams import EventStream, read_bytes

@@ -9,9 +9,10 @@ from datetime import date, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.jsontext import dump
-from chatlm.front.lazy import web
 from chatlm.front.server.ledger import MOST_ROWS, Amount, UsageRow, today
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.store import usage
@@ -42,7 +43,7 @@ class UsageRoutes:
         own = client if keys else ""
         if any(key.admin for key in keys if key.name == client):
             own = None
-        found = await self.between(first, last, own)
+        found = await self.between(first, last, own, client)
         total, rows = await asyncio.to_thread(shown_rows, found)  # there may be many
         head = {"object": "usage", "from": first, "to": last, "key": own}
         if self.store:
@@ -58,10 +59,12 @@ class UsageRoutes:
         return web.Response(body=b'%s, "data": [%s]}' % (dump(head)[:-1], rows),
                             content_type="application/json")
 
-    async def between(self, first: str, last: str, own: str | None) -> list[tuple[UsageRow, Amount]]:
-        """The rows of these days, the newest first. own: of this key only."""
+    async def between(self, first: str, last: str, own: str | None,
+                      client: str) -> list[tuple[UsageRow, Amount]]:
+        """The rows of these days, the newest first. own: of this key only; client: who asks."""
         if self.store:
-            return await self.store.run(partial(read, first=first, last=last, own=own))
+            return await self.store.run(partial(read, first=first, last=last, own=own),
+                                        client=client)
         found: dict[UsageRow, Amount] = {}
         for row, amount in self.ledger.rows.items():
             if first <= row.day <= last and own in (None, row.key):

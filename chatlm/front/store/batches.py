@@ -14,6 +14,7 @@ from chatlm.front.store.file_rows import LineRow
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.store.store import Parts
 
 
 RUNNING = "validating", "in_progress"  # of a batch that goes on after a restart, as does
@@ -140,21 +141,25 @@ def set_status(connection: sqlite3.Connection, batch: BatchRow, status: str, now
                        (status, json.dumps(times), batch.id))
 
 
-def begin(connection: sqlite3.Connection, batch: BatchRow, now: int) -> bool:
+def begin(connection: sqlite3.Connection, batch: BatchRow, now: int) -> Parts[bool]:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
     source = file_rows.file_named(connection, batch.input)
-    good = connection.execute("SELECT 1 FROM lines WHERE file = ? AND problem IS NULL AND url = ? LIMIT 1",
-                              (source.id, batch.endpoint)).fetchone()
-    if good:
-        set_status(connection, batch, "in_progress", now)
-        return True
-    bad = connection.execute(
-        "SELECT number, problem, url FROM lines WHERE file = ? AND (problem IS NOT NULL OR url <> ?) "
-        "ORDER BY number LIMIT ?", (source.id, batch.endpoint, SHOWN_PROBLEMS))
-    problems = [{"code": "invalid_line", "line": number, "param": None,
-                 "message": problem or wrong_url(number, url, batch.endpoint)}
-                for number, problem, url in bad]
+    problems = list[dict]()
+    last = -1
+    while rows := connection.execute(
+            "SELECT number, problem, url FROM lines WHERE file = ? AND number > ? ORDER BY number LIMIT ?",
+            (source.id, last, SHOWN_PROBLEMS)).fetchall():
+        for number, problem, url in rows:
+            if problem is None and url == batch.endpoint:
+                set_status(connection, batch, "in_progress", now)
+                return True
+            if problem or url:  # else it is blank
+                problems.append({"code": "invalid_line", "line": number, "param": None,
+                                 "message": problem or wrong_url(number, url, batch.endpoint)})
+        del problems[SHOWN_PROBLEMS:]
+        last = rows[-1][0]
+        yield
     connection.execute("UPDATE batches SET problems = ?, failed = total WHERE id = ?",
                        (json.dumps(problems), batch.id))
     end(connection, batch, "failed", now)
@@ -173,17 +178,23 @@ class Waiting(NamedTuple):
     bytes: int   # of its text
 
 
-def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int, most: int) -> list[Waiting]:
+def waiting_lines(connection: sqlite3.Connection, batch: BatchRow, after: int,
+                  most: int) -> Parts[list[Waiting]]:
     """The first `most` requests after line `after` that have no result."""
     source, output, errors = (file_rows.file_named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
-    return [Waiting(*row) for row in connection.execute(
-        "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text) "
-        "FROM lines AS asked WHERE file = ? AND number > ? "
-        "AND (custom_id IS NOT NULL OR problem IS NOT NULL) "
-        "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
-        "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
-        "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
+    found = list[Waiting]()
+    while len(found) < most and (rows := connection.execute(
+            "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text), "
+            "(custom_id IS NOT NULL OR problem IS NOT NULL) "
+            "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
+            "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
+            "FROM lines AS asked WHERE file = ? AND number > ? ORDER BY number LIMIT ?",
+            (output, errors, source, after, file_rows.PART_LINES)).fetchall()):
+        found += [Waiting(*row) for *row, waits in rows if waits]
+        after = rows[-1][0]
+        yield
+    return found[:most]
 
 
 def line(connection: sqlite3.Connection, batch: BatchRow, number: int) -> LineRow:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, shown
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.store.store import Parts
 
 
 WRITTEN = 0
@@ -99,10 +100,16 @@ def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[LineRow]):
                        (sum(len(row.text) for row in rows), sum(row.asks for row in rows), file))
 
 
-def longest_line(connection: sqlite3.Connection, file: int) -> int:
+def longest_line(connection: sqlite3.Connection, file: int) -> Parts[int]:
     """How many bytes the longest line of a file has."""
-    return connection.execute("SELECT IFNULL(MAX(LENGTH(text)), 0) FROM lines WHERE file = ?",
-                              (file,)).fetchone()[0]
+    longest = 0
+    last = -1
+    while rows := connection.execute("SELECT LENGTH(text), number FROM lines WHERE file = ? AND number > ? "
+                                     "ORDER BY number LIMIT ?", (file, last, PART_LINES)).fetchall():
+        longest = max(longest, *(length for length, _ in rows))
+        last = rows[-1][1]
+        yield
+    return longest
 
 
 def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[bytes, int]:
@@ -120,20 +127,26 @@ def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[byte
 
 
 def list_rows(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str,
-           ascending: bool = False, more: str = "") -> Iterator[tuple]:
-    """The rows of an owner after the one called `after`. RequestError for an unknown `after`. more: a
-    condition on rows."""
-    condition = f"owner = ?{more}"
-    values = [owner]
+              limit: int, ascending: bool = False, more: str = "") -> Parts[list[tuple]]:
+    """The rows of an owner after the one called `after`: at most one more than `limit`. RequestError for an
+    unknown `after`. fields: the first is the number of a row. more: a condition on rows."""
+    place = 0 if ascending else 1 << 62
     if after:
-        place = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
-        if place is None or not owns(owner, place[1]):
+        row = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
+        if row is None or not owns(owner, row[1]):
             raise bad_value("after", after, "the id of a row of the list")
-        condition += f" AND id {'>' if ascending else '<'} ?"
-        values.append(place[0])
-    return connection.execute(
-        f"SELECT {', '.join(fields)} FROM {table} WHERE {condition} "
-        f"ORDER BY id {'ASC' if ascending else 'DESC'}", values)
+        place = row[0]
+    found = list[tuple]()
+    rows = [()]
+    while rows and len(found) <= limit:
+        rows = connection.execute(
+            f"SELECT {', '.join(fields)} FROM {table} WHERE owner = ?{more} "
+            f"AND id {'> ? ORDER BY id' if ascending else '< ? ORDER BY id DESC'} LIMIT ?",
+            (owner, place, min(PART_LINES, limit + 1 - len(found)))).fetchall()
+        found += rows
+        place = found[-1][0] if rows else place
+        yield
+    return found
 
 
 def delete(connection: sqlite3.Connection, file: File):

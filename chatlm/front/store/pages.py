@@ -7,6 +7,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.store.store import Parts
 
 
 PAGE_BYTES = 4 << 20  # a page ends before the row with which it would have more, unless that is its first
@@ -55,10 +56,11 @@ def page_of(rows: Iterable[TextPlace] | Iterable[Listed], limit: int) -> ListPag
     return ListPage(shown, False)
 
 
-def texts(connection: sqlite3.Connection, places: Iterable[TextPlace]) -> list[bytes | None]:
+def texts(connection: sqlite3.Connection, places: Iterable[TextPlace]) -> Parts[list[bytes | None]]:
     """What lies there; None where it was deleted meanwhile."""
-    found = []
+    found = list[bytes | None]()
     for place in places:
         row = connection.execute(f"SELECT body FROM {place.table} WHERE id = ?", (place.row,)).fetchone()
         found.append(row and row[0])
+        yield
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Sequence as Seq
+from contextlib import suppress
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.client_words import too_large_to_count
@@ -19,6 +20,7 @@ from chatlm.front.store.pages import ListPage, TextPlace, page_of
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.store.store import Parts
 
 
 MOST_TURNS = 10_000           # of a chain of responses
@@ -86,25 +88,28 @@ def refuse(what: str, name: str, param: str = "id") -> RequestError:
 
 # responses
 
-def keep(connection: sqlite3.Connection, new: NewResponse):
-    """Write a response, and add its items to its conversation, if that still exists."""
+def keep(connection: sqlite3.Connection, new: NewResponse) -> Parts[None]:
+    """Write a response, and add its items to its conversation, if that still exists. Nobody finds it before
+    all is there."""
     parts = [(INPUT, *item) for item in with_own_names(new.input, [item.name for item in new.output])]
     parts += [(OUTPUT, *item) for item in new.output]
     parts.append((WHOLE, new.name, new.body))
     size = bytes_of(new.input) + bytes_of(new.output) + len(new.body) + ITEM_BYTES
     row = connection.execute(
         "INSERT INTO responses (name, owner, created, expires, previous, conversation, bytes) VALUES "
-        "(?, ?, ?, ?, ?, ?, ?)", (*new[:6], size)).lastrowid
-    connection.executemany("INSERT INTO parts (response, kind, name, body) VALUES (?, ?, ?, ?)",
-                           [(row, *part) for part in parts])
-    connection.execute("INSERT INTO part_names (part, owner, name, kind) SELECT id, ?, name, kind FROM parts "
-                       "WHERE response = ? AND kind <> ?", (namer(new.owner), row, WHOLE))
+        "(?, ?, ?, ?, ?, ?, ?)", (another_name(), *new[1:6], size)).lastrowid
+    for kind, name, body in parts:
+        part = connection.execute("INSERT INTO parts (response, kind, name, body) VALUES (?, ?, ?, ?)",
+                                  (row, kind, name, body)).lastrowid
+        if kind != WHOLE:
+            connection.execute("INSERT INTO part_names (part, owner, name, kind) VALUES (?, ?, ?, ?)",
+                               (part, namer(new.owner), name, kind))
+        yield
     if new.conversation:
-        try:
+        with suppress(RequestError):  # it was deleted meanwhile
             conversation = conversation_named(connection, new.conversation, new.owner)
-        except RequestError:
-            return
-        add_items(connection, conversation, [*new.input, *new.output], new.expires)
+            yield from add_items(connection, conversation, [*new.input, *new.output], new.expires)
+    connection.execute("UPDATE responses SET name = ? WHERE id = ?", (new.name, row))
 
 
 def with_own_names(items: Seq[KeptItem], taken: Iterable[str]) -> list[KeptItem]:
@@ -211,40 +216,67 @@ def _place_in(connection: sqlite3.Connection, responses: Seq[int], own: int, nam
 # what was said before
 
 def earlier(connection: sqlite3.Connection, columns: str, previous: str, conversation: str,
-            owner: str) -> Iterator:
-    """The columns of each item up to the end of a response, or in a conversation, in order."""
+            owner: str) -> Iterator[list[tuple]]:
+    """The id and these columns of each item up to the end of a response, or in a conversation, in order: some
+    rows at a time."""
     if conversation:
         row = conversation_named(connection, conversation, owner, "conversation")
-        yield from connection.execute(
-            f"SELECT {columns} FROM items WHERE conversation = ? ORDER BY id", (row.id,))
-        return
-    for response in reversed(chain(connection, previous, owner, "previous_response_id")):
-        yield from connection.execute(
-            f"SELECT {columns} FROM parts WHERE response = ? AND kind <> ? ORDER BY id", (response, WHOLE))
+        sources = [("items", "conversation", row.id)]
+    else:
+        responses = reversed(chain(connection, previous, owner, "previous_response_id"))
+        sources = [("parts", "response", response) for response in responses]
+    for table, column, number in sources:
+        condition = f"AND kind <> {WHOLE}" if table == "parts" else ""
+        last = 0
+        while rows := connection.execute(
+                f"SELECT id, {columns} FROM {table} WHERE {column} = ? {condition} AND id > ? "
+                "ORDER BY id LIMIT ?", (number, last, PART_LINES)).fetchall():
+            last = rows[-1][0]
+            yield rows
 
 
-def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> int:
+def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> Parts[int]:
     """How many bytes `before` returns. Raises RequestError if that is more than a body may have."""
     size = 2
     columns = "LENGTH(name) + LENGTH(body)"
-    for (length,) in earlier(connection, columns, previous, conversation, owner):
-        size += length + 12
-        if size > LIMITS.body_bytes:
-            raise too_large_to_count(f"what was said before is too large: at most {LIMITS.body_bytes} bytes "
-                                     "are allowed")
+    for rows in earlier(connection, columns, previous, conversation, owner):
+        size += sum(length + 12 for _, length in rows)
+        check_size(size)
+        yield
     return size
 
 
-def before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> bytes:
+def check_size(size: int):
+    if size > LIMITS.body_bytes:
+        raise too_large_to_count(f"what was said before is too large: at most {LIMITS.body_bytes} bytes are "
+                                 "allowed")
+
+
+def before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> Parts[bytes]:
     """All items up to the end of a response, or in a conversation, as a JSON list."""
-    size_before(connection, previous, conversation, owner)  # checks again: it may have grown
-    items = earlier(connection, "name, body", previous, conversation, owner)
-    return b"[%s]" % b", ".join(with_id(name, body) for name, body in items)
+    items = list[bytes]()
+    size = 2
+    for rows in earlier(connection, "name", previous, conversation, owner):
+        table = "items" if conversation else "parts"
+        for row, name in rows:
+            found = connection.execute(f"SELECT body FROM {table} WHERE id = ?", (row,)).fetchone()
+            if found is None:  # deleted meanwhile
+                continue
+            items.append(with_id(name, found[0]))
+            size += len(items[-1]) + 2
+            check_size(size)  # it may have grown
+            yield
+    return b"[%s]" % b", ".join(items)
 
 
-def item_places(connection: sqlite3.Connection, names: Iterable[str], owner: str) -> list[TextPlace | None]:
+def item_places(connection: sqlite3.Connection, names: Iterable[str],
+                owner: str) -> Parts[list[TextPlace | None]]:
     """The place of each item of a kept response with one of these names; None where this owner has none."""
-    return [_item_place(connection, name, owner) for name in names]
+    places = list[TextPlace | None]()
+    for name in names:
+        places.append(_item_place(connection, name, owner))
+        yield
+    return places
 
 
 def _item_place(connection: sqlite3.Connection, name: str, owner: str) -> TextPlace | None:
@@ -267,14 +299,14 @@ def with_id(name: str, body: bytes) -> bytes:
 # conversations
 
 def create_conversation(connection: sqlite3.Connection, owner: str, client: str, now: int, expires: int,
-                        metadata: str, items: Seq[KeptItem]) -> ConversationRow:
+                        metadata: str, items: Seq[KeptItem]) -> Parts[ConversationRow]:
     quota.check(connection, owner, len(metadata) + bytes_of(items), client=client)
     name = f"conv_{secrets.token_hex(24)}"
     connection.execute(
         "INSERT INTO conversations (name, owner, created, expires, metadata, bytes) VALUES "
         "(?, ?, ?, ?, ?, ?)", (name, owner, now, expires, metadata, len(metadata.encode())))
     made = conversation_named(connection, name, owner)
-    add_items(connection, made, items, expires)
+    yield from add_items(connection, made, items, expires)
     return made
 
 
@@ -298,7 +330,7 @@ def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata
 
 
 def add_items(connection: sqlite3.Connection, conversation: ConversationRow, items: Seq[KeptItem],
-              expires: int) -> list[KeptItem]:
+              expires: int) -> Parts[list[KeptItem]]:
     """Add items to a conversation. Returns them as they were added: an item whose name is taken there gets
     another name."""
     added = []
@@ -309,18 +341,20 @@ def add_items(connection: sqlite3.Connection, conversation: ConversationRow, ite
             item = item._replace(name=another_name())
         connection.execute("INSERT INTO items (conversation, name, body) VALUES (?, ?, ?)",
                            (conversation.id, *item))
+        connection.execute("UPDATE conversations SET bytes = bytes + ? WHERE id = ?",
+                           (bytes_of([item]), conversation.id))
         added.append(item)
-    connection.execute("UPDATE conversations SET expires = ?, bytes = bytes + ? WHERE id = ?",
-                       (expires, bytes_of(items), conversation.id))
+        yield
+    connection.execute("UPDATE conversations SET expires = ? WHERE id = ?", (expires, conversation.id))
     return added
 
 
 def extend(connection: sqlite3.Connection, name: str, owner: str, items: Seq[KeptItem],
-           expires: int) -> list[KeptItem]:
+           expires: int) -> Parts[list[KeptItem]]:
     """Add a client's items to a conversation."""
     row = conversation_named(connection, name, owner)
     quota.check(connection, row.owner, bytes_of(items))
-    return add_items(connection, row, items, expires)
+    return (yield from add_items(connection, row, items, expires))
 
 
 def items(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,

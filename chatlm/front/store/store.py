@@ -10,18 +10,20 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
+from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar, overload
 from urllib.parse import quote
 
 from chatlm.common.config import DATABASE
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.front.store.schema import STEPS, Step
 
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Parts = Generator[None, None, T]  # work in parts, with its result
 APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
-MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
+SLICE_S = 0.02               # after which a transaction takes no further work, and long work pauses
 BUSY_S = 5.0                 # how long another program may hold the database
 BESIDE = "-wal", "-shm"      # what SQLite has beside the file while it is open
 REPLACED = "its file was removed or replaced: put it back, or restart the server"
@@ -48,17 +51,51 @@ CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a
 RESERVE_BYTES = 64 << 20
 
 
-class StoreWork(NamedTuple):
-    function: Callable[[Any], Any]
-    result: Future
-    adds_bytes: int  # of clients' texts
+class Submitted:
+    """Work that waits for its turn, or in parts for its next one."""
+
+    def __init__(self, work: Callable[[Any], Any], client: str, adds_bytes: int):
+        self.work = work
+        self.client = client
+        self.adds_bytes = adds_bytes  # of clients' texts
+        self.result: Future[Any] = Future()
+        self.parts: Generator[None, None, Any] | None = None  # of long work that has begun
+        self.has_paused = False   # parts of it are committed
+        self.is_unwanted = False  # whoever waited for it has left
+
+    def takes_turn(self) -> bool:
+        """Begin, or go on, unless nobody wants it any more."""
+        if self.parts is None:
+            return self.result.set_running_or_notify_cancel()
+        if self.is_unwanted:
+            self.parts.close()
+        return not self.is_unwanted
+
+    def advance(self, connection: sqlite3.Connection, until_s: float) -> bool:
+        """Do the work, or parts of it until that time. True: it is done, with `value`."""
+        try:
+            if self.parts is None:
+                self.value = self.work(connection)
+                if not isinstance(self.value, Generator):
+                    return True
+                self.parts = self.value
+            next(self.parts)
+            while time.monotonic() < until_s:
+                next(self.parts)
+        except StopIteration as end:
+            self.value = end.value
+            return True
+        return False
 
 
 class Store:
     """The database: one file, in WAL mode with synchronous=FULL. When `run` returns, its work survives kill
     -9 and power cuts.
 
-    One thread does all work, in the order in which it comes. Work that waits together is committed together.
+    One thread does all work. Clients take turns, and a client's work begins in the order in which it comes.
+    Work that waits together is committed together, for up to SLICE_S. Long work pauses after so long: what it
+    has done is committed, and all others that wait have their turns before it goes on.
+
     Other programs may read the file, and copy it with SQLite's .backup, at any time. Only one server at a
     time can use it.
 
@@ -70,7 +107,9 @@ class Store:
         self.path = path
         self.tables = tables
         self.absolute = path.absolute()
-        self.waiting: queue.SimpleQueue[StoreWork | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[Submitted | None] = queue.SimpleQueue()
+        self.lanes = Lanes()  # of the thread: what it has taken from `waiting`, by client
+        self.ends = False     # of the thread: nothing more comes
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self.closed = False
         self.damaged = False  # a check after the start has found damage
@@ -307,26 +346,38 @@ class Store:
             if self.damaged:
                 os.kill(os.getpid(), signal.SIGTERM)  # running answers may finish
 
-    async def run(self, function: Callable[[sqlite3.Connection], T], adds_bytes: int = 0) -> T:
-        """Run `function` in the store's thread, within a transaction, and return its result. Its changes are
-        on the disk when this returns. If it raises, they are rolled back. If this is cancelled, they may be
-        done or not.
+    @overload
+    async def run(self, work: Callable[[Any], Parts[T]], adds_bytes: int = 0, client: str = "") -> T: ...
 
-        adds_bytes: bytes of clients' texts that it adds.
+    @overload
+    async def run(self, work: Callable[[Any], T], adds_bytes: int = 0, client: str = "") -> T: ...
+
+    async def run(self, work: Callable[[Any], Any], adds_bytes: int = 0, client: str = "") -> Any:
+        """Do `work`, a function of the connection, in the store's thread and within a transaction, and return
+        its result. Its changes are on the disk when this returns. If it raises, they are rolled back. If this
+        is cancelled, they may be done or not.
+
+        Work that may take more than a few milliseconds is a generator, which yields wherever it may pause. A
+        commit is made where it does pause, so there the database must be whole: what it did before stays,
+        even if it raises later. If this is cancelled, it does not go on after that.
+
+        adds_bytes: bytes of clients' texts that it adds. client: whose turn it takes; "" is the server.
         Raises Overloaded if the database cannot be written now, as on a full disk, or if RESERVE_BYTES of the
         disk would not be left; EngineFailure if the database is damaged; RequestError for a text that it
         cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
-        result: Future[T] = Future()
-        self.waiting.put(StoreWork(function, result, adds_bytes))
+        submitted = Submitted(work, client, adds_bytes)
+        self.waiting.put(submitted)
         try:
-            return await asyncio.wrap_future(result)
+            return await asyncio.wrap_future(submitted.result)
         except self.library.Error as error:
             raise self._failure(error) from error
         except UnicodeEncodeError:
             raise RequestError("a text has half of a character (a lone surrogate)",
                                code="invalid_value") from None
+        finally:
+            submitted.is_unwanted = True
 
     def _failure(self, error: Exception) -> Exception:
         """The error that a client sees for one of SQLite's. Wrong use of SQLite is our own bug, and stays."""
@@ -339,63 +390,96 @@ class Store:
         return error
 
     def _serve(self):
-        """Run as the store's thread: commit what waits together, until None comes."""
-        ends = False
-        while not ends:
-            group = [self.waiting.get()]
-            while len(group) < MOST_TOGETHER and not self.waiting.empty():
-                group.append(self.waiting.get())
-            ends = None in group
-            works = [work for work in group if work and work.result.set_running_or_notify_cancel()]
-            if works:
-                self._commit(works)
+        """Run as the store's thread, until None comes and all work is done."""
+        while self._receive():
+            self._transact()
 
-    def _commit(self, works: list[StoreWork]):
-        """Run and commit all works together. If the transaction breaks, run each in its own.
+    def _receive(self) -> bool:
+        """Take what has come into the lanes; wait if there is nothing to do. False at the end."""
+        while not self.ends and (not self.lanes or not self.waiting.empty()):
+            submitted = self.waiting.get()
+            if submitted is None:
+                self.ends = True
+            else:
+                self.lanes.append(submitted.client, submitted)
+        return bool(self.lanes)
 
-        If no transaction can begin, for example while another program writes, all works fail at once: each
-        would wait as long again."""
+    def _transact(self):
+        """Commit what clients have waiting, in turns, as much as SLICE_S allows. If the transaction breaks,
+        do each work again in its own.
+
+        If no transaction can begin, for example while another program writes, all that waits fails at once:
+        each would wait as long again."""
+        until_s = time.monotonic() + SLICE_S
+        begun: list[Submitted] = []
         settled: list[Callable[[], None]] = []
-        self.added_bytes = 0
         try:
-            self._check_places()
-            self.connection.execute("BEGIN IMMEDIATE")
+            self._begin()
         except Exception as error:
-            for work in works:
-                work.result.set_exception(error)
+            while self.lanes:
+                submitted = self.lanes.pop()
+                if submitted.takes_turn():
+                    submitted.result.set_exception(error)
             return
         try:
-            for work in works:
-                settled.append(self._run_one(work))
+            while self.lanes and (not begun or time.monotonic() < until_s):
+                submitted = self.lanes.pop()
+                if submitted.takes_turn():
+                    begun.append(submitted)
+                    settled.append(self._advance(submitted, until_s))
             self.connection.execute("COMMIT")
         except Exception as error:
-            with suppress(self.library.Error):
-                self.connection.execute("ROLLBACK")
-            if len(works) > 1:
-                for work in works:
-                    self._commit([work])
-                return
-            settled = [partial(works[0].result.set_exception, error)]
+            self._undo()
+            settled = [self._again(submitted, error) for submitted in begun]
         for settle in settled:
             settle()
 
-    def _run_one(self, work: StoreWork) -> Callable[[], None]:
-        """Run one work within the transaction. Returns a function that sets its result, to be called after
-        the commit. Raises an error that has ended the whole transaction."""
-        if work.adds_bytes and not self._leaves_reserve(work.adds_bytes):
+    def _begin(self):
+        self.added_bytes = 0
+        self._check_places()
+        self.connection.execute("BEGIN IMMEDIATE")
+
+    def _undo(self):
+        with suppress(self.library.Error):
+            self.connection.execute("ROLLBACK")
+
+    def _again(self, submitted: Submitted, error: Exception) -> Callable[[], None]:
+        """Do a work whose transaction broke in one of its own, unless it cannot be begun again."""
+        if submitted.has_paused:
+            return partial(submitted.result.set_exception, error)
+        submitted.parts = None
+        try:
+            self._begin()
+            settle = self._advance(submitted, 0.0)
+            self.connection.execute("COMMIT")
+            return settle
+        except Exception as own_error:
+            self._undo()
+            return partial(submitted.result.set_exception, own_error)
+
+    def _advance(self, submitted: Submitted, until_s: float) -> Callable[[], None]:
+        """Do a work within the transaction, or a part of it. Returns what follows the commit: its result is
+        set, or it waits for its next turn. Raises an error that has ended the whole transaction."""
+        if submitted.adds_bytes and not submitted.parts and not self._leaves_reserve(submitted.adds_bytes):
             full = Overloaded("the disk with the server's database is almost full", retry_after_s=60)
-            return partial(work.result.set_exception, full)
+            return partial(submitted.result.set_exception, full)
         self.connection.execute("SAVEPOINT work")
         try:
-            value = work.function(self.connection)
+            is_done = submitted.advance(self.connection, until_s)
         except Exception as error:
             if not self.connection.in_transaction:
                 raise
             self.connection.execute("ROLLBACK TO work")
             self.connection.execute("RELEASE work")
-            return partial(work.result.set_exception, error)
+            return partial(submitted.result.set_exception, error)
         self.connection.execute("RELEASE work")
-        return partial(work.result.set_result, value)
+        if is_done:
+            return partial(submitted.result.set_result, submitted.value)
+        return partial(self._pause, submitted)
+
+    def _pause(self, submitted: Submitted):
+        submitted.has_paused = True
+        self.lanes.append(submitted.client, submitted)
 
     def _leaves_reserve(self, adds_bytes: int) -> bool:
         """Whether RESERVE_BYTES of the disk are left after so many more bytes. They are written twice: to the

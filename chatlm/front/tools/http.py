@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from chatlm.front.lazy import aiohttp
+import aiohttp
+
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.foreign import Unreadable
 from chatlm.front.tools.reading import (

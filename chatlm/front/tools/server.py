@@ -11,7 +11,6 @@ from functools import partial
 from chatlm.common.errors import printable
 from chatlm.common.log import log
 from chatlm.front.aio import FIRST_PAUSE_S, LONGEST_PAUSE_S, end_tasks, first_of, supervised
-from chatlm.front.lazy import aiohttp
 from chatlm.front.tools.client import Report, Tool, ToolClient, ToolList
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.http import HttpTransport, SessionLost
@@ -161,7 +160,6 @@ class ToolServer:
         if self.config.command:
             transport = await StdioTransport.start(self.config, client.hear, self.reader)
         else:
-            await asyncio.to_thread(getattr, aiohttp, "ClientSession")  # importing it takes 0.1 s
             transport = HttpTransport(self.config, client.hear, self.reader)
         client.transport = transport  # it is closed with the client, whatever happens now
         try:

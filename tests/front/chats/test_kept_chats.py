@@ -2,80 +2,13 @@
 
 import asyncio
 import random
-from contextlib import asynccontextmanager
 
 import pytest
 
+from chat_devices import OTHER, PROJECT, SPACE, Device, an_id, chat, devices, node, started
 from chatlm.common.config import ApiKey, LIMITS
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.chats import changes, reading
-from left_texts import asked_over
-
-SPACE, OTHER = "A" * 22, "B" * 22
-
-
-def started(path, *keys):
-    headers = (lambda key: {"Authorization": f"Bearer {key}"}) if keys else (
-        lambda space: {"X-Chat-Space": space} if space else {})
-    return asked_over(path, headers, *keys, annexes=ANNEXES)
-
-
-def an_id(number):
-    return f"{number:032x}"
-
-
-def chat(number, title="", **more):
-    return {"kind": "chat", "id": an_id(number), "patch": {"created": 1.0, "updated": 1.0, "title": title, **more}}
-
-
-def node(number, chat, content, parent=None, role="user", **more):
-    place = {"parent": an_id(parent)} if parent is not None else {}
-    return {"kind": "node", "id": an_id(number), "patch": {
-        "created": 2.0, "conversation": an_id(chat), "role": role, "content": content, **place, **more}}
-
-
-PROJECT = {"created": 1, "name": "Boats", "prompt": "Be brief.", "files": [{"name": "a.txt", "text": "Water"}],
-           "stores": [{"id": "vs_1", "name": "Ships"}]}
-
-
-class Device:
-    """A device of an owner, as a page is one: it has records, and changes that it has not sent yet."""
-
-    def __init__(self, ask, who):
-        self.ask, self.who = ask, who
-        self.rev = 0
-        self.records = {}
-
-    async def send(self, *made, status=200):
-        found, answer = await self.ask(self.who, "/v1/chats/changes", {"changes": list(made)})
-        assert found == status, answer
-        return answer["data"] if status == 200 else answer["error"]
-
-    async def news(self, wait=0):
-        """Read what has changed; returns its rows."""
-        rows = []
-        more = True
-        while more:
-            status, page = await self.ask(self.who, f"/v1/chats/changes?after={self.rev}&wait={wait}")
-            assert status == 200, page
-            rows += page["data"]
-            self.rev, more = page["rev"], page["has_more"]
-        for row in rows:
-            self.records[row["kind"], row["id"]] = row["record"] and (row["rev"], row["record"])
-        return rows
-
-    @property
-    def seen(self):
-        """What a reader sees: without what is deleted, and without nodes of chats that are."""
-        there = {key: found[1] for key, found in self.records.items() if found}
-        return {key: record for key, record in there.items()
-                if key[0] != "node" or ("chat", record["conversation"]) in there}
-
-
-@asynccontextmanager
-async def devices(path, count=2):
-    async with started(path / "store.db") as ask:
-        yield [Device(ask, SPACE) for _ in range(count)]
+from chatlm.front.chats import changes, records
 
 
 async def test_a_chat_is_on_every_device(tmp_path):
@@ -375,13 +308,13 @@ async def test_two_keys_may_use_one_id_and_never_see_the_other_s_project(tmp_pat
         assert "projects" not in (await ask("b" * 20, "/v1/chats/export"))[1]
         status, error = await ask("b" * 20, "/v1/chats/changes", {"changes": [
             {"kind": "project", "id": an_id(3), "patch": PROJECT | {"prompt": "x" * 16_000_000}}]})
-        assert (status, error["data"][0]["state"], error["data"][0]["error"]["param"]) == (200, "refused", "patch")
+        assert (status, error["data"][0]["state"], error["data"][0]["error"]["param"]) == (200, "refused", "prompt")
 
 
 async def test_what_an_answer_was_given_to_read_stays_with_it(tmp_path):
     """The passages below an answer, and the collections that a chat asks."""
     async with devices(tmp_path) as [phone, laptop]:
-        given = {"read": 1, "of": 4, "passages": [{"index": 1, "filename": "a.pdf"}]}
+        given = {"read": 1, "of": 4, "passages": [{"index": 1, "vector_store_id": "vs", "file_id": "file", "filename": "a.pdf", "page": None, "start": 0}]}
         await phone.send(chat(1, stores=PROJECT["stores"]), node(2, 1, "One"), node(3, 1, "Two", 2, "assistant", knowledge=given))
         await laptop.news()
         assert laptop.seen["node", an_id(3)]["knowledge"] == given
@@ -434,9 +367,9 @@ async def test_large_bodies_are_read_in_a_sandbox(tmp_path):
         made = await phone.send(chat(1), *(node(number, 1, "x" * 2000, 2 if number > 2 else None)
                                            for number in range(2, 101)), node(200, 1, "z", ids=[-1]))
         assert [row["state"] for row in made] == ["stored"] * 100 + ["refused"]
-        too_large = await phone.send(node(300, 1, "x" * (reading.RECORD_BYTES + 1)), chat(5),
-                                     node(301, 1, "x", ids=[1] * reading.DETAILS_BYTES))
-        assert [row.get("error", {}).get("param") for row in too_large] == ["patch", None, "ids"]
+        too_large = await phone.send(node(300, 1, "x" * (records.TEXT_BYTES + 1)), chat(5),
+                                     node(301, 1, "x", ids=[1] * records.DETAILS_BYTES))
+        assert [row.get("error", {}).get("param") for row in too_large] == ["content", None, "ids"]
         await laptop.news()
         assert len(laptop.seen) == 101
 

@@ -13,6 +13,7 @@ from chatlm.common.config import ApiKey, LIMITS, Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.front.annexes import ANNEXES, database_of
 from chatlm.front.chats import growing, writing
+from chatlm.front.chats.records import checked_patch
 from chatlm.front.server import recordings
 from chatlm.front.store import quota
 from fake_pool import FakePool
@@ -66,6 +67,8 @@ class Devices(Asking):
     async def node(self, who=SPACE, name=NODE):
         status, chat = await self(who, f"/v1/chats/{CHAT_ID}")
         assert status == 200, chat
+        for node in chat["nodes"]:
+            checked_patch("node", node)       # what the server writes fits, as what devices do
         return next((node for node in chat["nodes"] if node["id"] == name), None)
 
     async def until(self, says, who=SPACE):

@@ -225,7 +225,7 @@ async def test_an_empty_question_is_refused(place):
 async def test_a_database_that_cannot_be_read_now_is_said(place, monkeypatch):
     place.add(*((f"word{number} zebra", near(0.9)) for number in range(2000)))
     patch(monkeypatch, searching, "SEARCH_READ_S", 0.0)
-    with pytest.raises(Overloaded, match="cannot be searched now"):
+    with pytest.raises(Overloaded, match="too long to be searched now"):
         await place.texts("zebra")
     monkeypatch.undo()
     assert await place.texts("word77", limit=2) == ["word0 zebra", "word77 zebra"]
@@ -234,11 +234,11 @@ async def test_a_database_that_cannot_be_read_now_is_said(place, monkeypatch):
 async def test_the_whole_of_what_fits(place):
     place.add(("one two three", near(0.1)), ("four five", near(0.2)), filename="a.txt")
     place.add(("six", near(0.9)), attributes={"draft": True})
-    hits = await place.search.whole([place.store], 6)
+    hits = await place.search.whole([place.store], 6, "")
     assert [hit.text for hit in hits] == ["one two three", "four five", "six"] and hits[1].filename == "a.txt"
-    assert await place.search.whole([place.store], 5) is None
+    assert await place.search.whole([place.store], 5, "") is None
     final = Terms(filter=read_filter({"type": "ne", "key": "draft", "value": True}))
-    assert len(await place.search.whole([place.store], 5, final)) == 2
+    assert len(await place.search.whole([place.store], 5, "", final)) == 2
 
 
 def steps_of(path, work):

@@ -40,7 +40,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission, SharedAdmission
-from chatlm.front.admission.sandbox import FairLock, Sandbox, next_message
+from chatlm.front.admission.sandbox import Sandbox, next_message
 from chatlm.front.api.spoken import rows_by_path
 from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
@@ -612,22 +612,6 @@ async def test_a_refused_body_is_freed_without_collection(open_pool):
         gc.enable()
 
 
-async def test_tasks_of_clients_take_turns(open_pool):
-    turns, order = FairLock(), []
-
-    async def work(name):
-        await turns.take(name[0])
-        order.append(name)
-        await asyncio.sleep(0)
-        turns.give_back()
-
-    tasks = [asyncio.ensure_future(work(name)) for name in ("a1", "a2", "a3", "a4", "b1", "c1")]
-    await asyncio.sleep(0)
-    tasks[2].cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert order == ["a1", "a2", "b1", "c1", "a4"] and not turns.is_taken
-
-
 async def test_a_client_that_leaves_mixes_up_no_replies(open_pool):
     """It costs no process."""
     pool = await open_pool()
@@ -805,7 +789,7 @@ async def test_a_sandbox_that_dies_early_is_replaced(open_pool, started):
         )
         for _ in range(20):  # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
-        assert sandbox.turns.is_taken and (body is small or sandbox.writer.transport.get_write_buffer_size())
+        assert not sandbox.turns.free and (body is small or sandbox.writer.transport.get_write_buffer_size())
         sandbox.process.send_signal(signal.SIGKILL)
         assert answered(await task) == text
     assert len(started) == 4  # two that opening the pool has started
@@ -888,7 +872,7 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
         await sandbox.perform(
             SandboxConfig(known, chat_text, 64, 1.0, 1 << 30), "a", "check_grammar", "x", "a"
         )
-    assert len(started) == 3 and not sandbox.turns.is_taken
+    assert len(started) == 3 and sandbox.turns.free
     await sandbox.close()
 
 

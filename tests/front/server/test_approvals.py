@@ -243,9 +243,9 @@ async def test_what_is_forgotten_is_unknown():
     untils = [*range(1000, 1400)]
     rng.shuffle(untils)
     for until in untils:
-        assert await uses.begin("", str(until), Use(500, ""), until) is None
+        assert await uses.begin("a", "", str(until), Use(500, ""), until) is None
         for each in untils[: untils.index(until) + 1]:
-            assert await uses.find("", str(each)) or not uses.may_be_known(each)
+            assert await uses.find("a", "", str(each)) or not uses.may_be_known(each)
         assert len(uses.noted) <= 100
     assert uses.may_be_known(1399 + 1)
 

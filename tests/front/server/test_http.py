@@ -17,18 +17,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
+from aiohttp import web
 from chatlm.common import config, program
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted
 from chatlm.common.program import page_files
-from chatlm.front import lazy
 from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.fields import parse_fields
 from chatlm.front.api.readers import parse_openai_request
 from chatlm.front.api.reading import read_answer
-from chatlm.front.lazy import web
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.serve import announce, serve_forever
 from chatlm.front.server import access
@@ -783,7 +782,7 @@ async def test_a_client_gone_before_headers_logs_no_error(client, caplog, monkey
             yield Accepted(7)
 
     async with serving(Quick()) as url:
-        monkeypatch.setattr(lazy.web, "StreamResponse", Leaving)
+        monkeypatch.setattr(web, "StreamResponse", Leaving)
         with pytest.raises(aiohttp.ClientError):
             await ask(client, url + NATIVE, conversation())
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

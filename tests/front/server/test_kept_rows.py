@@ -25,6 +25,7 @@ from chatlm.front.store.pages import PAGE_BYTES, texts
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.schema import STEPS
 from chatlm.front.store.store import Store
+from in_parts import done
 from real_server import server
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures/store_4.sql"
@@ -66,16 +67,16 @@ async def test_pages_hold_items_in_order(tmp_path):
     new = [item(number, size) for number, size in enumerate(sizes)]
 
     def work(connection):
-        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new).name
-        other = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:3]).name     # its items have the same ids
+        name = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", new)).name
+        other = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:3])).name     # its items have the same ids
         for limit in (1, 2, 7, 100):
             for ascending in (True, False):
                 names = [each.name for each in new][::1 if ascending else -1]
                 assert walked(partial(responses.items, connection, name=name, owner="me"), limit, ascending) == names
         place = responses.item_named(connection, name, "msg_3", "me")
-        assert texts(connection, [place]) == [new[3].body] and place.bytes == len(new[3].body)
+        assert done(texts(connection, [place])) == [new[3].body] and place.bytes == len(new[3].body)
         responses.drop_item(connection, name, "msg_3", "me")
-        assert texts(connection, [place]) == [None] and "msg_3" not in walked(partial(responses.items, connection, name=name, owner="me"), 100, True)
+        assert done(texts(connection, [place])) == [None] and "msg_3" not in walked(partial(responses.items, connection, name=name, owner="me"), 100, True)
         for find, said in ((partial(responses.items, name=name, after="msg_3"), "after"), (partial(responses.items, name=name, after="msg_99"), "after"),
                            (partial(responses.items, name="conv_no", after=""), "no conversation")):
             with pytest.raises(RequestError, match=said):
@@ -98,7 +99,7 @@ async def test_input_pages_go_through_all_continued(tmp_path):
             asked = [item(f"in{turn}_{number}", 10 if turn % 4 else PAGE_BYTES // 2) for number in range(turn % 3)]
             answered = [item(f"out{turn}_{number}") for number in range(1 + turn % 2)]
             new = NewResponse(f"resp_{turn}", "me", 1, FAR, chain[-1] if chain else None, None, asked, answered, b'{"id": 1}')
-            responses.keep(connection, new)
+            done(responses.keep(connection, new))
             chain.append(new.name)
             names = said + [each.name for each in asked]
             for limit in (1, 3, 100):
@@ -113,7 +114,7 @@ async def test_input_pages_go_through_all_continued(tmp_path):
         with pytest.raises(RequestError, match=f"no response \"{chain[4]}\""):
             responses.inputs(connection, chain[-1], "me", "", True, 3)
         with pytest.raises(RequestError, match="no response"):
-            responses.before(connection, chain[-1], "", "me")
+            done(responses.before(connection, chain[-1], "", "me"))
     await store.run(work)
     await store.close()
 
@@ -123,15 +124,15 @@ async def test_earlier_items_are_measured_before_reading(tmp_path, monkeypatch):
     new = [item(number, LIMITS.body_bytes // 3) for number in range(3)]
 
     def work(connection):
-        small = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:2]).name
-        large = responses.create_conversation(connection, "me", "", 1, FAR, "{}", new).name
-        found = responses.before(connection, "", small, "me")
+        small = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", new[:2])).name
+        large = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", new)).name
+        found = done(responses.before(connection, "", small, "me"))
         assert json.loads(found) == [{"id": each.name, **json.loads(each.body)} for each in new[:2]]
-        assert len(found) <= responses.size_before(connection, "", small, "me") <= len(found) + 2
+        assert len(found) <= done(responses.size_before(connection, "", small, "me")) <= len(found) + 2
         read = []
         connection.set_trace_callback(read.append)
         with pytest.raises(RequestError, match="too large: at most 16777216 bytes are allowed"):
-            responses.size_before(connection, "", large, "me")
+            done(responses.size_before(connection, "", large, "me"))
         assert read and not [each for each in read if " body " in each.replace("LENGTH(body)", "")]
         connection.set_trace_callback(None)
     await store.run(work)
@@ -143,8 +144,8 @@ async def test_a_taken_item_id_is_replaced(tmp_path):
     store = opened(tmp_path / "a.db")
 
     def work(connection):
-        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(1), item(1)]).name
-        added = responses.extend(connection, name, "me", [item(1), item(2)], FAR)
+        name = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(1), item(1)])).name
+        added = done(responses.extend(connection, name, "me", [item(1), item(2)], FAR))
         names = walked(partial(responses.items, connection, name=name, owner="me"), 10, True)
         assert len(set(names)) == 4 and names[0] == "msg_1" and names[2:] == [each.name for each in added] and names[3] == "msg_2"
         for gone in names[::-1]:
@@ -194,10 +195,10 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
         new = [item(chance.randrange(40), chance.randrange(3000)) for _ in range(chance.randrange(4))]
         metadata = json.dumps({"é": "ü" * chance.randrange(50)}, ensure_ascii=False)
         if act == 0:
-            made = responses.create_conversation(connection, owner, "", 1, chance.choice([10, FAR]), metadata, new)
+            made = done(responses.create_conversation(connection, owner, "", 1, chance.choice([10, FAR]), metadata, new))
             mine.setdefault(("conversation", owner), []).append(made.name)
         elif act in (1, 2):
-            responses.extend(connection, some("conversation", owner), owner, new, chance.choice([10, FAR]))
+            done(responses.extend(connection, some("conversation", owner), owner, new, chance.choice([10, FAR])))
         elif act == 3:
             responses.set_metadata(connection, some("conversation", owner), owner, metadata)
         elif act == 4:
@@ -208,7 +209,7 @@ async def test_each_owner_holds_what_its_rows_take(tmp_path, seed):
             name = f"resp_{chance.getrandbits(60)}"
             mine.setdefault(("response", owner), []).append(name)
             conversation = some("conversation", owner) if act == 7 else None
-            responses.keep(connection, NewResponse(name, owner, 1, chance.choice([10, FAR]), None, conversation, new, new[:1], b'{"a": 1}'))
+            done(responses.keep(connection, NewResponse(name, owner, 1, chance.choice([10, FAR]), None, conversation, new, new[:1], b'{"a": 1}')))
         elif act == 8:
             responses.delete(connection, some("response", owner), owner)
         elif act == 9:
@@ -267,23 +268,23 @@ async def test_no_work_of_a_client_scans_a_table(tmp_path):
         file = file_rows.file_of_owner(connection, file.name, "me")
         for ascending, more in ((True, " AND state = 1"), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
             for after in ("", file.name):
-                list(file_rows.list_rows(connection, "files", file_rows.File._fields, "me", after, ascending, more))
-        file_rows.content(connection, file.id, 0), file_rows.longest_line(connection, file.id)
+                done(file_rows.list_rows(connection, "files", file_rows.File._fields, "me", after, 10, ascending, more))
+        file_rows.content(connection, file.id, 0), done(file_rows.longest_line(connection, file.id))
         batch = batches.create(connection, "me", "", file, "/v1/completions", "24h", 1, FAR, None, None)
-        list(file_rows.list_rows(connection, "batches", batches.BatchRow._fields, "me", batch.name))
-        batches.unfinished(connection), batches.unfinished_of(connection, "me", ""), batches.reads(connection, file), batches.begin(connection, batch, 1)
-        batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
+        done(file_rows.list_rows(connection, "batches", batches.BatchRow._fields, "me", batch.name, 10))
+        batches.unfinished(connection), batches.unfinished_of(connection, "me", ""), batches.reads(connection, file), done(batches.begin(connection, batch, 1))
+        batches.shown_batch(connection, batch), done(batches.waiting_lines(connection, batch, 0, 200)), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
-        name = responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(0), item(1)]).name
-        responses.extend(connection, name, "me", [item(2)], FAR), responses.set_metadata(connection, name, "me", "{}")
-        responses.keep(connection, NewResponse("resp_0", "me", 1, FAR, None, None, [item(3)], [item(4)], b'{"a": 1}'))
-        responses.keep(connection, NewResponse("resp_1", "me", 1, FAR, "resp_0", name, [item(3)], [item(5)], b'{"a": 1}'))
+        name = done(responses.create_conversation(connection, "me", "", 1, FAR, "{}", [item(0), item(1)])).name
+        done(responses.extend(connection, name, "me", [item(2)], FAR)), responses.set_metadata(connection, name, "me", "{}")
+        done(responses.keep(connection, NewResponse("resp_0", "me", 1, FAR, None, None, [item(3)], [item(4)], b'{"a": 1}')))
+        done(responses.keep(connection, NewResponse("resp_1", "me", 1, FAR, "resp_0", name, [item(3)], [item(5)], b'{"a": 1}')))
         for ascending in (True, False):
             for after in ("", "msg_1"):
-                texts(connection, responses.items(connection, name, "me", after, ascending, 5).rows)
+                done(texts(connection, responses.items(connection, name, "me", after, ascending, 5).rows))
             for after in ("", "msg_4"):
-                texts(connection, responses.inputs(connection, "resp_1", "me", after, ascending, 5).rows)
-        responses.before(connection, "resp_1", "", "me"), responses.before(connection, "", name, "me"), responses.whole_of(connection, "resp_1", "me")
+                done(texts(connection, responses.inputs(connection, "resp_1", "me", after, ascending, 5).rows))
+        done(responses.before(connection, "resp_1", "", "me")), done(responses.before(connection, "", name, "me")), responses.whole_of(connection, "resp_1", "me")
         responses.drop_item(connection, name, "msg_1", "me"), responses.delete(connection, "resp_1", "me"), responses.delete_conversation(connection, name, "me")
         file_rows.delete(connection, file), quota.check(connection, "me", 1)
         responses.forget(connection, FAR + 1), batches.forget(connection, FAR, 5, [7])

@@ -219,10 +219,10 @@ async def test_usage_the_database_refuses_comes_later(tmp_path, monkeypatch):
     refusals = [Overloaded("the disk is full")] * 3
 
     class Full(Store):
-        async def run(self, function):
+        async def run(self, function, *more, **named):
             if refusals and getattr(function, "func", None) is usage_writer.write:
                 raise refusals.pop()
-            return await super().run(function)
+            return await super().run(function, *more, **named)
 
     store = Full(tmp_path / "store.db")
     store.open()
@@ -236,7 +236,7 @@ async def test_usage_the_database_refuses_comes_later(tmp_path, monkeypatch):
     while refusals:
         await asyncio.sleep(0.001)
     await book.close()
-    [(row, amount)] = await UsageRoutes(book, store).between("2000-01-01", "3000-01-01", None)
+    [(row, amount)] = await UsageRoutes(book, store).between("2000-01-01", "3000-01-01", None, "a")
     await store.close()
     assert row == UsageRow(ledger.today(), "", "m?", False) and amount == Amount(5, 5, 0, 10)
 
@@ -289,6 +289,7 @@ WRONG_KEYS = [
     (["bob: SECRET models=,"], "models= must be"),
     *((["bob: SECRET owner=" + owner], OWNER) for owner in ("", "a b", "-a", "a/b", "ä", "x" * 65, "a'b")),
     *(([f"{name}: SECRET"], UNSEEN) for name in ("a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil")),
+    (["--knowledge: SECRET"], "the key's name, --knowledge, is what"),
     (["bob: SECRET tokens-per-day=5", "bob: b"], 'the key\'s name, "bob", is also that of --api-key-file'),
     (["bob: SECRET models=x,y", "carol: c", "bob: b models=x"], "another models="),
     (["bob: SECRET role=admin", "bob: b"], "another role="),

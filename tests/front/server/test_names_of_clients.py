@@ -13,6 +13,7 @@ from chatlm.front.store import store as stores
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.schema import NAMES, STEPS
 from chatlm.front.store.store import Store
+from in_parts import done
 
 ID = "mcpr_chosen"
 COUNT = 3000
@@ -33,7 +34,7 @@ def response(number, owner="mallory", items=(), previous=None):
 
 
 async def kept(store, new):
-    await store.run(lambda connection: [responses.keep(connection, each) for each in new])
+    await store.run(lambda connection: [done(responses.keep(connection, each)) for each in new])
 
 
 async def costs(store, function, **values):
@@ -42,7 +43,7 @@ async def costs(store, function, **values):
         steps = []
         connection.set_progress_handler(lambda: steps.append(1) and None, 1000)
         try:
-            return function(connection, **values), len(steps)
+            return done(function(connection, **values)), len(steps)
         except RequestError as error:
             return error, len(steps)
         finally:
@@ -130,7 +131,7 @@ async def test_a_list_passes_over_no_files_that_it_does_not_show(store, chosen, 
 
     def rows(connection):
         more = f" AND state = 1{chosen}"
-        return len(list(file_rows.list_rows(connection, "files", ["id"], "mallory", "", more=more)))
+        return len(done(file_rows.list_rows(connection, "files", ["id"], "mallory", "", 10_000, more=more)))
     await store.run(fill)
     assert await costs(store, rows) == (count, 0)
 

@@ -83,7 +83,7 @@ def test_an_error_has_the_shape_of_its_api(path, names):
 def test_an_answer_and_its_pages_have_an_owner():
     number, alone, together = "0" * 32, Settings(keys=KEYS), Settings(keys=KEYS, share_prefixes=True)
     assert [Owners(Settings()).of_answer(name, "192.0.2.7") for name in (number, "mine")] == ["", "192.0.2.7"]
-    assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["alice"] * 2
+    assert [Owners(alone).of_answer(name, "alice") for name in (number, "mine")] == ["key alice"] * 2
     assert [Owners(settings).of_pages("alice") for settings in (Settings(), together)] == ["", ""]
     names = [Owners(replace(alone, keys=keys)).of_pages(name) for keys, name in (
         (KEYS, "alice"), (KEYS, "bob"), ((ApiKey.hashed("another", "alice"),), "alice"),

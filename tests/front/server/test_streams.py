@@ -11,14 +11,15 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
+from aiohttp import web
+
 from chatlm.common import config
-from chatlm.common.config import LIMITS, Settings, read_api_keys
+from chatlm.common.config import LIMITS, ApiKey, Settings, read_api_keys
 from chatlm.common.errors import Overloaded
 from chatlm.front.api.dialects.messages import MessagesEncoder
 from chatlm.front.api.dialects.native import NativeEncoder
 from chatlm.front.api.dialects.openai import OpenAIEncoder
 from chatlm.front.api.dialects.responses import ResponsesEncoder
-from chatlm.front.lazy import web
 from chatlm.front.server import recordings as server_recordings
 from chatlm.front.server.access import Access
 from chatlm.front.server.recordings import Recording, Recordings
@@ -218,11 +219,16 @@ async def test_a_position_that_is_none_is_400(client, front, query, headers):
     assert again.status == 400 and (await again.json())["error"]["code"] == "invalid_value"
 
 
-async def test_only_its_own_key_reads_a_stream(client):
+@pytest.mark.parametrize("keys", [
+    read_api_keys(("key-a", "key-b"), None),
+    (ApiKey.hashed("key-a", "a", owner="team"), ApiKey.hashed("key-b", "owner team")),
+    (ApiKey.hashed("key-a", "a", owner="team"), ApiKey.hashed("key-b", "team")),
+    (ApiKey.hashed("key-a", "team"), ApiKey.hashed("key-b", "b", owner="team")),
+    (ApiKey.hashed("key-a", "owner team"), ApiKey.hashed("key-b", "b", owner="team"))])
+async def test_only_its_own_key_reads_a_stream(client, keys):
     """Nobody else stops it either."""
     pool = FakePool(WORDS)
     pool.gate = Turnstile()
-    keys = read_api_keys(("key-a", "key-b"), None)
     a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
     async with serving(pool, Settings(keys=keys)) as url:
         response = await client.post(url + NATIVE, json=RESUMABLE, headers=a)
