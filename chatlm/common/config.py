@@ -660,7 +660,8 @@ def read_key_line(line: str, place: str, number: int) -> ApiKey:
     if not name.isprintable():
         raise ConfigError(f"{place}: the key's name has characters that cannot be shown")
     if name == FOLDERS_CLIENT:
-        raise ConfigError(f"{place}: the key's name, {name}, is what the ledger calls the folders of that flag")
+        raise ConfigError(f"{place}: the key's name, {name}, is what the ledger calls the folders of "
+                          "that flag")
     values: dict[str, Any] = {}
     for field_name, text in zip(parts[::2], parts[1::2]):
         if field_name not in KEY_FIELDS:

@@ -17,6 +17,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.front.knowledge.tables import TOTALS, make_words, words_table
 from chatlm.front.store import file_rows
 from chatlm.front.store.file_rows import owns
+from chatlm.front.store.gone import place_of_gone
 
 if TYPE_CHECKING:
     import sqlite3
@@ -203,12 +204,8 @@ def stores_of_owner(connection: sqlite3.Connection, owner: str, after: str, befo
     values: list[Any] = []
     for param, name, later in ("after", after, ascending), ("before", before, not ascending):
         if name:
-            try:
-                number = store_of_owner(connection, name, owner).number
-            except RequestError:
-                raise bad_value(param, name, "the id of a row of the list") from None
             place += f" AND number {'>' if later else '<'} ?"
-            values.append(number)
+            values.append(store_place(connection, name, owner, param))
     direction = order(ascending, before, after)
     own = connection.execute(f"{STORE} WHERE owner = ? AND deleted = 0{place} ORDER BY number {direction}",
                              [owner, *values])
@@ -220,6 +217,16 @@ def stores_of_owner(connection: sqlite3.Connection, owner: str, after: str, befo
     return map(VectorStore._make, heapq.merge(own, followed, key=itemgetter(0), reverse=backwards))
 
 
+def store_place(connection: sqlite3.Connection, name: str, owner: str, param: str) -> int:
+    """Where a store is in the list of its owner, or was. Raises RequestError if it is not known."""
+    with suppress(RequestError):
+        return store_of_owner(connection, name, owner).number
+    found = place_of_gone(connection, "stores", name)
+    if found is None or not owns(owner, found[1]):
+        raise bad_value(param, name, "the id of a row of the list")
+    return found[0]
+
+
 def order(ascending: bool, before: str, after: str) -> str:
     """The direction in which rows are read. A page in front of `before` alone ends at it, so it is read
     backwards."""
@@ -227,11 +234,11 @@ def order(ascending: bool, before: str, after: str) -> str:
     return "ASC" if forwards else "DESC"
 
 
-def number_of(connection: sqlite3.Connection, table: str, column: str, name: str, condition: str,
-              value: Any, param: str) -> int:
-    """The number of a row of a list. Raises RequestError if it is none."""
-    row = connection.execute(f"SELECT number FROM {table} WHERE {column} = ? AND {condition} AND deleted = 0",
-                             (name, value)).fetchone()
+def file_place(connection: sqlite3.Connection, store: VectorStore, name: str, param: str) -> int:
+    """Where a file is in the list of its store, or was. Raises RequestError if it is not known."""
+    row = (connection.execute("SELECT number FROM knowledge_files WHERE file = ? AND store = ? "
+                              "AND deleted = 0", (name, store.number)).fetchone()
+           or place_of_gone(connection, f"store {store.number}", name))
     if row is None:
         raise bad_value(param, name, "the id of a row of the list")
     return row[0]
@@ -384,9 +391,8 @@ def files_of_store(connection: sqlite3.Connection, store: VectorStore, after: st
         values = [batch]
     for param, name, later in ("after", after, ascending), ("before", before, not ascending):
         if name:
-            number = number_of(connection, "knowledge_files", "file", name, "store = ?", store.number, param)
             condition += f" AND {place} {'>' if later else '<'} ?"
-            values.append(number)
+            values.append(file_place(connection, store, name, param))
     if status:
         condition += " AND f.status = ?"
         values.append(status)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chatlm.front.store.gone import noting
 from chatlm.front.store.schema import Step, counted
 
 if TYPE_CHECKING:
@@ -248,6 +249,11 @@ BEGIN {changes("NEW", "OLD")} END;
 DELETE FROM knowledge_batches
     WHERE NOT EXISTS (SELECT 1 FROM knowledge_batch_files WHERE batch = knowledge_batches.number);
 UPDATE knowledge_files SET tokens = characters / 16 WHERE deleted = 0 AND tokens < characters / 16;
+{noting("knowledge_stores", "UPDATE OF deleted ON knowledge_stores WHEN NEW.deleted > OLD.deleted",
+        "'stores'", "OLD.id", "OLD.number")}
+{noting("knowledge_files", "UPDATE OF deleted ON knowledge_files WHEN NEW.deleted > OLD.deleted",
+        "'store ' || OLD.store", "OLD.file", "OLD.number",
+        "FROM knowledge_stores WHERE number = OLD.store AND deleted = 0")}
 """
 # Only the end may be changed once a release has had it
 KNOWLEDGE: Seq[Step] = (STORES, TRIGGERS, counted("knowledge_stores", HELD), FOLDERS, ALL, HOMELESS, SEARCHED,

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, shown
+from chatlm.front.store.gone import place_of_gone
 
 if TYPE_CHECKING:
     import sqlite3
@@ -132,7 +133,8 @@ def list_rows(connection: sqlite3.Connection, table: str, fields: Seq[str], owne
     unknown `after`. fields: the first is the number of a row. more: a condition on rows."""
     place = 0 if ascending else 1 << 62
     if after:
-        row = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
+        row = (connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
+               or place_of_gone(connection, table, after))
         if row is None or not owns(owner, row[1]):
             raise bad_value("after", after, "the id of a row of the list")
         place = row[0]

@@ -16,6 +16,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.store import quota
 from chatlm.front.store.file_rows import PART_BYTES, PART_LINES, owns
+from chatlm.front.store.gone import forget_gone, place_of_gone
 from chatlm.front.store.pages import ListPage, TextPlace, page_of
 
 if TYPE_CHECKING:
@@ -364,10 +365,12 @@ def items(connection: sqlite3.Connection, name: str, owner: str, after: str, asc
     condition = ""
     begin = ()
     if after:
-        begin = connection.execute("SELECT id FROM items WHERE conversation = ? AND name = ?",
-                                   (row.id, after)).fetchone()
-        if begin is None:
+        found = (connection.execute("SELECT id FROM items WHERE conversation = ? AND name = ?",
+                                    (row.id, after)).fetchone()
+                 or place_of_gone(connection, f"items {row.id}", after))
+        if found is None:
             raise bad_value("after", after, "the id of a row of the list")
+        begin = found[:1]
         condition = "AND id > ?" if ascending else "AND id < ?"
     order = "ASC" if ascending else "DESC"
     rows = connection.execute(
@@ -410,7 +413,7 @@ def forget(connection: sqlite3.Connection, now: int) -> bool:
             f"UPDATE {table} SET deleted = 1 WHERE id IN (SELECT id FROM {table} WHERE deleted = 0 AND "
             "expires < ? LIMIT ?)", (now, PART_LINES))
         more = more or marked.rowcount == PART_LINES
-    return more
+    return forget_gone(connection, now, PART_LINES) or more
 
 
 def purge(connection: sqlite3.Connection) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from chatlm.front.store.gone import GONE, noting
 from chatlm.front.store.migrate import move_kept, name_kept
 
 FILES = """
@@ -197,6 +198,12 @@ CREATE TABLE spaces (
 ) WITHOUT ROWID;
 CREATE INDEX spaces_of_client ON spaces (client, owner);
 """
+# A conversation that is deleted takes its items with it: nobody lists them
+LISTED = "".join((
+    noting("files", "UPDATE OF state ON files WHEN NEW.state = 2", "'files'", "OLD.name", "OLD.id"),
+    noting("batches", "DELETE ON batches", "'batches'", "OLD.name", "OLD.id"),
+    noting("items", "DELETE ON items", "'items ' || OLD.conversation", "OLD.name", "OLD.id",
+           "FROM conversations WHERE id = OLD.conversation AND deleted = 0")))
 # What a row counts for its owner, besides the rows that belong to it
 HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
@@ -232,4 +239,4 @@ Step = str | Callable[[Any], bool]
 # Only the end may be changed once a release has had it. The tables of annexes have steps of their own
 STEPS: tuple[Step, ...] = (
     FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS,
-    MAKERS_AND_SPACES)
+    MAKERS_AND_SPACES, GONE + LISTED)
