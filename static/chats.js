@@ -308,9 +308,16 @@ function showImport(chats, name) {
     row.append(element("label", {className: "check"}, box, element("span", {textContent: TEXT.replace(size(twin.count, twin.chat.updated))})));
     return row;
   });
-  const leftOut = chats.reduce((count, chat) => count + chat.leftOut, 0);
+  const leftOut = Foreign.sumOf(chats.map(chat => chat.leftOut)), models = modelsOf(chats);
   return Page.confirmed(TEXT.importTitle(name), [element("p", {textContent: TEXT.brings(chats.length, countMessages(chats))}),
-    ...(leftOut ? [element("p", {textContent: TEXT.leavesOut(leftOut)})] : []), element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
+    ...(Object.keys(leftOut).length ? [element("p", {textContent: TEXT.leavesOut(TEXT.namedKinds(leftOut))})] : []), ...(models ? [element("p", {textContent: TEXT.answeredBy(models)})] : []),
+    element("ul", {className: "imports"}, ...rows)], TEXT.leaveIt, TEXT.import);
+}
+
+// The models that wrote the answers of chats, if one of them is not served here.
+function modelsOf(chats) {
+  const names = [...new Set(chats.flatMap(({nodes}) => nodes.map(({model}) => model)))].filter(Boolean), served = Server.models.flatMap(({id, aliases = []}) => [id, ...aliases]);
+  return names.every(name => served.includes(name)) ? "" : names.slice(0, 10).join(", ") + (names.length > 10 ? ", …" : "");
 }
 
 async function exportChats(chats, prompts = [], projects = [], title = "") {
@@ -383,7 +390,8 @@ async function exportPage() {
 async function importFile(file) {
   try {
     const texts = await textsOf(file), chats = [];
-    for (const {name, text} of texts) chats.push(...await Tree.importIn(text, name));
+    for (const {name, text} of texts) chats.push(...await Tree.importIn(text, name, texts.length > 1));
+    if (!chats.length) throw new Error(TEXT.notAChat(file.name));
     for (const each of chats) each.twin = await twinOf(each);
     if (!await showImport(chats, file.name)) return;
     for (const {text} of texts) Projects.take(text, chats);
@@ -454,12 +462,12 @@ async function takeOverOldChat() {
 Parts.register({
   strings: {
     notJson: name => `${name} is not a conversation: it is not valid JSON.`,
-    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT, Open WebUI or llama-server.`,
+    notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", with a list "messages" of {role, content}, or an export of ChatGPT, Claude, Open WebUI or llama-server.`,
     badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or text.`,
     sameIds: name => `${name} is not a conversation: two messages have the same id.`,
     messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",
     brings: (chats, messages) => `It contains ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
-    leavesOut: count => `${plural(count, "attachment", "attachments")} cannot be kept: audio, video, or damaged.`,
+    leavesOut: what => `Left out, because there is no place for it here: ${what}.`, answeredBy: names => `The answers are of ${names}. The chats go on with a model of this server.`,
     unreadable: name => `${name} cannot be read. It may be too large.`,
     replace: what => `Replace the existing chat (${what})`,
     imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,

@@ -76,5 +76,9 @@ function sound(kind, values) {
 const shared = (kind, values) => Object.fromEntries(Object.entries(ALL[kind])
   .filter(([name, check]) => values[name] !== undefined && values[name] !== null && check(values[name])).map(([name]) => [name, values[name]]));
 
-return Object.freeze({isText, isObject, isPicture, isTiming, fitting, sound, shared});
+// How many of these fields have a value that does not fit. Of timings, parameters and calculations, what fits is taken all the same (tree.js).
+const misfits = (kind, values) => Object.entries(ALL[kind]).filter(([name, check]) => !["timings", "parameters", "calculator"].includes(name) &&
+  values[name] !== undefined && values[name] !== null && !check(values[name])).length;
+
+return Object.freeze({isText, isObject, isPicture, isTiming, fitting, sound, shared, misfits});
 })();

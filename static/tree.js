@@ -241,7 +241,7 @@ function exportOf(conversations, nodesOf, prompts = [], projects = []) {
       nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...Fields.shared("nodes", node)}))}))};
 }
 
-// A file's chats as [{conversation, nodes, leftOut: how many attachments have no place here}] with new ids, so that nothing is
+// A file's chats as [{conversation, nodes, leftOut: by kind, how much has no place here}] with new ids, so that nothing is
 // replaced. Throws an Error with the reason.
 function importOf(text, name = "The file") {
   return withMessages(chatsIn(text, name).map((chat, i) => importedChat(chat, name, i)), name);
@@ -249,9 +249,10 @@ function importOf(text, name = "The file") {
 
 const SLICE_MS = 30;              // of converting chats, before the page gets a frame
 
-// The same, while the page goes on.
-async function importIn(text, name) {
+// The same, while the page goes on. `mayLack`: the file is one of several, and may have no chats.
+async function importIn(text, name, mayLack = false) {
   const chats = [];
+  if (mayLack && /^\s*(?:\[\s*\]\s*)?$/.test(text)) return chats;
   let begun = performance.now();
   for (const [i, chat] of chatsIn(text, name).entries()) {
     chats.push(importedChat(chat, name, i));
@@ -259,7 +260,7 @@ async function importIn(text, name) {
     await new Promise(requestAnimationFrame);
     begun = performance.now();
   }
-  return withMessages(chats, name);
+  return mayLack ? chats.filter(({nodes}) => nodes.length) : withMessages(chats, name);
 }
 
 function withMessages(chats, name) {
@@ -282,10 +283,12 @@ function chatsIn(text, name) {
 }
 
 function importedChat(chat, name, index) {
-  const own = Foreign.ownOf(chat, name, index) ?? chat;
+  const foreign = Foreign.ownOf(chat, name, index), own = foreign ?? chat;
   if (!Array.isArray(own?.nodes ?? own?.messages)) throw new Error(TEXT.notAChat(name));
-  return {...own.nodes ? importedTree(own, name, index) : importedList(own, name), leftOut: own.leftOut ?? 0};
+  const read = own.nodes ? importedTree(own, name, index) : importedList(own, name);
+  return {...read, leftOut: foreign ? foreign.leftOut ?? {} : Foreign.sumOf((own.nodes ?? own.messages).map(node => ({damaged: Fields.misfits("nodes", node)})))};
 }
+
 
 function importedTree(chat, name, index) {
   const conversation = newConversation(checkedChat(chat));

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -654,19 +655,90 @@ def test_chatgpt_s_export_comes_with_its_branches(page, stand_in, tmp_path):
     expect_answered(page, 2)
 
 
+def import_dialog(page, path):
+    page.locator("#import-file").set_input_files(path)
+    return page.get_by_role("dialog")
+
+
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+CITED = "Corn is ground.\ue200cite\ue202turn0search1\ue201 Twice.\ue200cite\ue202turn0search2\ue201 Thrice.【4†source】"
+
+
+def test_the_import_of_chatgpt_says_what_it_leaves_out(page, stand_in, tmp_path):
+    """Canvases, pictures, files, calls, and marks of sources without a link; a question that is only a picture stays one."""
+    picture = {"content_type": "image_asset_pointer", "asset_pointer": "file-service://file-1", "width": 5}
+    mapping = {"q": (None, said_by("user", content={"content_type": "multimodal_text", "parts": [picture]}, metadata={"attachments": [{"name": "a.png", "mime_type": "image/png"}, {"name": "b.pdf", "mime_type": "application/pdf"}]})),
+               "a": ("q", said_by("assistant", CITED, metadata={"model_slug": "gpt-5", "content_references": [{"matched_text": "\ue200cite\ue202turn0search1\ue201", "alt": "([Mills](https://example.org))"}, {"matched_text": " ", "alt": None}, 5]})),
+               "made": ("a", said_by("assistant", recipient="canmore.create_textdoc", content={"content_type": "code", "text": '{"name": "x"}'})),
+               "changed": ("made", said_by("assistant", recipient="canmore.update_textdoc")), "called": ("changed", said_by("assistant", "run()", recipient="python"))}
+    chat = {"title": "Mills", "create_time": 1700000000, "current_node": "called", "mapping": {id: {"parent": parent, "message": message} for id, (parent, message) in mapping.items()}}
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        archive.writestr("conversations-000.json", "[]")
+        archive.writestr("conversations-001.json", json.dumps([chat]))
+        archive.writestr("conversations-002.json", "")
+    open_page(page, stand_in.url)
+    dialog = import_dialog(page, tmp_path / "export.zip")
+    expect(dialog).to_contain_text("1 picture, 1 file, 1 canvas, 2 marks of sources, 1 call of a tool.")
+    expect(dialog).to_contain_text("The answers are of gpt-5.")
+    button(dialog, "Import").click()
+    expect(said(questions(page))).to_have_text(["(1 picture, 1 file)"])
+    expect(said(answers(page))).to_have_text("Corn is ground.(Mills) Twice. Thrice.")
+    assert page.evaluate("Chat.lastNode().content") == "Corn is ground.([Mills](https://example.org)) Twice. Thrice."
+
+
+def test_an_export_of_claude_can_be_imported(page, stand_in, tmp_path):
+    asked = {"uuid": "q", "sender": "human", "text": "Look", "content": [{"type": "text", "text": "Look"}], "created_at": "2026-01-02T03:04:05.5+00:00", "parent_message_uuid": "00000000-0000-4000-8000-000000000000",
+             "attachments": [{"file_name": "a.txt", "extracted_content": "one\ntwo"}, {"file_name": "b.docx"}], "files": [{"file_name": "c.png"}]}
+    said_then = {"uuid": "a", "sender": "assistant", "text": "", "created_at": "2026-01-02T03:04:06Z", "parent_message_uuid": "q", "content": [
+        {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Two lines.", "citations": [{"url": "https://example.org"}]},
+        {"type": "tool_use", "name": "artifacts", "input": {"command": "create", "content": "x"}}, {"type": "tool_use", "name": "artifacts", "input": {"command": "update"}},
+        {"type": "tool_use", "name": "web_search", "input": {}}, {"type": "tool_result", "content": []}, 5]}
+    other = said_then | {"uuid": "b", "created_at": "2026-01-02T03:04:07Z", "content": [{"type": "text", "text": "Others."}]}
+    plain = {"uuid": "z", "name": "", "created_at": "2026-02-02T00:00:00Z", "chat_messages": [{"uuid": "1", "sender": "human", "text": "old form"}, {"uuid": "2", "sender": "assistant", "text": "Yes."}]}
+    chat = {"uuid": "x", "name": "Lines", "created_at": "2026-01-02T03:04:05Z", "updated_at": "2026-01-02T03:05:00Z", "chat_messages": [asked, said_then, other], "current_leaf_message_uuid": "a"}
+    (tmp_path / "conversations.json").write_text(json.dumps([chat, plain, {"uuid": "e", "name": "empty", "chat_messages": []}]))
+    open_page(page, stand_in.url)
+    dialog = import_dialog(page, tmp_path / "conversations.json")
+    expect(dialog).to_contain_text("It contains 2 chats with 5 messages.")
+    expect(dialog).to_contain_text("1 picture, 1 file, 1 canvas, 1 mark of a source, 1 call of a tool.")
+    button(dialog, "Import").click()
+    chats(page).filter(has_text="Lines").click()
+    expect(questions(page)).to_contain_text("a.txt")
+    expect(said(answers(page))).to_have_text("Two lines.")
+    expect(answers(page)).to_contain_text("1/2")
+    assert page.evaluate("(({created, reasoning}) => [created, reasoning])(Chat.lastNode())") == [1767323046000, "Hm."]
+    assert page.evaluate("Tree.partsOf(Chat.path[0])") == {"text": "Look", "files": [{"name": "a.txt", "text": "one\ntwo"}]}
+    chats(page).filter(has_text="old form").click()
+    expect(said(answers(page))).to_have_text("Yes.")
+
+
+def test_our_own_file_with_damaged_values_says_so(page, stand_in, tmp_path):
+    nodes = [{"id": "a", "parent": None, "role": "user", "content": "q", "created": 1, "pictures": [{"name": 5}]}, {"id": "b", "parent": "a", "role": "assistant", "content": "x", "created": 2, "model": "far-away", "ids": "7", "note": {}}]
+    (tmp_path / "mine.json").write_text(json.dumps({"format": "chat_server chats", "version": 2, "conversations": [{"title": "t", "created": 1, "updated": 2, "leaf": "b", "leftOut": {"pictures": 99}, "nodes": nodes}]}))
+    open_page(page, stand_in.url)
+    dialog = import_dialog(page, tmp_path / "mine.json")
+    expect(dialog).to_contain_text("for it here: 3 damaged values.")
+    expect(dialog).to_contain_text("The answers are of far-away.")
+
+
 def test_an_export_of_open_webui_can_be_imported(page, stand_in, tmp_path):
     thoughts = '<details type="reasoning" done="true" duration="2">\n<summary>Thought for 2 seconds</summary>\n> Two\n> lines.\n</details>\n'
     messages = {"a": {"id": "a", "parentId": None, "role": "user", "content": "hello", "timestamp": 1700000000},
                 "b": {"id": "b", "parentId": "a", "role": "assistant", "content": thoughts + "Hi.", "model": "llama3.2:1b", "timestamp": 1700000001},
-                "c": {"id": "c", "parentId": "a", "role": "assistant", "content": "Good day.", "model": "qwen3", "timestamp": 1700000002}}
+                "c": {"id": "c", "parentId": "a", "role": "assistant", "content": "Good day.", "model": "qwen3", "timestamp": 1700000002, "sources": [{"source": {"name": "x"}}]},
+                "d": {"id": "d", "parentId": "c", "role": "user", "content": "", "timestamp": 1700000003, "files": [
+                    {"type": "image", "url": PIXEL}, {"type": "file", "name": "n.txt", "file": {"data": {"content": "words"}}}, {"type": "image", "url": "/api/v1/files/1/content"}, {"type": "collection", "name": "all"}]}}
     chat = {"id": "x", "title": "Greetings", "created_at": 1700000000, "updated_at": 1700000009, "pinned": True,
             "chat": {"params": {"system": "Be kind."}, "history": {"messages": messages, "currentId": "b"}, "messages": []}}
     bare = {"chat": {"title": "In a row", "timestamp": 1700000000123, "messages": [{"id": "1", "role": "user", "content": "one"}, {"id": "2", "role": "assistant", "content": "two"}]}}
     (tmp_path / "export.json").write_text(json.dumps([chat, bare]))
     open_page(page, stand_in.url)
-    imported(page, tmp_path / "export.json")
-    expect(page.get_by_role("log").get_by_text("Imported 2 chats with 5 messages")).to_be_visible()
+    dialog = import_dialog(page, tmp_path / "export.json")
+    expect(dialog).to_contain_text("1 picture, 1 file, 1 mark of a source.")
+    button(dialog, "Import").click()
+    expect(page.get_by_role("log").get_by_text("Imported 2 chats with 6 messages")).to_be_visible()
     expect(said(answers(page))).to_have_text("Hi.")
+    assert page.evaluate("[...Chat.nodes.values()].filter(({pictures}) => pictures).map(Tree.partsOf)") == [{"text": "", "files": [{"name": "picture", "picture": PIXEL}, {"name": "n.txt", "text": "words"}]}]
     expect(answers(page)).to_contain_text("1/2")
     assert page.evaluate("(({reasoning, model}) => [reasoning, model])(Chat.lastNode())") == ["Two\nlines.", "llama3.2:1b"]
     assert page.evaluate("(({system, pinned, created}) => [system, pinned, created])(Chat.current)") == ["Be kind.", True, 1700000000000]

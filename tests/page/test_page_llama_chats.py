@@ -91,7 +91,7 @@ def test_each_of_its_formats_comes_in_whole(page, stand_in, name):
     open_page(page, stand_in.url)
     dialog = offered(page, *FORMATS[name])
     expect(dialog).to_contain_text("It contains 1 chat with 4 messages.")
-    expect(dialog).to_contain_text("1 attachment cannot be kept: audio, video, or damaged.")
+    expect(dialog).to_contain_text("Left out, because there is no place for it here: 1 file.")
     button(dialog, "Import").click()
     expect(page.get_by_role("heading", name="Mills")).to_be_visible()
     expect(said(answers(page)).last).to_have_text("It grinds corn.")
