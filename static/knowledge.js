@@ -243,13 +243,16 @@ async function openPassage(passage) {
   } catch (error) { body.append(element("p", {className: "alert", textContent: error.message})); }
 }
 
-// Makes the numbers of passages in an answer's text buttons that open them; not those in code and links.
+// Makes the numbers of passages in an answer's text buttons that open them, [2] and [1, 3]; not those in code and links. The server finds the same ones
+// (chatlm/front/api/citations.py); a test compares the two.
+const CITED = /(\[[1-9]\d{0,3}(?:[,;] ?[1-9]\d{0,3}){0,9}\])/;
+
 function cite(view, given) {
   const walker = document.createTreeWalker(view.body, NodeFilter.SHOW_TEXT), found = [];
-  while (walker.nextNode()) if (/\[\d+\]/.test(walker.currentNode.data) && !walker.currentNode.parentNode.closest("pre, code, a, button")) found.push(walker.currentNode);
-  for (const node of found) node.replaceWith(...node.data.split(/(\[\d+\])/).map(part => {
-    const passage = /^\[\d+\]$/.test(part) && given[part.slice(1, -1) - 1];
-    return passage ? passageButton(passage) : part;
+  while (walker.nextNode()) if (CITED.test(walker.currentNode.data) && !walker.currentNode.parentNode.closest("pre, code, a, button")) found.push(walker.currentNode);
+  for (const node of found) node.replaceWith(...node.data.split(CITED).flatMap(part => {
+    const passages = CITED.test(part) ? part.match(/\d+/g).map(number => given[number - 1]) : [];
+    return passages.length && passages.every(Boolean) ? passages.map(passageButton) : [part];
   }));
 }
 
@@ -283,7 +286,7 @@ Parts.register({
     update(view, growing) {
       const {node, passages} = view, {read = 0, of = 0, passages: given = []} = node.knowledge ?? {};
       if (!node.knowledge) return;
-      if (!growing && /\[\d/.test(node.content)) cite(view, given);
+      if (!growing && CITED.test(node.content)) cite(view, given);
       if (passages.childElementCount) return;
       passages.className = "passages hint";
       passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passageButton));

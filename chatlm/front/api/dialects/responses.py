@@ -431,12 +431,14 @@ class ResponsesEncoder(BlockEncoder):
             block.frame, next(self.numbers), logprobs, dump(text), more)
         return grown + self.cite(block, text) if self.sources and block.kind == "text" else grown
 
-    def cite(self, block: AnswerBlock, text: str) -> bytes:
-        """The events for what the next text of a block cites."""
+    def cite(self, block: AnswerBlock, text: str, ends: bool = False) -> bytes:
+        """The events for what the next text of a block cites. ends: nothing follows."""
         if block.citations is None:
             block.citations = Citations(self.sources)
         before = len(block.citations.found)
         block.citations.add(text)
+        if ends:
+            block.citations.finish()
         return b"".join(
             self.event("response.output_text.annotation.added", **self.place(block), annotation_index=index,
                        annotation=annotation)
@@ -459,7 +461,8 @@ class ResponsesEncoder(BlockEncoder):
             done = self.event(event, **place, name=block.name, arguments=text)
         else:
             logprobs = {"logprobs": self.place_of_logprobs(block)} if block.kind == "text" else {}
-            done = self.event(event, **place, text=text, **logprobs) + self.event(
+            cited = self.cite(block, "", ends=True) if self.sources and block.kind == "text" else b""
+            done = cited + self.event(event, **place, text=text, **logprobs) + self.event(
                 "response.content_part.done", **place, part=self.part(block, text))
         return done + self.item_event("done", block)
 
