@@ -14,9 +14,8 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.records import record
 from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
-from chatlm.front.api.fields import ToolChoice
 from chatlm.front.api.readers import (
-    callable_tools, conversation_tokens, schemas_of_loose_calls, strict_grammars, types_of_parameters)
+    conversation_tokens, schemas_of_loose_calls, strict_grammars, types_of_parameters)
 from chatlm.front.tools.results import ToolPicture, ToolResult
 from chatlm.front.tools.rules import CANCELLED, CHANGED, why_not_run
 from chatlm.front.tools.toolbox import Toolbox
@@ -231,7 +230,7 @@ def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:
     tool_format = pool.tokenizer.tool_format if pool.tokenizer else None
     if tool_format is None:
         raise ConfigError("this model can't call tools: its chat template has no place for them")
-    known = callable_tools(functions, ToolChoice(), tool_format)
+    known = tuple(functions)
     offered = [tool["function"] for tool in known]
     names = tuple(function["name"] for function in offered)
     params = replace(request.params, tool_names=names, grammar_param="tools", parallel_calls=True,

@@ -129,8 +129,7 @@ def prompts(text, templates):
     prompts = {}
     for name, template in templates.items():
         opened = open_tokenizer(replace(text, chat_template=template))
-        if opened.native_tools:
-            opened.forms = opened.filled(opened.find_forms())
+        opened.forms = opened.filled(opened.find_forms())
         prompts |= {(name, conversation): (ours(opened, *given), theirs(tokenizer, template, *given)) for conversation, given in CONVERSATIONS.items()}
     return prompts
 
@@ -145,7 +144,7 @@ def ours(tokenizer, sent, tools):
         written = tokenizer.filled(tokenizer.rendering(openai_messages(sent, with_tools=True), tools))
     except RequestError:
         return None
-    return tokenizer.call_format.mend(written, tokenizer.mark).replace(tokenizer.mark, "")
+    return tokenizer.finished(written).replace(tokenizer.mark, "")
 
 
 def theirs(tokenizer, template, sent, tools):

@@ -32,6 +32,7 @@ class Message:
     pictures: tuple[Picture, ...] = ()
     parts: tuple[str | int, ...] = ()  # where they stand: texts, together the content, and indexes of
                                        # pictures, each once, in order; (): there are none
+    tools: tuple[dict, ...] = ()  # functions that the model learns of here; shown after the content
 
 
 @record
@@ -51,6 +52,7 @@ class HistoryForm:
     gives_ids: bool = False           # do calls and results get ids that have none?
     moves_orphans: bool = False       # are results that follow no call of theirs text of the user?
     answers_results: bool = False     # does an empty answer precede a user's message after a result?
+    moves_systems: bool = False       # are system messages after the first message text of the user?
 
 
 Forms = tuple[HistoryForm, ...]  # for requests without functions, and for those with; (): not found yet
@@ -306,7 +308,8 @@ class Request:
     score_from: tuple[int, ...] = ()  # of each prompt that is scored, the first token whose
                                       # log-probability is wanted; (): all are
     prefix_token_ids: tuple[int, ...] = ()  # with which each answer begins
-    tools: tuple[dict, ...] = ()   # functions that the model may call
+    tools: tuple[dict, ...] = ()   # functions in the head of the prompt. Those that may be called are
+                                   # `params.tool_names`: messages may have more, or take some away
     template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
     low_priority: bool = False     # waits until nothing else does
     truncate: bool = False         # drop the oldest turns if it does not fit

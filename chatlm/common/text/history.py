@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,8 @@ CALL_BEGIN = "<tool_call>\n"
 CALL_END = "\n</tool_call>"
 RESULT_BEGIN = "<tool_response>\n"
 RESULT_END = "\n</tool_response>"
+SYSTEM_BEGIN = "<system>\n"
+SYSTEM_END = "\n</system>"
 
 
 def with_system(messages: Seq[Message], system: str | None) -> Seq[Message]:
@@ -41,9 +43,15 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     """A conversation for a template without tools: the system message (or, if the model has no system role,
     the first message) describes them, and calls and their results are text in tags."""
     turns: list[Message] = []
+    has_tools = bool(tools)
     for message in messages:
         role = message.role
         content = message.content
+        if message.tools:
+            described = described_tools(message.tools)
+            written = described if has_tools else GENERIC_TOOLS.format(described)
+            content = "\n".join(filter(None, (content, written)))
+            has_tools = True
         more = {**(message.more or {})}
         calls = more.pop("tool_calls", ())
         texts = [content, *(f"{CALL_BEGIN}{json.dumps(call['function'], ensure_ascii=False)}{CALL_END}"
@@ -62,14 +70,33 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
             content = before + content
         turns.append(Message(role, content, more or None))
     if tools:
-        prompt = GENERIC_TOOLS.format("\n".join(
-            json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+        prompt = GENERIC_TOOLS.format(described_tools(tools))
         if turns[0].role == "system":
             turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{prompt}".strip())
         elif has_system:
             turns.insert(0, Message("system", prompt))
         else:
             turns[0] = replace(turns[0], content=f"{prompt}\n\n{turns[0].content}".strip())
+    return turns
+
+
+def described_tools(tools: Seq[dict]) -> str:
+    return "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+
+
+def with_later_systems(messages: Seq[Message]) -> list[Message]:
+    """The conversation for a format without system messages after the first message: these are text of the
+    user."""
+    turns: list[Message] = []
+    for index, message in enumerate(messages):
+        if index and message.role == "system":
+            message = Message("user", f"{SYSTEM_BEGIN}{message.content}{SYSTEM_END}")
+        last = turns[-1] if turns else None
+        if last and last.role == message.role == "user" and (
+                SYSTEM_END in (last.content[-len(SYSTEM_END):], message.content[-len(SYSTEM_END):])):
+            turns[-1] = replace(last, content=f"{last.content}\n{message.content}")
+        else:
+            turns.append(message)
     return turns
 
 
@@ -204,14 +231,26 @@ def orphans_of(dialogue: list[dict]) -> list[dict]:
 
 def results_as_turns(dialogue: list[dict], results: list[dict]) -> list[dict]:
     """The conversation with those of its messages that are results as text of the user."""
-    moved = {id(message) for message in results if message["role"] == "tool"}
+    return moved_to_user(dialogue, {id(message): f"{RESULT_BEGIN}{message['content']}{RESULT_END}"
+                                    for message in results if message["role"] == "tool"})
+
+
+def systems_as_turns(dialogue: list[dict]) -> list[dict]:
+    """The conversation with system messages after the first message as text of the user."""
+    return moved_to_user(dialogue, {id(message): f"{SYSTEM_BEGIN}{message['content']}{SYSTEM_END}"
+                                    for message in dialogue[1:] if message["role"] == "system"})
+
+
+def moved_to_user(dialogue: list[dict], moved: Mapping[int, str]) -> list[dict]:
+    """The conversation with some messages as text of the user. moved: their texts, by the objects' ids."""
     turns: list[dict] = []
     texts: list[str] = []  # of the last turn
     for message in dialogue:
-        is_result = id(message) in moved
-        if is_result:
-            message = {"role": "user", "content": f"{RESULT_BEGIN}{message['content']}{RESULT_END}"}
-        if message["role"] == "user" and texts and (is_result or texts[-1].endswith(RESULT_END)):
+        is_moved = id(message) in moved
+        if is_moved:
+            message = {"role": "user", "content": moved[id(message)]}
+        if message["role"] == "user" and texts and (
+                is_moved or texts[-1].endswith((RESULT_END, SYSTEM_END))):
             texts.append(message["content"])  # many templates want roles to alternate
             continue
         if len(texts) > 1:
@@ -287,9 +326,13 @@ def marked_for_gemma(dialogue: list[dict], mark: str):
 
 
 def as_gemma(text: str, mark: str) -> str:
-    """Put texts before the calls whose names contain them; results of calls repeat the names."""
+    """Put texts before the calls whose names contain them; results of calls repeat the names. Put functions
+    that a result makes known behind the result, whose text is in quotes."""
     said = f"{before_call(mark)}(.*?){before_call(mark)}"
     sign = re.escape("<|tool_call>call:")
+    tools = re.escape(mark) + '\ue005\\d+"\ue005'
+    result_end = r'(?:(?!<tool_response\|>).){0,40}<tool_response\|>'
+    text = re.sub(rf"\n?({tools})({result_end})", r"\2\1", text, flags=re.DOTALL)
     text = re.sub(sign + said, r"\1<|tool_call>call:", text, flags=re.DOTALL)
     return re.sub(said, "", text, flags=re.DOTALL)
 

@@ -105,10 +105,15 @@ class Trial(NamedTuple):
     messages: Seq[Message]
     counts: Mapping[str, int]  # how often each result must appear
     arguments: Seq[str] = ()   # the calls' values, which must appear
+    order: Seq[str] = ()       # texts that must follow each other so
 
 
 def user_message(text: str) -> Message:
     return Message("user", text)
+
+
+def system_message(text: str) -> Message:
+    return Message("system", text)
 
 
 def assistant_message(text: str) -> Message:
@@ -162,22 +167,33 @@ UNUSUAL = {  # a switch of the form, and the conversation that it is for; tried 
     "answers_results": Trial((user_message(ASKED), assistant_calls("", ONE), result_of(0, RESULT),
                               user_message(MORE)),
                              {RESULT: 1, MORE: 1}, VALUES[:1])}
+LATER_SYSTEMS = {  # the same, for whether a request has functions or not
+    "moves_systems": Trial((user_message(ASKED), system_message(MORE), assistant_message(ANSWER),
+                            user_message(TWICE), system_message(SAID), assistant_message(RESULT)),
+                           dict.fromkeys((ASKED, MORE, ANSWER, TWICE, SAID, RESULT), 1), (),
+                           (ASKED, MORE, ANSWER, TWICE, SAID, RESULT))}
 
 
 class FormFinder:
     """Finds out in which form a template shows calls and results, in requests with functions and without."""
 
     def __init__(self, template: str, mark: str, mend: Callable[[str], str],
-                 arguments: Callable[[Seq[Message], Seq[dict], HistoryForm], dict]):
+                 arguments: Callable[[Seq[Message], Seq[dict], HistoryForm], dict], has_tools: bool = True):
         """mark: as in history.py. mend: corrects what the template writes. arguments: makes the values to
-        fill it in with."""
+        fill it in with. has_tools: has it a place for functions?"""
         self.template = template
         self.mark = mark
         self.mend = mend
         self.arguments = arguments
+        self.has_tools = has_tools
 
     def find(self) -> Filling[Forms]:
-        """The form for requests without functions, and the one for requests with functions."""
+        """The form for requests without functions, and the one for requests with functions; () if there is
+        nothing to know of a template that has no place for these."""
+        if not self.has_tools:
+            usual = usual_form(self.template)
+            form = yield from self._changed((), usual, LATER_SYSTEMS)
+            return () if form == usual else (form, form)
         forms = list[HistoryForm]()
         for tools in ((), (A_FUNCTION,)):
             try:
@@ -200,7 +216,12 @@ class FormFinder:
                 break
         else:
             return usual_form(self.template)
-        for change, trial in UNUSUAL.items():
+        return (yield from self._changed(tools, form, UNUSUAL | LATER_SYSTEMS))
+
+    def _changed(self, tools: Seq[dict], form: HistoryForm,
+                 trials: Mapping[str, Trial]) -> Filling[HistoryForm]:
+        """The form with those switches without which the template does not show their trials."""
+        for change, trial in trials.items():
             if not (yield from self._shows(trial, tools, form)):
                 changed = replace(form, **{change: True})
                 if (yield from self._shows(trial, tools, changed)):
@@ -220,6 +241,9 @@ class FormFinder:
             return False  # it could be corrected in part only
         text = text.replace(self.mark, "")
         if any(text.count(result) != count for result, count in trial.counts.items()):
+            return False
+        places = [text.find(words) for words in trial.order]
+        if places != sorted(places):
             return False
         for value in trial.arguments:
             if value not in text or f"'{ARGUMENT}': '{value}'" in text:
@@ -241,7 +265,7 @@ def rendering(messages: Seq[Message], forms: Forms, tools: Seq[dict],
             raise
         refusal = error
     try:
-        text = yield arguments(TEXT_ALONE)
+        text = yield arguments(replace(TEXT_ALONE, moves_systems=form.moves_systems))
     except RequestError:
         raise refusal from None
     tell(str(refusal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 import json
 import math
 import re
@@ -22,13 +23,14 @@ from chatlm.common.text.calculations import said_tokens, without_own, without_un
 from chatlm.common.text.charsmap import check_charsmaps
 from chatlm.common.text.formats import calls_of, thoughts_of, wrapper_of
 from chatlm.common.text.history import (
-    nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
-    with_ids, with_system, with_text_apart, with_tool_responses)
+    nine_character_ids, orphans_of, results_as_turns, single_calls, systems_as_turns, with_answers,
+    with_generic_tools, with_ids, with_later_systems, with_system, with_text_apart, with_tool_responses)
 from chatlm.common.text.history_forms import (
     Filling, FormFinder, rendering, usual_form, write_calls)
 from chatlm.common.text.pictures import ShownPictures, pictures_of
+from chatlm.common.text.tool_definitions import ToolDefinitions
 from chatlm.common.text.tokenizer import (
-    NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
+    NO_OPTIONS, Rendered, Tokenizer, ToolTokens, compile_chat_template, fill_template)
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Forms, HistoryForm, Picture, TextSpec
@@ -84,7 +86,7 @@ class NanochatTokenizer(Tokenizer):
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens: list = [bos]
-        turns = [*merge_system_message(with_generic_tools(messages, tools))]
+        turns = [*merge_system_message(with_later_systems(with_generic_tools(messages, tools)))]
         goes_on = options.get("continue_final_message", False)
         if goes_on:
             turns[-1] = without_unfinished(turns[-1])
@@ -246,6 +248,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.thoughts = thoughts_of(self.spec.chat_template or "")
         self.wrapper = wrapper_of(self.spec.chat_template or "")
         self.told_of_refusal = False
+        self.forms_found = False
+        self.definitions = ToolDefinitions(self.mark, self.call_format, lambda: self.named_tokens,
+                                           self._mark_specials)
         tokens = self.named_tokens
         ends = frozenset(tokens[name] for name in self.call_format.stops if name in tokens)
         if ends:
@@ -305,6 +310,7 @@ class HuggingFaceTokenizer(Tokenizer):
             dialogue = self._mark_specials(
                 [{"role": message.role, "content": message.content, **without_own(message.more)}
                  for message in messages])
+            self._sign_tools(messages, dialogue)
             goes_on = options.get("continue_final_message", False)
             if goes_on:
                 last = dialogue[-1]  # was cut in its text, or already in its reasoning
@@ -320,6 +326,13 @@ class HuggingFaceTokenizer(Tokenizer):
                     "eos_token": self._special_text(self.spec.eos_token)}
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
+
+    def _sign_tools(self, messages: Seq[Message], dialogue: list[dict]):
+        """Put a sign into each message that makes functions known."""
+        numbers = itertools.count()
+        for message, shown in zip(messages, dialogue):
+            if message.tools:
+                shown["content"] = self.definitions.signed(shown["content"], next(numbers))
 
     def thinking_options(self, options: Mapping) -> dict:
         """The template's arguments about thinking, under all names that families have for them."""
@@ -346,6 +359,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def history(self, dialogue: list[dict], form: HistoryForm) -> list[dict]:
         """Messages as this template expects them: reasoning under every name, and calls in its form."""
+        if form.moves_systems:
+            dialogue = systems_as_turns(dialogue)
         if form.gives_ids:
             with_ids(dialogue)
         if form.nine_character_ids:
@@ -373,14 +388,20 @@ class HuggingFaceTokenizer(Tokenizer):
         """Find out how the template shows earlier calls and their results, for `forms`."""
         return FormFinder(
             self.spec.chat_template or "", self.mark, lambda text: self.call_format.mend(text, self.mark),
-            lambda messages, tools, form: self.template_arguments(messages, tools, form=form)).find()
+            lambda messages, tools, form: self.template_arguments(messages, tools, form=form),
+            self.native_tools).find()
 
     def rendering(self, messages: Seq[Message], tools: Seq[dict] = (),
-                  options: Mapping = NO_OPTIONS) -> Filling[str]:
-        """A conversation as the template writes it, for `encode_rendered`."""
+                  options: Mapping = NO_OPTIONS) -> Filling[Rendered]:
+        """A conversation as the template writes it, for `finished`."""
         def arguments(form: HistoryForm | None) -> dict:
             return self.template_arguments(messages, tools, options, form)
-        return rendering(messages, self.forms, tools, arguments, self.tell_of_refusal)
+        text = yield from rendering(messages, self.forms, tools, arguments, self.tell_of_refusal)
+        places = [message.tools for message in messages if message.tools]
+        if not places or not self.native_tools:
+            return Rendered(text)
+        definitions = yield from self.definitions.write(places, bool(tools), self.template_arguments)
+        return Rendered(text, definitions)
 
     def tell_of_refusal(self, refusal: str):
         """Log once that conversations with calls are refused."""
@@ -389,11 +410,15 @@ class HuggingFaceTokenizer(Tokenizer):
             log.warning("calls and their results are shown as text in a conversation, since %s",
                         printable(refusal))
 
+    def finished(self, rendered: Rendered) -> str:
+        """The text of a rendered conversation, for `encode_rendered`."""
+        text = self.call_format.mend(rendered.text, self.mark)
+        return self.definitions.placed(text, rendered.definitions)
+
     def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS,
                         pictures: Seq[Picture] = ()) -> list[int]:
         """The tokens of a rendered chat template. If the final message is to be continued, they end with its
         text. pictures: those of the messages."""
-        text = self.call_format.mend(text, self.mark)
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
             if not shown_last:
@@ -410,10 +435,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
                options: Mapping = NO_OPTIONS) -> list[int]:
-        if not self.forms and self.native_tools:
+        if not self.forms and not self.forms_found:
             self.forms = self.filled(self.find_forms())
-        text = self.filled(self.rendering(messages, tools, options))
-        return self.encode_rendered(text, options, pictures_of(messages))
+            self.forms_found = True
+        rendered = self.filled(self.rendering(messages, tools, options))
+        return self.encode_rendered(self.finished(rendered), options, pictures_of(messages))
 
     def filled(self, filling: Filling[T]) -> T:
         """Run `filling` with the template filled in by this process, and return its result. A template is a

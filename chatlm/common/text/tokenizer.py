@@ -33,6 +33,13 @@ class ToolTokens(NamedTuple):
     output_end: int
 
 
+class Rendered(NamedTuple):
+    """A conversation as its template writes it."""
+
+    text: str                     # with a sign where a message makes functions known
+    definitions: Seq[str] = ()    # of these
+
+
 # What `tokenizers` calls white space: unlike str.strip, without U+001C to U+001F.
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
                "\u2028\u2029\u202f\u205f\u3000")
@@ -48,7 +55,8 @@ class Tokenizer:
     has_chat_template = True
     templated = False               # render runs the model's template, a program that may never end
     template: Any                   # if so: the compiled one, how to fill it in, and to encode the text
-    rendering: Callable[..., Filling[str]]
+    rendering: Callable[..., Filling[Rendered]]
+    finished: Callable[[Rendered], str]
     encode_rendered: Callable[..., list[int]]
     forms: Forms = ()               # how it shows earlier calls,
     find_forms: Callable[[], Filling[Forms]]  # which this finds out

@@ -144,10 +144,9 @@ class Admission:
                 await prompts.render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
-            if tokenizer.native_tools:
-                tokenizer.forms = await prompts.run_filling(tokenizer.find_forms(), "")
-                for difference in differences(tokenizer.forms):
-                    log.warning("the model's chat template: %s", difference)
+            tokenizer.forms = await prompts.run_filling(tokenizer.find_forms(), "")
+            for difference in differences(tokenizer.forms):
+                log.warning("the model's chat template: %s", difference)
         return tokenizer
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,

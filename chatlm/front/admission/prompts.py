@@ -172,13 +172,14 @@ class PromptMaker:
         if not tokenizer.templated:
             render = partial(tokenizer.render, messages, tools=tools, options=options)
             return tuple(await self.run(render, size))
-        text = await self.run_filling(tokenizer.rendering(messages, tools, options), client)
+        rendered = await self.run_filling(tokenizer.rendering(messages, tools, options), client)
 
         def encode() -> list[int]:
+            text = tokenizer.finished(rendered)
             self._start_of(text, "messages")
             return tokenizer.encode_rendered(text, options, pictures)
 
-        return tuple(await self.run(encode, len(text)))
+        return tuple(await self.run(encode, len(rendered.text) + sum(map(len, rendered.definitions))))
 
     async def _cut_to_fit(self, request: Request, messages: Seq[Message],
                           rendered: dict[int, Prompts]) -> Prompts:
@@ -195,11 +196,12 @@ class PromptMaker:
 
         async def after(cut: int) -> Prompts:
             if cut not in rendered:
-                left = [message for index, message in enumerate(messages)
-                        if message.role == "system" or index >= cuts[cut] or index == question]
+                left, dropped = parted(messages, lambda index: (
+                    messages[index].role == "system" or index >= cuts[cut] or index == question))
+                found = [tool for message in dropped for tool in message.tools]
                 pictures = pictures_of(left)
-                ids = await self.render(
-                    left, request.tools, request.client, request.template_options, pictures)
+                ids = await self.render(left, (*request.tools, *found), request.client,
+                                        request.template_options, pictures)
                 rendered[cut] = Prompts((ids,), len(messages) - len(left), pictures)
             return rendered[cut]
 
@@ -271,6 +273,14 @@ class PromptMaker:
             raise invalid("prefix_token_ids", f"prefix_token_ids has {given:,} tokens, but the answer may "
                                               f"have {most:,} in all")
         return most
+
+
+def parted(messages: Seq[Message], stays: Callable[[int], bool]) -> tuple[list[Message], list[Message]]:
+    """The messages that stay, by their indexes, and the others."""
+    parts = [], []
+    for index, message in enumerate(messages):
+        parts[0 if stays(index) else 1].append(message)
+    return parts
 
 
 def check_pictures(vision: Vision | None, count: int):

@@ -224,7 +224,7 @@ LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and bi
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
 A_NAME = object_schema(["name"], name=A_TEXT)
 OTHER_TOOLS = ["custom", "mcp", "web_search", "web_search_preview", "file_search", "computer_use_preview",
-               "image_generation", "code_interpreter", "shell", "apply_patch", "namespace"]
+               "image_generation", "code_interpreter", "shell", "apply_patch", "namespace", "tool_search"]
 TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
                   list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type=A_TEXT)]}), tuple)
 FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',

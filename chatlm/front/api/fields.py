@@ -181,11 +181,11 @@ def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     return ToolChoice(mode, parallel=None if one_call is None else one_call is False)
 
 
-def flat_functions_among(tools: Seq[dict], types: Seq[str | None],
-                         schema: str) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+def flat_functions_among(tools: Seq[dict], types: Seq[str | None], schema: str,
+                         param: str = "tools") -> tuple[tuple[dict, ...], tuple[str, ...]]:
     """The functions among tools, in the form of Chat Completions, and the types of the other tools.
 
-    types: those of functions. schema: the member that has a function's parameters."""
+    types: those of functions. schema: the member that has a function's parameters. param: where they are."""
     functions = []
     others = []
     for index, tool in enumerate(tools):
@@ -197,7 +197,9 @@ def flat_functions_among(tools: Seq[dict], types: Seq[str | None],
         function = {"type": "function", "function": {
             name: value for name, value in members.items() if value is not None}}
         if not matches(A_FUNCTION, function):
-            raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
+            raise bad_value(f"{param}[{index}]", tool, f"an object with a name and {schema}, an object")
+        if tool.get("defer_loading") is True:
+            function["defer_loading"] = True
         functions.append(function)
     return tuple(functions), header_words(others)
 
@@ -271,6 +273,7 @@ def object_schema(required: Seq[str], **properties: dict) -> dict:
 A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
 A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
+SOME_OBJECTS = list_schema(object_schema([], type=TEXT_OR_NULL))  # of a list of tools
 A_FUNCTION = object_schema(
     ["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
 

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
-            "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "mcp_approval_response": "mcpa_"}
-MCP_MEMBERS = {  # type -> what is kept of an item about a tool that the server runs
+            "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "mcp_approval_response": "mcpa_",
+            "tool_search_call": "tsc_", "tool_search_output": "tso_", "additional_tools": "at_"}
+MEMBERS = {  # type -> what is kept of an item about tools, as it was sent
     "mcp_call": ("server_label", "name", "arguments", "output", "error", "approval_request_id"),
     "mcp_approval_request": ("server_label", "name", "arguments"),
-    "mcp_approval_response": ("approval_request_id", "approve", "reason")}
+    "mcp_approval_response": ("approval_request_id", "approve", "reason"),
+    "tool_search_call": ("status", "call_id", "execution", "arguments"),
+    "tool_search_output": ("status", "call_id", "execution", "tools"),
+    "additional_tools": ("role", "tools")}
 STATUSES = "completed", "incomplete", "in_progress"
 AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -63,12 +67,13 @@ def understood_members(item: Mapping) -> dict:
     """The members of an item that response_messages reads, in the form in which the API shows items."""
     kind = item.get("type") or "message"
     status = item.get("status")
-    if kind in MCP_MEMBERS:
-        return {"type": kind, **{member: item.get(member) for member in MCP_MEMBERS[kind]}}
+    if kind in MEMBERS:
+        return {"type": kind, **{member: item.get(member) for member in MEMBERS[kind]}}
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"
-        return kept | {"role": item["role"], "content": parts(item.get("content"), text_type)}
+        phase = {"phase": item["phase"]} if item.get("phase") else {}
+        return kept | {"role": item["role"], "content": parts(item.get("content"), text_type), **phase}
     if kind == "reasoning":
         summary = item.get("summary")
         content = item.get("content")

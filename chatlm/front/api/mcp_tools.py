@@ -16,6 +16,7 @@ from chatlm.common.messages.tool_rounds import ApprovedCall, CallItem, PlannedTo
 from chatlm.front.api.approval_ids import digest_in
 from chatlm.front.api.dialect import NamedServer
 from chatlm.front.api.fields import ToolChoice
+from chatlm.front.api.found_tools import Functions
 from chatlm.front.tools.rules import NOT_SHOWN, UNANSWERED, UNKNOWN_OUTCOME, denied, model_name
 
 MCP_ITEMS = frozenset(("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"))
@@ -91,15 +92,20 @@ class McpTools:
             one["name"], one["label"], one["tool"], one["digest"], asks, item and call_item(item),
             one.get("first", ""), one.get("rounds", 0)))
 
-    def beside(self, functions: Seq[dict]) -> tuple[dict, ...]:
+    @property
+    def labels_of_tools(self) -> dict[str, str]:
+        """The labels of the tools' servers, by the tools' names."""
+        return {tool.name: tool.label for tool in self.planned}
+
+    def beside(self, functions: Functions) -> Functions:
         """These tools after the body's own functions. Raises RequestError for a function with the name of one
         of these tools."""
-        own = {function["function"]["name"] for function in functions}
+        own = {function["function"]["name"] for function in (*functions.head, *functions.found)}
         for tool in self.planned:
             if tool.name in own:
                 raise invalid("tools", f"tools: the function {tool.name} has the name of the tool "
                               f"{tool.tool} of the server {tool.label}; call it otherwise")
-        return (*functions, *self.functions)
+        return functions._replace(head=(*functions.head, *self.functions))
 
     def choice(self, sent: Any, choice: ToolChoice) -> ToolChoice:
         """The tool choice of a body, which may choose tools of these servers. sent: as it was sent."""

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
@@ -14,6 +15,7 @@ from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.calculations import with_calls
 from chatlm.front.api.earlier_calculations import is_nanochats, read_nanochat_parts, with_calculations
+from chatlm.front.api.found_tools import KnownFunctions, taken_out
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools
 from chatlm.front.api.picture_parts import picture_in
 from chatlm.front.api.field_types import OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
@@ -26,6 +28,7 @@ class SentMessage(NamedTuple):
     name: str  # for errors
     role: str
     fields: dict
+    brings: Any = None  # tools that it brings, as its API has them; None: none
 
 
 def sent_messages(messages: list, roles: Seq[str]) -> Iterator[SentMessage]:
@@ -96,9 +99,11 @@ def whether_to_think(values: Mapping) -> dict[str, bool]:
     return thinking(thinks)["chat_template_kwargs"]
 
 
-def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
+def openai_messages(messages: list, with_tools: bool = False,
+                    known: KnownFunctions | None = None) -> tuple[Message, ...]:
+    """The messages of Chat Completions. known: as for `chat_messages`."""
     roles = [*OPENAI_ROLES, "tool", "function"] if with_tools else OPENAI_ROLES
-    return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools)
+    return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools, known)
 
 
 def is_custom(call) -> bool:
@@ -114,7 +119,7 @@ def custom_calls(message) -> list[dict]:
 def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
     """The messages without custom calls and their results."""
     skipped = set()  # ids of calls
-    for name, role, fields in sent:
+    for name, role, fields, _ in sent:
         if others := custom_calls(fields):
             skipped |= {call["id"] for call in others if is_text(call.get("id"))}
             fields = {**fields, "tool_calls": [*itertools.filterfalse(is_custom, fields["tool_calls"])]}
@@ -123,10 +128,21 @@ def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
             yield SentMessage(name, role, fields)
 
 
-def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Message, ...]:
+def chat_messages(sent: Iterable[SentMessage], with_tools: bool,
+                  known: KnownFunctions | None = None) -> tuple[Message, ...]:
+    """The messages as the program has them. with_tools: can the model call functions? known: is told which
+    ones they make known."""
+    known = known or KnownFunctions()
     parsed = []
-    for name, role, fields in sent:
+    for name, role, fields, brings in sent:
         if role == "tool" and not with_tools:
+            raise no_tools(name)
+        content, tools = taken_out(fields.get("content"), role, known, f"{name}.content")
+        if brings is not None:
+            change = known.bring(brings, f"{name}.tools")
+            tools += change.tools
+            content = "\n".join(filter(None, (content, *change.texts)))
+        if tools and not with_tools:
             raise no_tools(name)
         calls = fields.get("tool_calls")
         more = {}
@@ -142,7 +158,8 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
         role = {"developer": "system", "function": "tool"}.get(role, role)
-        parsed.append(chat_message(role, fields, more, name))
+        message = chat_message(role, {**fields, "content": content}, more, name)
+        parsed.append(replace(message, tools=tuple(tools)) if tools else message)
     return tuple(parsed)
 
 

@@ -17,7 +17,8 @@ from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.front.api.message_readers import openai_messages, template_options
 from chatlm.front.api.earlier_calculations import with_names_read
-from chatlm.front.api.fields import ToolChoice, allowed_tools, names_in, no_tools, parse_fields, within_limit
+from chatlm.front.api.fields import ToolChoice, names_in, parse_fields, within_limit
+from chatlm.front.api.found_tools import Functions, KnownFunctions, chosen, with_chosen
 from chatlm.front.api.field_types import one_constraint, thinking_budget, turned_off
 from chatlm.front.api.mcp_tools import NO_TOOLS
 from chatlm.front.api.tables import DRAWN, LOOSE_ENDS, PARAMS_NAMES, REQUEST_NAMES, SAMPLING_FIELDS
@@ -108,14 +109,25 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     """The checked OPENAI_FIELDS as a Request; its tools are functions.
 
     tool_format: how the model writes calls; None: it cannot. messages: other APIs have already parsed them
-    and their template options; None: they are among the fields. operators: as in McpTools."""
+    and their template options, and may have made their tools Functions; None: they are among the fields.
+    operators: as in McpTools."""
     logprobs = values.get("logprobs", False)
     top = values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
     choice = values.get("tool_choice", ToolChoice())
     required = choice.mode == "required"
-    tools = callable_tools(values.get("tools", ()), choice, tool_format)
+    functions = values.get("tools", ())
+    options = values.get("template_options", {})
+    if not isinstance(functions, Functions):
+        known = KnownFunctions(functions)
+        if messages is None:
+            messages = openai_messages(values["messages"], tool_format is not None, known)
+            options = template_options(values)
+        functions = known.functions
+    assert messages is not None
+    functions = chosen(functions, choice, tool_format)
+    tools = functions.able
     grammar, param = one_constraint(values)
     parallel = choice.parallel
     if parallel is None:
@@ -124,34 +136,19 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if calls:
         grammar = calls
         param = "tools"
-    options = values.get("template_options", {})
-    if messages is None:
-        messages = openai_messages(values["messages"], tool_format is not None)
-        options = template_options(values)
-    functions = [tool["function"] for tool in tools]
+    offered = [tool["function"] for tool in tools]
     strict = ()
-    if not grammar and any(map(is_strict, functions)):
-        strict = strict_grammars(functions, tool_format or "")
+    if not grammar and any(map(is_strict, offered)):
+        strict = strict_grammars(offered, tool_format or "")
         param = "tools"
-    names = tuple(function["name"] for function in functions)
+    names = tuple(function["name"] for function in offered)
     types = types_of_parameters(tools, names, tool_format)
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=top if logprobs else None,
                           tool_names=names, tool_types=types, call_grammars=strict,
-                          tool_schemas=() if grammar else schemas_of_loose_calls(functions, tool_format),
+                          tool_schemas=() if grammar else schemas_of_loose_calls(offered, tool_format),
                           parallel_calls=bool(calls) or parallel)
-    return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
-
-
-def callable_tools(tools: Seq[dict], choice: ToolChoice, tool_format: str | None) -> tuple[dict, ...]:
-    """The tools that the model may call. Raises RequestError if it cannot call any."""
-    if choice.mode == "none":
-        return ()
-    if tool_format is None:
-        if tools:
-            raise no_tools("tools")
-        if choice.mode == "required":
-            raise no_tools("tool_choice")
-    return allowed_tools(tools, choice)
+    return openai_request(values, settings, params, messages=with_chosen(messages, choice),
+                          template_options=options, tools=tuple(functions.head))
 
 
 def required_grammar(tools: Seq[dict], operators: Mapping[str, bool], tool_format: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from chatlm.common.text.calculations import calculations_of, shift_calls, with_c
 from chatlm.front.api.dialect import LONGEST_NAME, Chained, Reference
 from chatlm.front.api.field_types import OPENAI_ROLES
 from chatlm.front.api.fields import within_limit
+from chatlm.front.api.found_tools import NOTHING_FOUND
 from chatlm.front.api.message_readers import SentMessage, content_text
 
 if TYPE_CHECKING:
@@ -23,12 +24,11 @@ MOST_REFERENCES = 4096  # of a body, to kept items
 # Calls of tools that no model has here, with their results and what belongs to them. A conversation that
 # began on another server may have some. It continues without them.
 OTHER_ITEMS = frozenset((
-    "additional_tools", "apply_patch_call", "apply_patch_call_output", "code_interpreter_call",
-    "computer_call", "computer_call_output", "custom_tool_call", "custom_tool_call_output",
-    "file_search_call", "image_generation_call", "local_shell_call", "local_shell_call_output",
-    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools", "program",
-    "program_output", "shell_call", "shell_call_output", "tool_search_call", "tool_search_output",
-    "web_search_call"))
+    "apply_patch_call", "apply_patch_call_output", "code_interpreter_call", "computer_call",
+    "computer_call_output", "custom_tool_call", "custom_tool_call_output", "file_search_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "mcp_approval_request",
+    "mcp_approval_response", "mcp_call", "mcp_list_tools", "program", "program_output", "shell_call",
+    "shell_call_output", "web_search_call"))
 
 
 def response_messages(values: Mapping, earlier: Seq = (),
@@ -57,7 +57,10 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
     if item_type == "message":
         if item.get("role") not in OPENAI_ROLES:
             raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
+        check_phase(item, name)
         yield SentMessage(name, item["role"], {"content": item.get("content")})
+    elif is_text(item_type) and item_type in READERS:
+        yield READERS[item_type](item, name)
     elif item_type == "function_call":
         yield SentMessage(name, "assistant", {"tool_calls": [
             {"id": item.get("call_id"), "function": item}]})
@@ -75,8 +78,41 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
     elif not is_text(item_type) or item_type not in OTHER_ITEMS:
         raise RequestError(
             f"{name} is of type {shown(item_type)}; this server reads items of type "
-            "message, function_call, function_call_output and reasoning",
+            f"message, function_call, function_call_output, reasoning, {', '.join(READERS)}",
             code="unsupported_item", param=name)
+
+
+def check_phase(item: Mapping, name: str):
+    """Raise RequestError for a phase that no message of the assistant has."""
+    phase = item.get("phase")
+    if phase not in (None, *PHASES):
+        raise bad_value(f"{name}.phase", phase, f"one of {', '.join(PHASES)}")
+
+
+def read_search(item: Mapping, name: str) -> SentMessage:
+    """The call of a search. Of one that another server ran, which has no call_id, the output comes next."""
+    call = {"id": item.get("call_id"), "function": {"name": SEARCH, "arguments": item.get("arguments")}}
+    return SentMessage(name, "assistant", {"tool_calls": [call]})
+
+
+def read_found(item: Mapping, name: str) -> SentMessage:
+    """What a search has found."""
+    tools = item.get("tools")
+    content = "" if tools else NOTHING_FOUND
+    return SentMessage(name, "tool", {"tool_call_id": item.get("call_id"), "content": content},
+                       [] if tools is None else tools)
+
+
+def read_additional(item: Mapping, name: str) -> SentMessage:
+    if item.get("role", "developer") != "developer":
+        raise bad_value(f"{name}.role", item["role"], '"developer"')
+    return SentMessage(name, "developer", {"content": ""}, item.get("tools", []))
+
+
+SEARCH = "tool_search"  # the name of the function that a search with execution by the client is
+PHASES = "commentary", "final_answer"
+READERS: Mapping[Any, Callable[[Mapping, str], SentMessage]] = {  # items about tools that are found later
+    "tool_search_call": read_search, "tool_search_output": read_found, "additional_tools": read_additional}
 
 
 def item_type_of(item: Mapping) -> Any:
@@ -130,17 +166,28 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """Join the messages that were separate items: the reasoning, text and calls of a turn of the assistant,
     and the system messages at the beginning. Without any question, add an empty one."""
     turns: list[Message] = []
+    head: list[Message] = []  # the system messages at the beginning
     for message in messages:
+        if message.role == "system" and not turns:
+            head.append(message)
+            continue
         last = turns[-1] if turns and turns[-1].role == message.role else None
-        if last and last.role == "system" and len(turns) == 1:
-            turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
-        elif last and last.role == "assistant" and continues_turn(message, last):
+        if last and last.role == "assistant" and continues_turn(message, last):
             turns[-1] = joined_answers(last, message)
         else:
             turns.append(message)
-    if [turn.role for turn in turns] in ([], ["system"]):
+    if not turns:
         turns.append(Message("user", ""))
-    return tuple(turns)
+    return (*joined_systems(head), *turns)
+
+
+def joined_systems(messages: Seq[Message]) -> list[Message]:
+    """System messages as one, which makes known what each of them does."""
+    if len(messages) < 2:
+        return [*messages]
+    tools = tuple(tool for message in messages for tool in message.tools)
+    contents = [message.content for message in messages if message.content or not message.tools]
+    return [replace(messages[0], content="\n\n".join(contents), tools=tools)]
 
 
 def continues_turn(message: Message, last: Message) -> bool:

@@ -8,16 +8,16 @@ from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import SAMPLING_NAMES
 from chatlm.front.api import idle
 from chatlm.front.api.fields import (
-    A_TEXT, TEXT_OR_NULL, Field, FieldType, as_list, list_schema, object_schema)
+    A_TEXT, SOME_OBJECTS, Field, FieldType, as_list, list_schema)
 from chatlm.front.api.field_types import (
     CAP, EFFORT, FOUR_STOPS, INTEGER, LOGIT_BIAS, NUMBER, OBJECT, OPENAI_MESSAGES, PRIORITY, SEED, STOP,
     STOP_TOKENS, SWITCH, TEXT, TOKENS, TOP_K, TOP_LEVEL_THINKING)
 
 
 SOME_TOOLS = Field(
-    "tools", FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple),
-    "functions the model may call; tools of other types are ignored, and named in the header "
-    "X-Ignored-Tools")
+    "tools", FieldType("a list of objects", SOME_OBJECTS, tuple),
+    "functions the model may call; with `defer_loading: true` from where a message refers to them; tools of "
+    "other types are ignored, and named in the header X-Ignored-Tools")
 MODEL = Field("model", TEXT, "one of the served models; absent, empty or `default`: the default one")
 PARALLEL = Field("parallel_tool_calls", SWITCH,
                  "false: at most one call; true: several, even where tool_choice requires calls")

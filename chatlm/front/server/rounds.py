@@ -24,6 +24,7 @@ from chatlm.common.request_ids import id_of_part
 from chatlm.front.admission.questions import before_question, questions_in
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.additions import ToolCall
+from chatlm.front.api.found_tools import without_tools
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.tools.results import ToolResult
@@ -235,7 +236,7 @@ class Loop:
         """Whether the model may call tools in a round."""
         most = self.plan.most_calls
         is_used_up = all(self._is_used_up(tool) for tool in self.plan.tools)
-        only_these = all(tool["function"]["name"] in self.tools for tool in self.request.tools)
+        only_these = all(name in self.tools for name in self.request.params.tool_names)
         return (number < self.most_rounds and (most is None or len(self.calls) < most)
                 and not (is_used_up and only_these))
 
@@ -264,7 +265,7 @@ class Loop:
         options = {name: value for name, value in request.template_options.items()
                    if name not in ("continue_final_message", "add_generation_prompt")}
         request = replace(request, params=params, prompt_ids=None, pictures=(), prefix_token_ids=(),
-                          messages=self._messages() if may_call else self._last_messages(),
+                          messages=self._messages() if may_call else without_tools(self._last_messages()),
                           template_options=options,
                           max_tokens=self._tokens_left())
         return request if may_call else replace(request, params=without_calls(params), tools=())

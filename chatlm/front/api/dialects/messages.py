@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import invalid
+from chatlm.common.errors import bad_value, invalid
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Delta, Message, Piece, Usage
 from chatlm.common.messages.tool_rounds import ToolPlan
@@ -19,13 +19,15 @@ from chatlm.front.api.field_types import (
     CAP, LIST, MESSAGES_CHOICE, NATIVE_ROLES, STOP, SYSTEM, THINKING, nested_grammar, object_of,
     response_grammar, thinking_budget, thinking_of_member)
 from chatlm.front.api.fields import (
-    Field, FieldType, ToolChoice, flat_functions_among, list_schema, no_tools, object_schema, parse_fields,
-    value_at, without)
+    Field, FieldType, ToolChoice, list_schema, object_schema, parse_fields, value_at, without)
+from chatlm.front.api.found_tools import (
+    TOOL_PARTS, KnownFunctions, chosen, functions_of_message, with_chosen)
 from chatlm.front.api.mcp_messages import (
     MCP_BLOCKS, TOOLSET, choice_among, parts_of, servers_of_message, tools_of_message)
 from chatlm.front.api.mcp_tools import McpTools, own_entries
 from chatlm.front.api.message_readers import (
     SentMessage, chat_messages, content_text, other_types, part_text, sent_messages, type_of)
+from chatlm.front.api.message_searches import is_search, searches_apart
 from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
 from chatlm.front.api.readers import (
@@ -78,8 +80,8 @@ MESSAGES_FIELDS = (
 # have some. It continues without them.
 OTHER_BLOCKS = frozenset((
     "bash_code_execution_tool_result", "code_execution_tool_result", "mcp_tool_result", "mcp_tool_use",
-    "server_tool_use", "text_editor_code_execution_tool_result", "tool_search_tool_result",
-    "web_fetch_tool_result", "web_search_tool_result"))
+    "server_tool_use", "text_editor_code_execution_tool_result", "web_fetch_tool_result",
+    "web_search_tool_result"))
 
 
 def as_parts(block, name: str) -> list:
@@ -95,6 +97,7 @@ def result_content(content, name: str):
 
 
 BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
+NEXT_USER = "next_user_message"
 
 
 def anthropic_messages(values: Mapping, runs_tools: bool = False) -> Iterator[SentMessage]:
@@ -105,16 +108,37 @@ def anthropic_messages(values: Mapping, runs_tools: bool = False) -> Iterator[Se
         system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
     if system:
         yield SentMessage("system", "system", {"content": system})
-    for message in sent_messages(values["messages"], NATIVE_ROLES):
+    for message in without_cleared(values["messages"]):
         content = message.fields.get("content")
         if not isinstance(content, list):
             yield message._replace(fields={"content": content})
-        elif not runs_tools:
-            yield from block_messages(message)
-        else:
-            for role, blocks, first in parts_of(message.role, content, message.name):
-                yield from block_messages(
-                    SentMessage(message.name, role, {"content": blocks}), first)
+            continue
+        parts = searches_apart(message.role, content, message.name)
+        if runs_tools:
+            parts = [served._replace(first=part.first + served.first) for part in parts
+                     for served in parts_of(part.role, part.blocks, message.name)]
+        for role, blocks, first in parts:
+            yield from block_messages(SentMessage(message.name, role, {"content": blocks}), first)
+
+
+def without_cleared(messages: list) -> Iterator[SentMessage]:
+    """The messages, without the texts of system messages that were only for the turn before a later message
+    of the user."""
+    sent = [*sent_messages(messages, NATIVE_ROLES)]
+    last_user = max((index for index, message in enumerate(sent) if message.role == "user"), default=-1)
+    for index, message in enumerate(sent):
+        clear_at = message.fields.get("clear_at")
+        if clear_at not in (None, "never", NEXT_USER) or clear_at and message.role != "system":
+            raise bad_value(f"{message.name}.clear_at", clear_at,
+                            f'"never" or "{NEXT_USER}", and only in a system message')
+        if clear_at != NEXT_USER or index > last_user:
+            yield message
+            continue
+        content = message.fields.get("content")
+        changes = [block for block in (content if isinstance(content, list) else ())
+                   if type_of(block) in TOOL_PARTS]
+        if changes:
+            yield message._replace(fields={"content": changes})
 
 
 def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage]:
@@ -135,7 +159,7 @@ def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage
             "content": result_content(block.get("content"), f"{name}.content")})
     fields: dict[str, Any] = {"content": []}
     for name, block in blocks["text"]:
-        fields["content"] += [block_part(part, name) for part in as_parts(block, name)]
+        fields["content"] += [block_part(part, name, message.role) for part in as_parts(block, name)]
     if blocks["tool_use"]:
         fields["tool_calls"] = [
             {"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
@@ -147,9 +171,9 @@ def block_messages(message: SentMessage, first: int = 0) -> Iterator[SentMessage
         yield message._replace(fields=fields)
 
 
-def block_part(part, name: str) -> dict:
-    """A picture as it is, or a text with its calculations."""
-    if picture_in(part):
+def block_part(part, name: str, role: str) -> dict:
+    """A picture, or a change to the tools, as it is, or a text with its calculations."""
+    if picture_in(part) or role == "system" and type_of(part) in TOOL_PARTS:
         return part
     return {"type": "text", "text": part_text(part, name), "calculator": part.get("calculator")}
 
@@ -185,24 +209,35 @@ def anthropic_prompt(values: dict, known: Known, offered: Seq[Mapping] | None) -
         tuple[Message, ...], McpTools, tuple[str, ...]]:
     """The messages, the tools that the server runs, and the types of the tools that are ignored. Of the
     values, `tools` become functions, and `tool_choice` names some of these."""
-    own = own_entries(values.get("tools", ()), offered)
+    sent = values.get("tools", ())
+    own = own_entries(sent, offered)
     has_servers = known.settings.mcp_config is not None
+    tools, ignored = functions_of_message(sent)
+    mcp = tools_of_message(values, offered) if has_servers else McpTools(own, offered or ())
+    functions = KnownFunctions(tools, (tool["name"] for tool in sent if is_text(tool.get("name"))),
+                               functions_of_message)
+    functions.serve(mcp.functions, mcp.labels_of_tools)
     messages = chat_messages(anthropic_messages(values, has_servers or bool(own)),
-                             known.tool_format is not None)
-    tools, ignored = flat_functions_among(values.get("tools", ()), [None, "custom"], "input_schema")
+                             known.tool_format is not None, functions)
     for message in values["messages"]:
-        ignored += other_types(message.get("content"), OTHER_BLOCKS)
-    mcp = McpTools(own, offered or ())
+        ignored += other_blocks(message.get("content"))
+    ignored += tuple(functions.ignored)
     if has_servers:
-        mcp = tools_of_message(values, offered)
         ignored = tuple(name for name in ignored if name != TOOLSET)
     if has_servers or own:
         served = MCP_BLOCKS | {tool["type"] for tool in own}
         ignored = tuple(name for name in ignored if name not in served)
-    choice = choice_among(mcp, tools, values.get("tool_choice", ToolChoice()))
-    values["tool_choice"] = mcp.called_first(choice, tools, known.native_tools)
-    values["tools"] = mcp.beside(tools)
+    able = functions.functions.able
+    choice = choice_among(mcp, able, values.get("tool_choice", ToolChoice()))
+    values["tool_choice"] = mcp.called_first(choice, able, known.native_tools)
+    values["tools"] = mcp.beside(functions.functions)
     return messages, mcp, tuple(dict.fromkeys(ignored))
+
+
+def other_blocks(content) -> tuple[str, ...]:
+    """Which of OTHER_BLOCKS a content has, but for searches of tools."""
+    blocks = content if isinstance(content, list) else ()
+    return other_types([block for block in blocks if not is_search(block)], OTHER_BLOCKS)
 
 
 def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
@@ -218,15 +253,13 @@ async def count_tokens(body: dict, terms: TextTerms) -> bytes:
     known = terms.known
     values = parse_fields(body, COUNTED_FIELDS)
     messages, _, _ = anthropic_prompt(values, known, terms.offered)
-    tools = values["tools"]
-    if values.get("tool_choice", ToolChoice()).mode == "none":
-        tools = ()
-    if tools and not known.tool_format:
-        raise no_tools("tools")
+    choice = values.get("tool_choice", ToolChoice())
+    functions = chosen(values["tools"], choice, known.tool_format)
+    messages = with_chosen(messages, choice)
     options = anthropic_options(messages, body, values)
     if budget := thinking_budget(body, COUNTED_FIELDS):
         options["thinking_budget"] = max(budget.values())
-    ids = await conversation_tokens(terms.prompts, messages, tools, terms.client, options)
+    ids = await conversation_tokens(terms.prompts, messages, functions.head, terms.client, options)
     return dump({"input_tokens": len(ids)})
 
 

@@ -56,7 +56,7 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
     newest = newest_turns(sent) if truncate else sent
     within_limit("messages", len(newest), LIMITS.messages, "messages")
     parsed = []
-    for name, role, fields in newest:
+    for name, role, fields, _ in newest:
         content = fields.get("content")
         if not isinstance(content, list):
             content = Field(f"{name}.content", TEXT, "").read(content)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid
@@ -18,14 +18,15 @@ from chatlm.front.api import idle
 from chatlm.front.api.approval_ids import approval_id
 from chatlm.front.api.citations import Citations
 from chatlm.front.api.dialect import Continuing, Dialect, Form
-from chatlm.front.api.encode import BlockEncoder, calculator_member, frame, timings_body
+from chatlm.front.api.encode import (
+    BlockEncoder, calculator_member, frame, parsed_arguments, timings_body)
 from chatlm.front.api.errors import response_error
 from chatlm.front.api.field_types import (
     A_BUDGET, CAP, EFFORT, FLAT_CHOICE, INCLUDE, INTEGER, LOGPROBS_OF_TEXT, METADATA, OBJECT, SWITCH, TEXT,
     nested_grammar, object_of, thinking_of_member)
 from chatlm.front.api.fields import (
-    A_TEXT, ABSENT, Field, FieldType, ToolChoice, flat_functions_among, names_in, object_schema,
-    refused_field)
+    A_TEXT, ABSENT, Field, FieldType, ToolChoice, names_in, object_schema, refused_field)
+from chatlm.front.api.found_tools import KnownFunctions, functions_of_response
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.logprobs import TokensOfText, entries
 from chatlm.front.api.mcp_tools import (
@@ -35,14 +36,14 @@ from chatlm.front.api.message_readers import chat_messages, other_types, without
 from chatlm.front.api.readers import (
     later_params, parse_answer, parse_openai_request, parsed_body, without_lone_top)
 from chatlm.front.api.response_items import (
-    OTHER_ITEMS, chained, follow_references, joined_turns, response_messages)
+    OTHER_ITEMS, SEARCH, chained, follow_references, joined_turns, response_messages)
 from chatlm.front.api.tables import OPENAI_SAMPLING_FIELDS, PARALLEL, SOME_TOOLS
 from chatlm.front.tools.rules import arguments_of
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import Known, ParsedBody
-    from chatlm.common.messages.requests import Accepted, Event, Message
+    from chatlm.common.messages.requests import Accepted, Delta, Event, Message
     from chatlm.common.messages.tool_rounds import CallItem, PlannedTool
     from chatlm.front.api.dialect import Terms
     from chatlm.front.api.encode import AnswerBlock
@@ -99,6 +100,11 @@ RESPONSES_FIELDS = (
 
 # reading
 
+SEARCH_TEXT = "Searches for more functions, which can be called once they were found."
+SEARCH_PARAMETERS = {"type": "object", "required": ["query"], "properties": {
+    "query": {"type": "string", "description": "what the functions should do"}}}
+
+
 def repeated_json(body: Mapping) -> bytes:
     """The members of a body that its response repeats in several events, encoded once for all of them."""
     repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
@@ -126,8 +132,10 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
     details = kept_details(values, known)
-    sent = values.get("tools", ())
-    tools, ignored = flat_functions_among(sent, ["function", None], "parameters")
+    sent, searches = with_search(values.get("tools", ()))
+    if searches:
+        details["searches"] = True
+    tools, ignored = functions_of_response(sent)
     ignored += other_types(values.get("input"), OTHER_ITEMS)
     own = own_entries(sent, offered)
     has_servers = known.settings.mcp_config is not None
@@ -140,15 +148,21 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
     history = None
     if runs_tools:
         history = McpHistory(before or (), values.get("input"), mcp.planned, known.native_tools)
+        details |= included(body, history)
+    functions = KnownFunctions(tools)
+    functions.serve(mcp.functions, mcp.labels_of_tools)
+    messages = joined_turns(chat_messages(
+        response_messages(values, before or (), history), known.tool_format is not None, functions))
+    ignored += tuple(functions.ignored)
+    choice = choice_of_search(body.get("tool_choice"), values.get("tool_choice", ToolChoice()), searches)
+    if history:
         served = MCP_ITEMS | {tool["type"] for tool in own} | ({"mcp"} if has_servers else set())
         ignored = tuple(name for name in ignored if name not in served | {*history.own})
-        choice = mcp.choice(body.get("tool_choice"), values.get("tool_choice", ToolChoice()))
-        values["tool_choice"] = mcp.called_first(choice, tools, known.native_tools)
-        tools = mcp.beside(tools)
-        details |= included(body, history)
-    messages = joined_turns(chat_messages(
-        response_messages(values, before or (), history), known.tool_format is not None))
-    values["tools"] = tools
+        choice = mcp.choice(body.get("tool_choice"), choice)
+        choice = mcp.called_first(choice, functions.functions.able, known.native_tools)
+    values["tool_choice"] = choice
+    values["tools"] = mcp.beside(functions.functions)
+    ignored = tuple(dict.fromkeys(ignored))
     request = parse_openai_request(values, known.settings, known.tool_format, messages, mcp.operators)
     parsed = parsed_body("responses", values, known, request, details, ignored)
     own_items = [tool.item for tool in history.own.values() if tool.item] if history else []
@@ -159,6 +173,37 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
     if history and (offered is not None or history.approved):
         plan = tool_plan(values, known, mcp, history, messages)
     return replace(parsed, repeated=repeated_json(body), kept=kept, plan=plan)
+
+
+def with_search(tools: Seq[dict]) -> tuple[list[dict], bool]:
+    """Tools with the search for further tools as a function, if the client runs it, and whether it does."""
+    searches = [index for index, tool in enumerate(tools)
+                if tool.get("type") == SEARCH and tool.get("execution") == "client"]
+    if not searches:
+        return [*tools], False
+    if len(searches) > 1:
+        raise invalid(f"tools[{searches[1]}]", f"tools[{searches[1]}] is a second entry of the type {SEARCH}")
+    for index, tool in enumerate(tools):
+        if tool.get("type") in ("function", None) and tool.get("name") == SEARCH:
+            raise invalid(f"tools[{index}]", f"tools[{index}] is a function with the name {SEARCH}, which the "
+                                             f"tool of this type has; call it otherwise")
+    [index] = searches
+    function = {"type": "function", "name": SEARCH, "description": tools[index].get("description"),
+                "parameters": tools[index].get("parameters")}
+    usual = {"description": SEARCH_TEXT, "parameters": SEARCH_PARAMETERS}
+    function |= {name: value for name, value in usual.items() if function[name] is None}
+    return [*tools[:index], function, *tools[index + 1:]], True
+
+
+def choice_of_search(sent: Any, choice: ToolChoice, searches: bool) -> ToolChoice:
+    """The tool choice of a body, which may choose the search that its client runs. sent: as it was sent."""
+    if not searches or not isinstance(sent, dict):
+        return choice
+    if sent.get("type") == SEARCH:
+        return ToolChoice("required", (SEARCH,), parallel=False)
+    if sent.get("type") == "allowed_tools" and any(tool.get("type") == SEARCH for tool in sent["tools"]):
+        return choice._replace(names=(*(choice.names or ()), SEARCH))
+    return choice
 
 
 def tool_plan(values: Mapping, known: Known, mcp: McpTools, history: McpHistory,
@@ -248,6 +293,7 @@ class ResponsesEncoder(BlockEncoder):
              "mcp": ("mcp_call", "mcp_", "", "response.mcp_call_arguments"),
              "approval": ("mcp_approval_request", "mcpr_", "", "response.mcp_call_arguments"),
              "list": ("mcp_list_tools", "mcpl_", "", "response.mcp_list_tools"),
+             "search": ("tool_search_call", "tsc_", "", ""),
              "own": ("", "", "", "")}  # a call of a tool with items of its own: see CallItem
     has_own_items = True
 
@@ -270,6 +316,11 @@ class ResponsesEncoder(BlockEncoder):
                      "store": kept.get("store", False), "usage": None}
         if "conversation" in kept:
             self.head["conversation"] = {"id": kept["conversation"]}
+
+    def _kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
+        if delta.name == SEARCH and self.parsed.details.get("searches"):
+            return "search"
+        return super()._kind_of_call(delta, before)
 
     def event(self, event_type: str, **fields) -> bytes:
         return self.with_logprobs(super().event(event_type, sequence_number=next(self.numbers), **fields))
@@ -339,6 +390,9 @@ class ResponsesEncoder(BlockEncoder):
         item = {"id": prefix + block.id, "type": kind, "status": status}
         if block.kind == "call":
             return item | {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text}
+        if block.kind == "search":
+            return item | {"call_id": "call_" + block.id, "execution": "client",
+                           "arguments": {} if begins else parsed_arguments(block.text)}
         more = {"role": "assistant"} if block.kind == "text" else {"summary": []}
         return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
@@ -411,13 +465,13 @@ class ResponsesEncoder(BlockEncoder):
             return item + self.event("response.mcp_call.in_progress", **self.place(block))
         if block.tool and block.tool.item:
             return item + self.event(f"response.{block.tool.item.type}.in_progress", **self.place(block))
-        if block.kind == "call":
+        if block.kind in ("call", "search"):
             return item
         part = self.part(block, "")
         return item + self.event("response.content_part.added", **self.place(block), part=part)
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
-        if block.kind in ("approval", "own"):
+        if block.kind in ("approval", "own", "search"):
             self.scores(block, text)
             return b""
         if not block.frame:  # to dump a whole event takes 13 us, and 3 us to dump the text alone
@@ -450,6 +504,8 @@ class ResponsesEncoder(BlockEncoder):
                 block.kind = "mcp"
                 return self.open_block(block) + self.close_block(block)
             return self.item_event("added", block) + self.item_event("done", block)
+        if block.kind == "search":
+            return self.item_event("done", block)
         event = self.ITEMS[block.kind][3] + ".done"
         place = self.place(block)
         text = block.text

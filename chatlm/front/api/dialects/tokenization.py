@@ -14,6 +14,7 @@ from chatlm.front.admission.prompts import checked_ids
 from chatlm.front.api.dialect import Dialect, TextForm
 from chatlm.front.api.field_types import MIXED, SWITCH, TEXT, TOKENS, TOOLS
 from chatlm.front.api.fields import Field, functions_among, no_tools, parse_fields, within_limit
+from chatlm.front.api.found_tools import KnownFunctions
 from chatlm.front.api.message_readers import openai_messages, template_options
 from chatlm.front.api.readers import conversation_tokens
 from chatlm.front.api.tables import CONVERSATION, MODEL, TEMPLATE_OPTIONS
@@ -134,11 +135,12 @@ async def apply_template(body: dict, terms: TextTerms) -> bytes:
 async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -> tuple[int, ...]:
     """The tokens of the `messages` and `tools` of a body."""
     tool_format = prompts.tokenizer.tool_format
-    messages = openai_messages(values["messages"], tool_format is not None)
     tools, _ = functions_among(values.get("tools", ()))
-    if tools and not tool_format:
+    known = KnownFunctions(tools)
+    messages = openai_messages(values["messages"], tool_format is not None, known)
+    if known.head and not tool_format:
         raise no_tools("tools")
-    return await conversation_tokens(prompts, messages, tools, client, template_options(values))
+    return await conversation_tokens(prompts, messages, known.head, client, template_options(values))
 
 
 DIALECT = Dialect({
