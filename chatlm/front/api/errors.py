@@ -42,9 +42,14 @@ ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 4
                     500: "api_error", 503: "overloaded_error"}
 
 
+ANTHROPIC_CODES = ("tool_reference_unresolved",)  # codes of ours that its clients know
+
+
 def anthropic_error(error: ChatServerError) -> dict:
     kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.said_to(client_words.ANTHROPIC)}}
+    details = {"details": {"error_code": error.code}} if error.code in ANTHROPIC_CODES else {}
+    return {"type": "error", "error": {
+        "type": kind, "message": error.said_to(client_words.ANTHROPIC), **details}}
 
 
 def ollama_error(error: ChatServerError) -> dict:

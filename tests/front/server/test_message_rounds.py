@@ -219,6 +219,42 @@ async def test_clients_choose_among_the_tools(place):
             assert own == "mine" and [name.removeprefix("fake__")[:9] for name in offered] == names
 
 
+def changed(kind, reference):
+    return {"role": "system", "content": [{"type": kind, "tool": reference}]}
+
+
+ONE, ALL = {"type": "mcp_tool_reference", "server_name": "fake", "name": "add"}, {"type": "mcp_toolset_reference", "server_name": "fake"}
+
+
+async def test_a_system_message_takes_tools_of_servers_away_and_back(place):
+    """The head of the prompt keeps them."""
+    async with place("It is 5.") as at:
+        await asked(at)
+        [first] = at.pool.requests
+        for messages, gone in ([changed("tool_removal", ONE)], {"fake__add"}), ([changed("tool_removal", ONE), changed("tool_addition", ONE)], set()), (
+                [changed("tool_removal", ALL)], {*first.params.tool_names}), (
+                [changed("tool_removal", ALL), changed("tool_addition", ONE)], {*first.params.tool_names} - {"fake__add"}):
+            await asked(at, [*HI, *messages])
+            assert {*first.params.tool_names} - {*at.pool.requests[-1].params.tool_names} == gone
+        assert [content for role, content in at.sent[1] if role == "system"] == ["The function fake__add can no longer be called."]
+        for reference in ({"type": "mcp_tool_reference", "server_name": "fake", "name": "none"}, {"type": "mcp_toolset_reference", "server_name": "other"}):
+            status, words = await refused(at, asking([*HI, changed("tool_removal", reference)]))
+            assert status == 400 and "which is not in tools" in words
+
+
+async def test_what_is_found_is_beside_the_tools_of_servers(place):
+    """A round may call either; the last round, without calls, is not told of any."""
+    own = {**OWN, "name": "late", "defer_loading": True}
+    searched = [*HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "mine", "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "tool_reference", "tool_name": "late"}]}]}]
+    async with place(ADD, "5.") as at:
+        message = await asked(at, searched, tools=[OWN, own])
+        assert kinds(message) == ["mcp_tool_use", "mcp_tool_result", "text"]
+        assert all("late" in request.params.tool_names for request in at.pool.requests) and [bool(each.tools) for each in at.pool.requests[1].messages].count(True) == 1
+        status, words = await refused(at, asking(searched, tools=[OWN, {**own, "name": "fake__add"}]))
+        assert status == 400 and '"late", which is not in tools' in words
+
+
 async def test_only_what_needs_no_approval_is_offered(place):
     async with place("Hello.", allowed=("pick",)) as at:
         await asked(at)
