@@ -125,6 +125,7 @@ def ask_what_is_kept(ask):
     assert done["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
     ask("POST", "/v1/batches/{id}/cancel", status=409, id=batch)        # it is over
     ask("DELETE", "/v1/files/{id}", id=file)
+    ask("POST", "/v1/responses/input_tokens", {"input": "Say yes."})
     answer = ask("POST", "/v1/responses", {"input": "Say yes.", "max_output_tokens": 16})["id"]
     ask("POST", "/v1/responses/{id}/cancel", id=answer)
     ask("GET", "/v1/responses/{id}", id=answer)

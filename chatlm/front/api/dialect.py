@@ -32,6 +32,7 @@ class TextTerms(NamedTuple):
     prompts: PromptMaker
     client: str = ""                     # takes turns with other clients
     offered: Seq[Mapping] | None = None
+    before: Seq | None = None
 
 
 LONGEST_NAME = 1000  # of a model, an item or a tool server; a longer one is cut: its start is as unknown
@@ -108,7 +109,7 @@ class TextForm:
     read: Callable[[dict, TextTerms], Awaitable[bytes]]
     idle: Callable[[Mapping, Known], Iterator[str]] = nothing_more
     servers: Callable[[Mapping], Iterable[NamedServer]] = names_no_servers
-    continuing: None = None
+    continuing: Continuing | None = None
 
 
 class Dialect(NamedTuple):

@@ -28,6 +28,7 @@ MEMBERS = {  # type -> what is kept of an item about tools, as it was sent
     "tool_search_call": ("status", "call_id", "execution", "arguments"),
     "tool_search_output": ("status", "call_id", "execution", "tools"),
     "additional_tools": ("role", "tools")}
+PHASES = "commentary", "final_answer"  # of a message of the assistant
 STATUSES = "completed", "incomplete", "in_progress"
 AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -42,7 +43,7 @@ def kept_items(items: Iterable[Mapping], own_ids: bool = False,
     of_tools = {item.type: item for item in own}
     prefixes = PREFIXES | {kind: item.prefix for kind, item in of_tools.items()}
     for item in items:
-        tool = of_tools.get(item.get("type", ""))
+        tool = of_tools.get(item.get("type") or "")
         whole = members_of_call(item, tool) if tool else understood_members(item)
         name = prefixes[whole["type"]] + secrets.token_hex(12)
         sent = item.get("id")
@@ -72,7 +73,7 @@ def understood_members(item: Mapping) -> dict:
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"
-        phase = {"phase": item["phase"]} if item.get("phase") else {}
+        phase = {"phase": item["phase"]} if item.get("phase") in PHASES else {}
         return kept | {"role": item["role"], "content": parts(item.get("content"), text_type), **phase}
     if kind == "reasoning":
         summary = item.get("summary")

@@ -38,11 +38,11 @@ def ignored_fields(form: Form, body: Mapping, parsed: ParsedBody, known: Known) 
 
 
 async def read_text(path: str, body: dict, known: Known, prompts: PromptMaker, client: str = "",
-                    offered: Seq[Mapping] | None = None) -> bytes:
+                    offered: Seq[Mapping] | None = None, before: Seq | None = None) -> bytes:
     """Read any other body. Returns a line with the fields that have no effect, followed by the text.
-    offered: as for `read_answer`."""
+    offered, before: as for `read_answer`."""
     form = form_of(path)
     assert isinstance(form, TextForm)
-    text = await form.read(body, TextTerms(known, prompts, client, offered))
+    text = await form.read(body, TextTerms(known, prompts, client, offered, before))
     ignored = [*unread(body, form.fields), *form.idle(body, known)]
     return b"%s\n%s" % (", ".join(header_words(ignored)).encode(), text)

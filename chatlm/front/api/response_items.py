@@ -57,7 +57,6 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
     if item_type == "message":
         if item.get("role") not in OPENAI_ROLES:
             raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
-        check_phase(item, name)
         yield SentMessage(name, item["role"], {"content": item.get("content")})
     elif is_text(item_type) and item_type in READERS:
         yield READERS[item_type](item, name)
@@ -82,13 +81,6 @@ def item_messages(item, name: str) -> Iterator[SentMessage]:
             code="unsupported_item", param=name)
 
 
-def check_phase(item: Mapping, name: str):
-    """Raise RequestError for a phase that no message of the assistant has."""
-    phase = item.get("phase")
-    if phase not in (None, *PHASES):
-        raise bad_value(f"{name}.phase", phase, f"one of {', '.join(PHASES)}")
-
-
 def read_search(item: Mapping, name: str) -> SentMessage:
     """The call of a search. Of one that another server ran, which has no call_id, the output comes next."""
     call = {"id": item.get("call_id"), "function": {"name": SEARCH, "arguments": item.get("arguments")}}
@@ -110,7 +102,6 @@ def read_additional(item: Mapping, name: str) -> SentMessage:
 
 
 SEARCH = "tool_search"  # the name of the function that a search with execution by the client is
-PHASES = "commentary", "final_answer"
 READERS: Mapping[Any, Callable[[Mapping, str], SentMessage]] = {  # items about tools that are found later
     "tool_search_call": read_search, "tool_search_output": read_found, "additional_tools": read_additional}
 

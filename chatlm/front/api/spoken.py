@@ -119,7 +119,9 @@ DIALECTS: tuple[DialectRow, ...] = (
     DialectRow(Late(load_responses), {
         "/v1/responses": DialectPath(
             OPENAI, "an answer in the format of OpenAI's Responses, streamed or whole",
-            in_batches=InBatches(seed_is_ours=True))}),
+            in_batches=InBatches(seed_is_ours=True)),
+        "/v1/responses/input_tokens": DialectPath(
+            OPENAI, "how many tokens the prompt of such a response has")}),
     DialectRow(Late(load_messages), of_api(ANTHROPIC, {
         "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
         "/v1/messages/count_tokens": "how many tokens such a request has"})),

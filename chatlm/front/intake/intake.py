@@ -81,14 +81,18 @@ class Intake:
         read. `holding` then accounts for what is kept of a large body.
 
         offered: the tools that the server may run for it, as JSON; null: it runs none."""
-        before = KeptBefore()
-        if self.earlier_items and any(opened_body.envelope.chained):
-            before = await self.earlier_items(opened_body, reading)
+        before = await self._before(opened_body, reading)
         if (*before, offered) == (b"null", b"null", b"null"):
             return await self._answer(opened_body, reading, holding)
         async with self.opened(
                 opened_body.caller, *opened_body.parts, before.earlier, offered, before.referenced) as whole:
             return await self._answer(whole, reading, holding)
+
+    async def _before(self, opened_body: OpenedBody, reading: Holding) -> KeptBefore:
+        """The kept items that a body needs. `reading` holds its bytes."""
+        if self.earlier_items and any(opened_body.envelope.chained):
+            return await self.earlier_items(opened_body, reading)
+        return KeptBefore()
 
     async def _answer(self, opened_body: OpenedBody, reading: Holding,
                       holding: Holding) -> tuple[ModelOrAdapter, ParsedBody]:
@@ -112,9 +116,15 @@ class Intake:
                    offered: bytes = b"null") -> tuple[ModelOrAdapter, str, bytes]:
         """Read the body of any other route. Returns the model, the fields without effect, and the text to
         answer with. sees: must the model see its pictures? offered: as for `answer`."""
-        if offered != b"null":
-            async with self.opened(opened_body.caller, *opened_body.parts, b"null", offered) as whole:
-                return await self.text(whole, holding, sees)
+        before = await self._before(opened_body, holding)
+        if (*before, offered) != (b"null", b"null", b"null"):
+            async with self.opened(opened_body.caller, *opened_body.parts, before.earlier, offered,
+                                   before.referenced) as whole:
+                return await self._text(whole, holding, sees)
+        return await self._text(opened_body, holding, sees)
+
+    async def _text(self, opened_body: OpenedBody, holding: Holding,
+                    sees: bool) -> tuple[ModelOrAdapter, str, bytes]:
         served = await self.resolve(opened_body.envelope.model, opened_body.caller.bound, holding)
         if sees:
             await self.decode_pictures(opened_body, served, holding)

@@ -55,7 +55,7 @@ async def text(reading: Reading, route: str) -> bytes:
     """The response of a route that needs no worker, after a line that names the fields without effect."""
     assert reading.prompts
     return await read_text(route, reading.fields, reading.known, reading.prompts, reading.client,
-                           reading.body.offered)
+                           reading.body.offered, reading.body.before)
 
 
 TASKS: dict[str, Callable[..., Awaitable[Any]]] = {

@@ -14,7 +14,7 @@ CONTEXT = 65_536
 # The fields without an effect here: they are for reasoning, caches and accounts of the makers' own services
 IGNORED = {
     "codex": {
-        "reasoning.summary", "include.reasoning.encrypted_content", "prompt_cache_key", "client_metadata"},
+        "reasoning.summary", "include.reasoning.encrypted_content", "client_metadata"},
     "claude": {"thinking.type", "output_config.effort", "context_management", "metadata"}}
 IGNORED_TOOLS = {"codex": {"namespace", "web_search"}}      # of several agents; run at the maker
 

@@ -40,6 +40,7 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/v1/completions": {"prompt": "Hi"},
     "/infill": {"input_prefix": "Hi", "input_suffix": "you"},
     "/v1/embeddings": {"input": "Hi"}, "/v1/responses": {"input": "Hi"},
+    "/v1/responses/input_tokens": {"input": "Hi"},
     "/v1/messages": {"messages": HI, "max_tokens": 9},
     "/v1/messages/count_tokens": {"messages": HI}, "/api/chat": {"messages": HI},
     "/api/generate": {"prompt": "Hi"},
@@ -90,6 +91,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"},
     "text": {"format": {"type": "json_object"}},
     "truncation": "auto", "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}, "user": "me",
+    "safety_identifier": "me", "prompt_cache_key": "x", "prompt_cache_options": {"prewarm": True},
     "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "enable_thinking": False,
     "output_config": {"format": FORM | {"schema": SCHEMA}},
@@ -110,7 +112,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "return_tokens": True, "response_fields": ["content"], "models": ["a", "c"], "steps": [1, 2],
     "variants": [{}, {"seed": 1}]}
 OTHERS = {      # where a field has another type in one of the routes
-    ("/v1/responses", "tools"): [FLAT_TOOL],
+    ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/responses/input_tokens", "tools"): [FLAT_TOOL],
     ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "output_config"): {"effort": "low"},
@@ -160,10 +162,14 @@ def parsed(route, body):
     return text, tuple(filter(None, ignored.decode().split(", ")))
 
 
+COMES_BACK = "metadata", "user", "safety_identifier", "prompt_cache_key"
+
+
 @pytest.mark.parametrize("route, name", [
     # which `Bodies.resolve`, `Keeper` and `Rounds` read
     (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields
-    if field.name not in ("model", "store", "max_tool_calls", "mcp_servers")])
+    if field.name not in ("model", "store", "max_tool_calls", "mcp_servers")
+    and (route, field.name) != ("/v1/responses/input_tokens", "truncation")])  # if it does not fit
 def test_a_known_field_has_an_effect_or_is_refused(route, name):
     """A field of the tables changes the request or is refused."""
     without, body = sent(route, name)
@@ -174,7 +180,7 @@ def test_a_known_field_has_an_effect_or_is_refused(route, name):
         assert name in str(error), error
         return
     # to come back in the response is not all that the others do
-    if route == "/v1/responses" and name not in ("metadata", "user"):
+    if route == "/v1/responses" and name not in COMES_BACK:
         before, after = replace(before, repeated=b""), replace(after, repeated=b"")
     assert before != after, "it is accepted and changes nothing"
     assert name not in ignored
@@ -230,10 +236,11 @@ UNREAD = {
                         **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "allowed_token_ids": [1], "temperature": 1},
     "/v1/responses": {
-        "n": 2, "service_tier": "flex",
-        "safety_identifier": "x", "prompt_cache_key": "x",
-        "stream_options": {}, "context_management": [],
+        "n": 2, "service_tier": "flex", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
+    "/v1/responses/input_tokens": {
+        "temperature": 1, "text": {"format": {"type": "text"}}, "parallel_tool_calls": True,
+        "personality": "friendly"},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x",
                      "context_management": {},
                      "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2,
@@ -289,6 +296,9 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
     ("/v1/responses", {"include": ["reasoning.encrypted_content", "x y"], "top_logprobs": 2},
      ["top_logprobs", "include.reasoning.encrypted_content", "include.xy"]),
+    ("/v1/responses", {"prompt_cache_key": "x", "safety_identifier": "y",
+                       "prompt_cache_options": {"mode": "explicit", "ttl": "12h", "prewarm": False}},
+     ["prompt_cache_options.mode", "prompt_cache_options.ttl"]),
     # without --database
     ("/v1/responses", {"store": True}, ["store"]), ("/v1/responses", {"store": False}, []),
     # a body of Chat Completions

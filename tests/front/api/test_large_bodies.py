@@ -22,6 +22,7 @@ BODIES = {  # of each route; what makes one large comes to it
     "/v1/completions": {"prompt": "hello", "max_tokens": 2},
     "/infill": {"input_prefix": "hello", "input_suffix": "", "n_predict": 2},
     "/v1/embeddings": {"input": "hello"}, "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+    "/v1/responses/input_tokens": {"input": "hello"},
     "/v1/messages": {"messages": HI, "max_tokens": 2}, "/v1/messages/count_tokens": {"messages": HI},
     "/api/chat": {"messages": HI, "options": {"num_predict": 2}},
     "/api/generate": {"prompt": "hello", "options": {"num_predict": 2}}, "/api/embed": {"input": "hello"},

@@ -158,6 +158,70 @@ RESPONSE = {
     "metadata": {"a": "b"},
     "max_tool_calls": 2,
 }
+LATER = {"type": "function", "name": "later", "parameters": SCHEMA, "defer_loading": True}
+FOUND = {
+    "model": "m",
+    "input": [
+        {"type": "tool_search_call", "call_id": "c1", "execution": "client", "arguments": {"q": "x"}},
+        {"type": "tool_search_output", "call_id": "c1", "execution": "client", "tools": [LATER]},
+        {"type": "additional_tools", "role": "developer", "tools": [LATER, {"type": "namespace"}]},
+        {"role": "assistant", "content": "a", "phase": "commentary"},
+        {"role": "user", "content": "u"},
+    ],
+    "tools": [{"type": "tool_search", "execution": "client", "description": "d", "parameters": SCHEMA}, LATER],
+    "tool_choice": {"type": "tool_search"},
+    "prompt_cache_key": "k",
+    "safety_identifier": "s",
+    "prompt_cache_options": {"mode": "explicit", "prewarm": True},
+}
+FOUND_MESSAGE = {
+    "model": "m",
+    "max_tokens": 9,
+    "messages": [
+        {"role": "user", "content": "u"},
+        {
+            "role": "system",
+            "content": [
+                {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "later"}},
+                {"type": "tool_removal", "tool": {"type": "mcp_tool_reference", "server_name": "fake", "name": "add"}},
+                {
+                    "type": "tool_addition",
+                    "tool": {"type": "tool_definition", "definition": {"name": "g", "input_schema": SCHEMA}},
+                },
+            ],
+            "clear_at": "next_user_message",
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "server_tool_use", "id": "s1", "name": "tool_search_tool_regex", "input": {}},
+                {
+                    "type": "tool_search_tool_result",
+                    "tool_use_id": "s1",
+                    "content": {
+                        "type": "tool_search_tool_search_result",
+                        "tool_references": [{"type": "tool_reference", "tool_name": "later"}],
+                    },
+                },
+                {"type": "tool_use", "id": "t1", "name": "f", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "t1",
+                    "content": [{"type": "tool_reference", "tool_name": "later"}, {"type": "text", "text": "t"}],
+                }
+            ],
+        },
+    ],
+    "tools": [
+        {"name": "f", "input_schema": SCHEMA},
+        {"name": "later", "input_schema": SCHEMA, "defer_loading": True},
+    ],
+}
 MESSAGE = {
     "model": "m",
     "max_tokens": 9,
@@ -248,8 +312,9 @@ BODIES = {
         },
         {"prompt": ["a"], "suffix": "b"},
     ],
-    "/v1/responses": [RESPONSE],
-    "/v1/messages": [MESSAGE],
+    "/v1/responses": [RESPONSE, FOUND],
+    "/v1/responses/input_tokens": [RESPONSE, FOUND],
+    "/v1/messages": [MESSAGE, FOUND_MESSAGE],
     "/v1/messages/count_tokens": [MESSAGE],
     "/api/chat": [OLLAMA],
     "/api/generate": [

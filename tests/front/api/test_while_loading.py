@@ -88,6 +88,7 @@ BODIES = {
             "tools": [{"type": "mcp_toolset", "mcp_server_name": "fake"}],
         },
     ],
+    "/v1/responses/input_tokens": [{"input": "?"}, {"input": "?", "tools": [{"type": "function", **FUNCTION}]}],
     "/v1/messages/count_tokens": [
         {"messages": SAID},
         {"messages": SAID, "tools": [{"name": "f", "input_schema": SCHEMA}]},

@@ -950,3 +950,42 @@ def test_a_full_disk_leaves_room_to_delete(model, tmp_path):
                     assert ask(client.with_options(api_key="second-key")).store is True
                     break
                 assert time.monotonic() < deadline_s
+
+
+WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "defer_loading": True}
+SEARCHES = [
+    {"role": "user", "content": "One"},
+    {"type": "tool_search_call", "call_id": "c1", "execution": "client", "arguments": {"query": "x"}, "status": "completed"},
+    {"type": "tool_search_output", "call_id": "c1", "execution": "client", "tools": [WEATHER], "status": "completed"},
+    {"type": "additional_tools", "role": "developer", "tools": [WEATHER | {"name": "second"}]},
+    {"role": "assistant", "content": "Now.", "phase": "commentary"},
+]
+
+
+def counted(client, **body):
+    return client.responses.input_tokens.count(model="default", **body).input_tokens
+
+
+def test_what_was_found_stays_found_in_a_kept_response(running):
+    """Its items are kept with their tools; the response that continues may call these."""
+    first = ask(running, SEARCHES)
+    items = running.responses.input_items.list(first.id, order="asc").data
+    assert [item.type for item in items] == ["message", "tool_search_call", "tool_search_output", "additional_tools", "message"]
+    assert items[1].arguments == {"query": "x"} and items[2].tools[0].name == "weather" and items[4].phase == "commentary"
+    second = ask(running, "Two", previous_response_id=first.id, tool_choice={"type": "function", "name": "second"}, max_output_tokens=100)
+    assert second.output[0].name == "second"
+    conversation = running.conversations.create(items=SEARCHES)
+    assert counted(running, conversation=conversation.id, input="Two") == counted(running, input=[*SEARCHES, {"role": "user", "content": "Two"}])
+    with pytest.raises(openai.BadRequestError, match="a list of tools"):
+        running.conversations.create(items=[{"type": "additional_tools", "role": "developer", "tools": 5}])
+
+
+@pytest.mark.parametrize("size", [1, 100_000])  # the second one is read in a sandbox
+def test_a_count_of_what_continues_is_that_of_the_response(running, size):
+    first = ask(running, "One")
+    count = counted(running, input="Two", previous_response_id=first.id, extra_body={"padding": "x" * size})
+    assert count == ask(running, "Two", previous_response_id=first.id).usage.input_tokens > counted(running, input="Two")
+    reference = [{"type": "item_reference", "id": first.output[0].id}, {"role": "user", "content": "Two"}]
+    assert counted(running, input=reference) == ask(running, reference).usage.input_tokens
+    with pytest.raises(openai.NotFoundError, match="there is no response"):
+        counted(running, input="Two", previous_response_id="resp_none")

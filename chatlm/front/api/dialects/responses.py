@@ -12,12 +12,12 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.requests import Piece
+from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.front.api import idle
 from chatlm.front.api.approval_ids import approval_id
 from chatlm.front.api.citations import Citations
-from chatlm.front.api.dialect import Continuing, Dialect, Form
+from chatlm.front.api.dialect import Continuing, Dialect, Form, Terms, TextForm
 from chatlm.front.api.encode import (
     BlockEncoder, calculator_member, frame, parsed_arguments, timings_body)
 from chatlm.front.api.errors import response_error
@@ -45,12 +45,18 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
     from chatlm.common.messages.requests import Accepted, Delta, Event, Message
     from chatlm.common.messages.tool_rounds import CallItem, PlannedTool
-    from chatlm.front.api.dialect import Terms
+    from chatlm.front.api.dialect import TextTerms
     from chatlm.front.api.encode import AnswerBlock
 
 
 # fields
 
+def is_prewarming(value: dict) -> bool:
+    prewarm = value.get("prewarm")
+    return prewarm is not None and Field("prompt_cache_options.prewarm", SWITCH, "").read(prewarm)
+
+
+A_LABEL = FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512})
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 CONTINUES = "what a response continues"  # the name of a group
 RESPONSES_FIELDS = (
@@ -67,14 +73,12 @@ RESPONSES_FIELDS = (
                                  object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
           "`effort`: how much the model thinks, if its template supports that; `max_tokens`, or a number as "
           "effort: most tokens that it thinks", means="template_options",
-          idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
-          repeated={"effort": None, "summary": None}),
+          idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts}, repeated={}),
     PARALLEL._replace(repeated=True),
     Field("max_tool_calls", INTEGER, "most calls of tools of type `mcp`, which the server runs; then the "
           "model answers without them", 1, 2**31 - 1, idle={"": idle.without_tool_rounds}, repeated=None),
     Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
-          "`format`: text, json_object or json_schema", means="response_format",
-          repeated={"format": {"type": "text"}}),
+          "`format`: text, json_object or json_schema", means="response_format", repeated={}),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate", repeated="disabled"),
     Field("include", INCLUDE, f"`{LOGPROBS_OF_TEXT}`: log-probabilities of the text's tokens",
@@ -82,8 +86,12 @@ RESPONSES_FIELDS = (
     Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20,
           idle={"": idle.without_logprobs}),
     Field("metadata", METADATA, "comes back in the answer", repeated={}),
-    Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
-          "comes back in the answer", repeated=None),
+    Field("user", A_LABEL, "comes back in the answer", repeated=None),
+    Field("safety_identifier", A_LABEL, "comes back in the answer", repeated=None),
+    Field("prompt_cache_key", A_LABEL, "comes back in the answer: prefixes are found without it",
+          repeated=None),
+    Field("prompt_cache_options", object_of("prewarm")._replace(convert=is_prewarming),
+          "`prewarm`: only compute the prompt, for requests that begin with it; the output is empty"),
     Field("store", SWITCH, "false: do not keep the answer; the default with --database is true",
           idle={"": idle.without_a_database}),
     Field("previous_response_id", TEXT, "with --database: the kept response that this one continues",
@@ -98,7 +106,22 @@ RESPONSES_FIELDS = (
 )
 
 
+COUNTED = ("input", "instructions", "model", "tools", "tool_choice", "reasoning", "truncation",
+           "previous_response_id", "conversation")
+COUNTED_FIELDS = tuple(field for field in RESPONSES_FIELDS if field.name in COUNTED)
+
+
 # reading
+
+WHOLE = {  # objects that come back -> the members that they have in any case
+    "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
+FUNCTION_MEMBERS = {"type": "function", "description": None, "parameters": None, "strict": None}
+
+
+def with_members(value: Mapping, members: Mapping) -> dict:
+    """An object with its own members and, where it has none or null, these."""
+    return {**value, **{name: usual for name, usual in members.items() if value.get(name) is None}}
+
 
 SEARCH_TEXT = "Searches for more functions, which can be called once they were found."
 SEARCH_PARAMETERS = {"type": "object", "required": ["query"], "properties": {
@@ -108,9 +131,13 @@ SEARCH_PARAMETERS = {"type": "object", "required": ["query"], "properties": {
 def repeated_json(body: Mapping) -> bytes:
     """The members of a body that its response repeats in several events, encoded once for all of them."""
     repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
+    repeated |= {name: body[name] for name in repeated if body.get(name) is not None}
+    for name, members in WHOLE.items():
+        repeated[name] = with_members(repeated[name], members)
+    repeated["tools"] = [with_members(tool, FUNCTION_MEMBERS) if tool.get("type", "function") == "function"
+                         else tool for tool in repeated["tools"]]
     try:
-        texts = {name: dump(value if body.get(name) is None else body[name])
-                 for name, value in repeated.items()}
+        texts = {name: dump(value) for name, value in repeated.items()}
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     size = sum(map(len, texts.values()))
@@ -128,6 +155,9 @@ CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
 def read_response(body: dict, terms: Terms) -> ParsedBody:
     known, before, offered = terms
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
+    prewarms = values.pop("prompt_cache_options", False)
+    if prewarms:
+        values["max_tokens"] = 0
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
@@ -170,7 +200,7 @@ def read_response(body: dict, terms: Terms) -> ParsedBody:
     if details.get("store"):
         kept = kept_items(input_items(values, runs_tools, own_items), own=own_items)
     plan = None
-    if history and (offered is not None or history.approved):
+    if history and not prewarms and (offered is not None or history.approved):
         plan = tool_plan(values, known, mcp, history, messages)
     return replace(parsed, repeated=repeated_json(body), kept=kept, plan=plan)
 
@@ -277,6 +307,15 @@ def alone(body: dict) -> dict:
     return body | {"stream": False, "store": False, "background": False}
 
 
+async def count_input(body: dict, terms: TextTerms) -> bytes:
+    """How many tokens the prompt of a response has. Nothing is kept."""
+    counted = {field.name: body[field.name] for field in COUNTED_FIELDS if field.name in body}
+    parsed = read_response({"input": "", **counted}, Terms(terms.known, terms.before, terms.offered))
+    params = replace(parsed.request.params, client=terms.client)
+    admitted = await terms.prompts.admit(replace(parsed.request, params=params))
+    return dump({"object": "response.input_tokens", "input_tokens": sum(map(len, admitted.prompt_ids or ()))})
+
+
 # the encoder
 
 class ResponsesEncoder(BlockEncoder):
@@ -309,7 +348,10 @@ class ResponsesEncoder(BlockEncoder):
         self.sources: list[Mapping] = []            # what numbers in its texts cite, from [1] on
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
+                     "completed_at": None, "service_tier": "default",
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+                     "presence_penalty": sampling.presence_penalty,
+                     "frequency_penalty": sampling.frequency_penalty,
                      "top_logprobs": self.request.params.logprobs or 0,
                      "background": self.parsed.in_background,
                      "previous_response_id": kept.get("previous_response_id"),
@@ -355,6 +397,9 @@ class ResponsesEncoder(BlockEncoder):
     def encode(self, event: Event) -> bytes:
         if self.scored and isinstance(event, Piece):
             self.tokens.add(event.logprobs)
+        if isinstance(event, Finished) and self.request.max_tokens == 0:  # only the prompt was wanted
+            self.choices[0].done = replace(event, reason="stop")
+            return self.end()
         return super().encode(event)
 
     def collect(self, event: Event) -> int:
@@ -551,6 +596,8 @@ class ResponsesEncoder(BlockEncoder):
         done = self.choices[0].done
         cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
         status = "incomplete" if cut else "completed"
+        if not cut and self.head["completed_at"] is None:
+            self.head["completed_at"] = int(time.time())
         return status, self.response(status, usage=usage, timings=timings_body(done), **cut)
 
     def end(self) -> bytes:
@@ -567,6 +614,10 @@ class ResponsesEncoder(BlockEncoder):
         return b"event: error\n" + frame({"type": "error", **response_error(error), "param": error.param})
 
 
-DIALECT = Dialect({"/v1/responses": Form(
-    RESPONSES_FIELDS, read_response, ResponsesEncoder, idle=idle_include, servers=servers_of_response,
-    continuing=Continuing(chained, follow_references), alone=alone)})
+CONTINUING = Continuing(chained, follow_references)
+DIALECT = Dialect({
+    "/v1/responses": Form(
+        RESPONSES_FIELDS, read_response, ResponsesEncoder, idle=idle_include, servers=servers_of_response,
+        continuing=CONTINUING, alone=alone),
+    "/v1/responses/input_tokens": TextForm(
+        COUNTED_FIELDS, count_input, servers=servers_of_response, continuing=CONTINUING)})
