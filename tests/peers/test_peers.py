@@ -19,6 +19,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from agent_conversations import AGENTS, conversations, repository, run
 from browsing import fake_front
 from chatlm.common.core import decode_core
 from chatlm.front.server.describe import OLLAMA_VERSION
@@ -185,6 +186,20 @@ def test_ollamas_package_pulls_and_deletes_a_model(tmp_path, nanochat_fixtures):
     assert [found["steps"][0][0], found["steps"][-1][0], found["again"], found["deleted"]] == ["pulling manifest", "success", "success", "success"]
     assert [len(data)] * 2 in [step[1:] for step in found["steps"]] and found["pulled"][1:] == ["org/large:latest"] and len(found["left"]) == 1
     assert found["tokens"] == 3 and found["missing"] == [404, 500]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGENTS)
+async def test_an_agent_edits_a_file_as_it_was_recorded(agents, name):
+    """In as many requests as in tests/fixtures/agents/conversations, with the same tools. The model's words are a script's."""
+    with repository() as folder:
+        rows = [row["body"] for row in await run(name, agents / name, folder) if row["body"]]
+    [recorded] = [[row["body"] for row in rows if row["body"]] for known, _, rows in conversations() if known == name]
+    assert [names_of_tools(body) for body in rows] == [names_of_tools(body) for body in recorded]
+
+
+def names_of_tools(body):
+    return [tool.get("name") or tool.get("function", tool).get("name") for tool in body.get("tools", ())]
 
 
 @pytest.mark.slow

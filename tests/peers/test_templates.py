@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.api.message_readers import openai_messages
 from tokenizers import Tokenizer
@@ -181,3 +182,48 @@ def test_every_result_is_in_the_prompt_once(prompts, conversation):
 def test_there_are_13_conversations_and_70_templates(templates):
     """There may be more templates."""
     assert len(CONVERSATIONS) == 13 and len(templates) >= 70
+
+
+FIND = {"type": "function", "function": {"name": "find", "description": "Finds functions", "parameters": {
+    "type": "object", "required": ["words"], "properties": {"words": {"type": "string", "description": "Words"}}}}}
+NOT_WRITTEN = {  # templates that cannot be filled in with these functions, or write none
+    "CohereForAI-c4ai-command-r-plus-tool_use": "it wants members of functions that OpenAI's API does not have",
+    "fireworks-ai-llama-3-firefunction-v2": "it reads functions from a variable that only its makers' server sets",
+    "llama-cpp-deepseek-r1": "it writes a generator as JSON"}
+
+
+def test_functions_that_are_found_later_are_written_as_in_the_head(text, templates):
+    """Of every template that has a place for functions, what stands behind a search is what it writes between two others in the head."""
+    seen = set()
+    for name, template in templates.items():
+        opened = open_tokenizer(replace(text, chat_template=template))
+        if not opened.native_tools or name in NOT_WRITTEN:
+            continue
+        opened.forms = opened.filled(opened.find_forms())
+        conversation = [Message("user", "Q"), *openai_messages([calling(ROME), result()], True)]
+        found = [*conversation[:-1], replace(conversation[-1], content="Found", tools=(WEATHER,))]
+        prompt = opened.finished(opened.filled(opened.rendering(found, [FIND])))
+        [written] = opened.filled(opened.definitions.write([(WEATHER,)], True, opened.template_arguments))
+        form = opened.definitions.form
+        assert form is not None, name
+        single = written.removeprefix(form.opening.strip()).removesuffix(form.closing.strip()).strip()
+        head = opened.filled(opened.rendering([Message("user", "Q")], [FIND, WEATHER, FIND])).text
+        assert single and single in head, (name, single)
+        assert "Weather of a" in prompt and "Weather of a" not in opened.filled(opened.rendering(conversation, [FIND])).text, name
+        seen.add(name)
+    assert len(seen) > 50
+
+
+def test_system_messages_after_the_first_are_where_they_were(text, templates):
+    """Whether a template shows them or not."""
+    for name, template in templates.items():
+        opened = open_tokenizer(replace(text, chat_template=template))
+        opened.forms = opened.filled(opened.find_forms())
+        messages = [Message("user", "U1U"), Message("system", "S2S"), Message("assistant", "A3A"), Message("user", "U4U")]
+        try:
+            prompt = opened.filled(opened.rendering(messages, [])).text
+        except RequestError:
+            assert name in {each for refusal in REFUSALS for each in refusal.templates}, name
+            continue
+        places = [prompt.find(words) for words in ("U1U", "S2S", "A3A", "U4U")]
+        assert places == sorted(places) and -1 not in places, (name, places)

@@ -111,11 +111,11 @@ def recorded(method, target, headers, body):
 class Recorder(BaseHTTPRequestHandler):
     """Forwards each request, and keeps its shape."""
 
-    upstream, rows = "", []
+    upstream, rows, row_of = "", [], staticmethod(recorded)
 
     def forward(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.rows.append(recorded(self.command, self.path, self.headers, body))
+        self.rows.append(self.row_of(self.command, self.path, self.headers, body))
         there = HTTPConnection(urlsplit(self.upstream).netloc)
         sent = {name: value for name, value in self.headers.items() if name.lower() != "host"}
         there.request(self.command, self.path, body, sent)

@@ -200,13 +200,14 @@ class ToolDefinitions:
         part = repeated_part(text, name)
         if part is None:
             return None
-        specials = {*self.specials()} - {*self.call_format.marks}
-        ends_of_turns = "|".join(map(re.escape, specials)) or "(?!)"
+        separators = {*self.specials()} - {*self.call_format.marks}
+        ends_of_turns = "|".join(map(re.escape, filter(None, separators))) or "(?!)"
         # if another one between two of these is not written alike, the part is not what it looks like
         proof = yield from self._filled([example(name), example(other), example(name)], arguments)
         for shorter in shorter_parts(text, part):
             single = text[shorter.begin:shorter.end]
-            if name in single and PARAMETER in single and between(proof, single) == [single.replace(name, other)]:
+            is_definition = name in single and PARAMETER in single
+            if is_definition and between(proof, single) == [single.replace(name, other)]:
                 return form_of(text, shorter, ends_of_turns)
         return None
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import is_text
-from chatlm.front.api.fields import SOME_OBJECTS, ToolChoice, allowed_tools, flat_functions_among, matches, \
-    no_tools
+from chatlm.front.api.fields import (
+    SOME_OBJECTS, ToolChoice, allowed_tools, flat_functions_among, matches, no_tools)
 from chatlm.front.tools.rules import model_name
 
 if TYPE_CHECKING:
@@ -172,15 +172,15 @@ def read_change(known: KnownFunctions, part: Mapping, param: str, adds: bool) ->
     kind = tool.get("type")
     change = known.refer if adds else known.remove
     if kind == "tool_reference":
-        return change(tool["name"] if "name" in tool else tool.get("tool_name"), f"{param}.name")
+        return change(tool.get("name"), f"{param}.name")
     if kind == "tool_definition" and adds:
         return known.bring([tool.get("definition")], f"{param}.definition")
     if kind in ("mcp_tool_reference", "mcp_toolset_reference"):
         changes = [change(name, param) for name in known.of_servers(tool, param)]
         return Change((), [text for each in changes for text in each.texts])
-    allowed = "a tool_reference, " + "a tool_definition, " * adds + "an mcp_tool_reference or an " \
-                                                                    "mcp_toolset_reference"
-    raise bad_value(param, sent, allowed)
+    definition = "a tool_definition, " if adds else ""
+    raise bad_value(param, sent, f"a tool_reference, {definition}an mcp_tool_reference or an "
+                                 "mcp_toolset_reference")
 
 
 RESULTS = ("tool", "function")
