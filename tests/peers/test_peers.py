@@ -189,6 +189,15 @@ def test_ollamas_package_pulls_and_deletes_a_model(tmp_path, nanochat_fixtures):
 
 
 @pytest.mark.slow
+def test_the_classes_of_openresponses_read_all(url):
+    """What its suite asks over HTTP. The default model calls nothing on its own, but writes on and on, so that answer is cut."""
+    found = outcome([made_venv("openresponses", "openresponses.txt"), HERE / "openresponses_peer.py"], url)
+    statuses = dict.fromkeys(found, "completed") | {"tool-calling": "incomplete"}
+    assert {name: (status, last) for name, (status, _, last) in found.items()} == {name: (word, f"response.{word}") for name, word in statuses.items()}
+    assert len(found) == 7 and all(items for _, items, _ in found.values()) and found["required call"][1] == ["function_call"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AGENTS)
 async def test_an_agent_edits_a_file_as_it_was_recorded(agents, name):
     """In as many requests as in tests/fixtures/agents/conversations, with the same tools. The model's words are a script's."""
