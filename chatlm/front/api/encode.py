@@ -300,7 +300,7 @@ class BlockEncoder(Encoder):
         """Add a delta to its block, after ending the block before it if that is another one."""
         before = self.blocks[-1] if self.blocks else None
         if delta.kind == "call":
-            delta = delta._replace(kind=self._kind_of_call(delta, before))
+            delta = delta._replace(kind=self.kind_of_call(delta, before))
         block = self.choices[0].block(delta)
         frames = b""
         if block is not before:
@@ -313,7 +313,7 @@ class BlockEncoder(Encoder):
         block.characters += len(delta.text)
         return frames + self.grow_block(block, delta.text)
 
-    def _kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
+    def kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
         """Whether the server makes a call, asks its client about it, or leaves it to the client."""
         if not delta.name:
             return before.kind if before else delta.kind

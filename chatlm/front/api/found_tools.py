@@ -28,7 +28,8 @@ KNOWN = "The function {} is known already."
 AGAIN = "The function {} can be called again."
 GONE = "The function {} can no longer be called."
 
-# (tools as an API has them, where they are) -> the functions as Chat Completions has them, and types of others
+# (tools as an API has them, where they are) -> the functions as Chat Completions has them, and the types of
+# the other tools
 Reader = Callable[[Seq[dict], str], tuple[tuple[dict, ...], tuple[str, ...]]]
 
 

@@ -53,6 +53,6 @@ def references_of(content: Any, param: str) -> list[Mapping] | str:
     if kind == "tool_search_tool_result_error":
         return f"The search failed: {content.get('error_code')}"
     if kind != "tool_search_tool_search_result" or not isinstance(content.get("tool_references"), list):
-        raise bad_value(param, content, "an object of type tool_search_tool_search_result with tool_references, "
-                        "or of type tool_search_tool_result_error")
+        raise bad_value(param, content, "an object of type tool_search_tool_search_result with "
+                        "tool_references, or of type tool_search_tool_result_error")
     return content["tool_references"] or NOTHING_FOUND

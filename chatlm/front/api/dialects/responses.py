@@ -215,8 +215,8 @@ def with_search(tools: Seq[dict]) -> tuple[list[dict], bool]:
         raise invalid(f"tools[{searches[1]}]", f"tools[{searches[1]}] is a second entry of the type {SEARCH}")
     for index, tool in enumerate(tools):
         if tool.get("type") in ("function", None) and tool.get("name") == SEARCH:
-            raise invalid(f"tools[{index}]", f"tools[{index}] is a function with the name {SEARCH}, which the "
-                                             f"tool of this type has; call it otherwise")
+            raise invalid(f"tools[{index}]", f"tools[{index}] is a function with the name {SEARCH}, which "
+                                             "the tool of this type has; call it otherwise")
     [index] = searches
     function = {"type": "function", "name": SEARCH, "description": tools[index].get("description"),
                 "parameters": tools[index].get("parameters")}
@@ -359,10 +359,10 @@ class ResponsesEncoder(BlockEncoder):
         if "conversation" in kept:
             self.head["conversation"] = {"id": kept["conversation"]}
 
-    def _kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
+    def kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
         if delta.name == SEARCH and self.parsed.details.get("searches"):
             return "search"
-        return super()._kind_of_call(delta, before)
+        return super().kind_of_call(delta, before)
 
     def event(self, event_type: str, **fields) -> bytes:
         return self.with_logprobs(super().event(event_type, sequence_number=next(self.numbers), **fields))
