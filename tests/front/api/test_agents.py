@@ -15,7 +15,8 @@ CONTEXT = 65_536
 IGNORED = {
     "codex": {
         "reasoning.summary", "include.reasoning.encrypted_content", "client_metadata"},
-    "claude": {"thinking.type", "output_config.effort", "context_management", "metadata"}}
+    "claude": {
+        "thinking.type", "thinking.display", "output_config.effort", "context_management", "metadata"}}
 IGNORED_TOOLS = {"codex": {"namespace", "web_search"}}      # of several agents; run at the maker
 
 
