@@ -228,10 +228,12 @@ def no_tools(param: str) -> RequestError:
 def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
     """The tools that may be called. Raises RequestError if the choice names others, or if it requires a call
     and there are none."""
-    names = [tool["function"]["name"] for tool in tools]
-    if strange := [name for name in choice.names or () if name not in names]:
-        raise invalid("tool_choice", f"tool_choice names {shown(strange[0])}, which is not in tools")
-    allowed = tuple(tool for tool, name in zip(tools, names) if choice.names is None or name in choice.names)
+    known = {tool["function"]["name"] for tool in tools}
+    for name in choice.names or ():
+        if name not in known:
+            raise invalid("tool_choice", f"tool_choice names {shown(name)}, which is not in tools")
+    names = known if choice.names is None else {*choice.names}
+    allowed = tuple(tool for tool in tools if tool["function"]["name"] in names)
     if choice.mode == "required" and not allowed:
         raise invalid("tool_choice", "tool_choice requires a call, but there are no tools")
     return allowed

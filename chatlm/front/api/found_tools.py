@@ -252,18 +252,19 @@ def chosen(functions: Functions, choice: ToolChoice, tool_format: str | None) ->
     allowed_tools(able, choice)
     if choice.names is None:
         return functions
+    names = {*choice.names}
     return functions._replace(
-        head=tuple(tool for tool in functions.head if name_of(tool) in choice.names),
-        found=tuple(tool for tool in functions.found if name_of(tool) in choice.names))
+        head=tuple(tool for tool in functions.head if name_of(tool) in names),
+        found=tuple(tool for tool in functions.found if name_of(tool) in names))
 
 
 def with_chosen(messages: Seq[Message], choice: ToolChoice) -> tuple[Message, ...]:
     """The messages, which make only those functions known that a choice leaves."""
     if choice.mode == "none":
         return without_tools(messages)
-    names = choice.names
-    if names is None:
+    if choice.names is None:
         return tuple(messages)
+    names = {*choice.names}
     return tuple(message if not message.tools else replace(message, tools=tuple(
         tool for tool in message.tools if name_of(tool) in names)) for message in messages)
 

@@ -393,6 +393,18 @@ def test_thousands_of_deferred_functions_and_references_take_linear_time():
     assert sum(len(each) for each in found(request)) == 20_000 and len(request.params.tool_names) == 20_002
 
 
+def test_a_choice_of_thousands_of_functions_takes_linear_time():
+    """With a list for the names it takes a minute."""
+    chosen = [{"type": "function", "function": {"name": f"f{number}"}} for number in range(20_000)]
+    call_ = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    answer = {"role": "tool", "tool_call_id": "c1", "content": [reference(f"f{number}") for number in range(20_000)]}
+    body = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call_]}, answer],
+            "tools": [chat("search"), *(chat(f"f{number}", defer_loading=True) for number in range(20_000))],
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": chosen}}}
+    request = read(CHAT, body).request
+    assert len(request.params.tool_names) == 20_000 and not request.tools and len(found(request)[0]) == 20_000
+
+
 def test_additions_and_removals_of_a_large_function_make_no_large_prompt():
     large = tool("large", True, description="x" * 1_000_000)
     changes = [system(addition("large"), removal("large")) for _ in range(5000)]
