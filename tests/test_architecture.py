@@ -127,6 +127,7 @@ def test_the_table_has_a_row_for_each_usual_change():
         "what encodes images",
         "a short name, a cut of words",
         "a call format",
+        "what makes functions known in the middle of a conversation",
         "calls of nanochat's calculator",
         "a notation of calls",
         "what a schema allows",
