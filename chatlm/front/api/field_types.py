@@ -16,7 +16,7 @@ from chatlm.common.text.calculations import STRAY_MARKS
 from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, as_list, as_prompts,
-    list_schema, matches, object_schema, read_choice, refused_field, value_at)
+    known_members, list_schema, matches, object_schema, read_choice, refused_field, value_at)
 
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
@@ -74,7 +74,7 @@ def nested_grammar(value: dict, param: str) -> tuple[str, str]:
     form = value.get("format")
     if form is not None and not isinstance(form, dict):
         raise bad_value(param, form, "an object whose format is an object")
-    return response_grammar(form or {"type": "text"}, param)
+    return response_grammar(known_members(form or {}) or {"type": "text"}, param)
 
 
 GBNF_CHARACTERS = 16_384  # converted here, in 2 us a character
@@ -229,7 +229,8 @@ TOOLS = FieldType('a list of {"type": "function", "function": {"name", "descript
                   list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type=A_TEXT)]}), tuple)
 FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
                       list_schema(A_FUNCTION["properties"]["function"]),
-                      lambda value: tuple({"type": "function", "function": function} for function in value))
+                      lambda value: tuple({"type": "function", "function": known_members(function)}
+                                          for function in value))
 FUNCTION_CALL = FieldType('"auto", "none" or {"name"}',
                           {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]},
                           lambda value: read_choice(value if is_text(value) else {"name": value["name"]}))

@@ -52,6 +52,21 @@ def object_matches(schema: Mapping, value: dict) -> bool:
                for name, member in value.items())
 
 
+def without_nulls(schema: Mapping, value):
+    """A value without the members that are null where a schema names them and lets them be absent."""
+    if isinstance(value, list):
+        items = schema.get("items", {})
+        return [without_nulls(items, item) for item in value] if items else value
+    if not isinstance(value, dict):
+        return value
+    for option in schema.get("anyOf", ()):
+        value = without_nulls(option, value)
+    properties = schema.get("properties", {})
+    required = schema.get("required", ())
+    return {name: without_nulls(properties.get(name, {}), member) for name, member in value.items()
+            if member is not None or name not in properties or name in required}
+
+
 def all_match(schema: Mapping, values: list) -> bool:
     if schema is A_TOKEN or schema is TEXT_OR_TOKEN:  # fast path: such lists are long
         return all(type(value) is int and 0 <= value < 2**31
@@ -75,7 +90,7 @@ ABSENT: Any = object()
 
 
 class Field(NamedTuple):
-    """One field of a request body. A value of null means that it is absent."""
+    """One field of a request body. A value of null means that it is absent, also of what is in it."""
 
     name: str
     type: FieldType
@@ -88,6 +103,7 @@ class Field(NamedTuple):
     fills: str = ""      # "params" or "request": which object gets the value, under the name that it means
     group: str = ""      # fields of one group are treated alike by their readers
     idle: Mapping[str, Idle] = NO_IDLE  # member -> when it has no effect; "": the field itself
+    cleared: Any = ABSENT  # of an update: if set, null has this effect, which takes the value away
     repeated: Any = ABSENT  # if set, the response repeats the field; this is its value if it is absent
 
     @property
@@ -115,6 +131,8 @@ class Field(NamedTuple):
     def read(self, value):
         """The value as the program uses it. Raises RequestError if it is not allowed."""
         schema = self.schema
+        if not matches(schema, value):
+            value = without_nulls(schema, value)
         if not matches(schema, value):
             bounds = self.bounds if "minimum" in schema else ""
             raise bad_value(self.name, value, self.type.allowed + bounds)
@@ -194,8 +212,7 @@ def flat_functions_among(tools: Seq[dict], types: Seq[str | None], schema: str,
             continue
         members = {"name": tool.get("name"), "description": tool.get("description"),
                    "parameters": tool.get(schema), "strict": tool.get("strict") or None}
-        function = {"type": "function", "function": {
-            name: value for name, value in members.items() if value is not None}}
+        function = {"type": "function", "function": known_members(members)}
         if not matches(A_FUNCTION, function):
             raise bad_value(f"{param}[{index}]", tool, f"an object with a name and {schema}, an object")
         if tool.get("defer_loading") is True:
@@ -204,13 +221,18 @@ def flat_functions_among(tools: Seq[dict], types: Seq[str | None], schema: str,
     return tuple(functions), header_words(others)
 
 
+def known_members(value: Mapping) -> dict:
+    """An object without the members that are null."""
+    return {name: member for name, member in value.items() if member is not None}
+
+
 def functions_among(tools: Seq[dict]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
     """The functions among tools of Chat Completions, and the types of the other tools."""
     functions = []
     others = []
     for index, tool in enumerate(tools):
         if matches(A_FUNCTION, tool):
-            functions.append(tool)
+            functions.append(known_members(tool) | {"function": known_members(tool["function"])})
         elif tool["type"] == "function":
             raise bad_value(f"tools[{index}]", tool,
                             'an object with a function: {"name", "description", "parameters"}')
@@ -296,10 +318,13 @@ def json_object(raw: bytes | bytearray) -> dict:
 def parse_fields(body: dict, fields: Seq[Field]) -> dict:
     """The values of the fields that are set, checked, by the names that they mean. Unknown fields are
     ignored."""
-    if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
+    if missing := [field.name for field in fields if body.get(field.name) is None and field.required
+                   and not (field.name in body and field.cleared is not ABSENT)]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
-    return {field.means or field.name: field.read(body[field.name])
-            for field in fields if body.get(field.name) is not None}
+    cleared = {field.means or field.name: field.cleared for field in fields
+               if field.cleared is not ABSENT and field.name in body}
+    return cleared | {field.means or field.name: field.read(body[field.name])
+                      for field in fields if body.get(field.name) is not None}
 
 
 def within_limit(what: str, count: int, limit: int, param: str):

@@ -37,7 +37,7 @@ STORE_FIELDS: dict[str, tuple[Field, ...]] = {
         Field("output_expires_after", EXPIRY, "for how long its files are kept"),
     ),
     "/v1/conversations": (SOME_ITEMS, LABELS),
-    "/v1/conversations/{id}": (LABELS._replace(required=True),),
+    "/v1/conversations/{id}": (LABELS._replace(required=True, cleared={}),),
     "/v1/conversations/{id}/items": (SOME_ITEMS._replace(required=True),),
     **KNOWLEDGE_FIELDS,
 }

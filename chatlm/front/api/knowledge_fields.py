@@ -100,7 +100,7 @@ KNOWLEDGE_FIELDS: dict[str, tuple[Field, ...]] = {
         LIFETIME, LABELS,
         Field("embedding_model", TEXT, "the model here that embeds its texts; by default that of --embedder, "
                                        "else the first that embeds")),
-    ONE_STORE: (NAME, LIFETIME, LABELS),
+    ONE_STORE: (NAME._replace(cleared=""), LIFETIME._replace(cleared=None), LABELS._replace(cleared={})),
     f"{ONE_STORE}/search": (
         Field("query", QUERY, "what is looked for", required=True),
         Field("max_num_results", FieldType("an integer", {"type": "integer"}), "passages (10)", 1,
@@ -111,7 +111,7 @@ KNOWLEDGE_FIELDS: dict[str, tuple[Field, ...]] = {
         Field("rewrite_query", FieldType("a boolean", {"type": "boolean"}), "has no effect")),
     f"{ONE_STORE}/files": (
         Field("file_id", TEXT, "an uploaded file", required=True), ATTRIBUTES, STRATEGY),
-    f"{ONE_STORE}/files/{{file}}": (ATTRIBUTES._replace(required=True),),
+    f"{ONE_STORE}/files/{{file}}": (ATTRIBUTES._replace(required=True, cleared={}),),
     f"{ONE_STORE}/file_batches": (
         Field("file_ids", BATCH_IDS, "uploaded files"), Field("files", BATCH_FILES, "or these, each with its "
                                                               "own attributes and chunking_strategy"),

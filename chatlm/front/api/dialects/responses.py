@@ -309,7 +309,8 @@ def alone(body: dict) -> dict:
 
 async def count_input(body: dict, terms: TextTerms) -> bytes:
     """How many tokens the prompt of a response has. Nothing is kept."""
-    counted = {field.name: body[field.name] for field in COUNTED_FIELDS if field.name in body}
+    counted = {field.name: body[field.name] for field in COUNTED_FIELDS
+               if body.get(field.name) is not None}
     parsed = read_response({"input": "", **counted}, Terms(terms.known, terms.before, terms.offered))
     params = replace(parsed.request.params, client=terms.client)
     admitted = await terms.prompts.admit(replace(parsed.request, params=params))
