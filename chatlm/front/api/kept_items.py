@@ -12,6 +12,7 @@ from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unic
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.api.earlier_calculations import read_calculations
 from chatlm.front.api.encode import calculator_member
+from chatlm.front.api.mcp_tools import text
 from chatlm.front.api.picture_parts import picture_in
 
 if TYPE_CHECKING:
@@ -20,14 +21,23 @@ if TYPE_CHECKING:
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
             "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "mcp_approval_response": "mcpa_",
+            "mcp_list_tools": "mcpl_", "file_search_call": "fs_",
             "tool_search_call": "tsc_", "tool_search_output": "tso_", "additional_tools": "at_"}
 MEMBERS = {  # type -> what is kept of an item about tools, as it was sent
-    "mcp_call": ("server_label", "name", "arguments", "output", "error", "approval_request_id"),
+    "mcp_call": ("server_label", "name", "arguments", "status", "approval_request_id", "output", "error"),
+    "mcp_list_tools": ("server_label", "tools", "error"),
+    "file_search_call": ("status", "queries", "results"),
     "mcp_approval_request": ("server_label", "name", "arguments"),
     "mcp_approval_response": ("approval_request_id", "approve", "reason"),
     "tool_search_call": ("status", "call_id", "execution", "arguments"),
     "tool_search_output": ("status", "call_id", "execution", "tools"),
     "additional_tools": ("role", "tools")}
+NAMING = ("server_label", "name", "arguments")
+TEXTS = {"mcp_call": NAMING, "mcp_approval_request": ("id", *NAMING)}  # what of these must be texts
+# What the server itself makes of its calls of tools: what clients put back of it is kept, though a model that
+# is not offered these tools is not shown it
+MADE = frozenset(("mcp_call", "mcp_list_tools", "mcp_approval_request", "file_search_call"))
+CITATION = {"type": str, "file_id": str, "filename": str, "index": int, "passage": int}
 PHASES = "commentary", "final_answer"  # of a message of the assistant
 STATUSES = "completed", "incomplete", "in_progress"
 AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -69,7 +79,9 @@ def understood_members(item: Mapping) -> dict:
     kind = item.get("type") or "message"
     status = item.get("status")
     if kind in MEMBERS:
-        return {"type": kind, **{member: item.get(member) for member in MEMBERS[kind]}}
+        for member in TEXTS.get(kind, ()):
+            text(item, member)
+        return {"type": kind, **{member: item[member] for member in MEMBERS[kind] if member in item}}
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"
@@ -103,8 +115,19 @@ def understood_part(part: Mapping, text_type: str) -> dict:
     if picture_in(part):
         return {"type": kind, "picture": part["picture"]}
     member = "refusal" if kind == "refusal" else "text"
-    text = whole_unicode(part.get(member) or "")
-    annotations = {"annotations": []} if kind == "output_text" else {}
+    said = whole_unicode(part.get(member) or "")
+    more: dict = {}
+    if kind == "output_text":
+        given = part.get("annotations")
+        more = {"annotations": [*filter(is_citation, given)] if isinstance(given, list) else []}
+        if part.get("logprobs") == []:  # of an answer whose request asked for none
+            more["logprobs"] = []
     is_said = text_type == "output_text"  # by the assistant
-    calls = read_calculations(part.get("calculator"), text, "calculator") if is_said else []
-    return {"type": kind, member: text, **annotations, **calculator_member(calls)}
+    calls = read_calculations(part.get("calculator"), said, "calculator") if is_said else []
+    return {"type": kind, member: said, **more, **calculator_member(calls)}
+
+
+def is_citation(value: Any) -> bool:
+    """Is it one as the server itself makes them?"""
+    return isinstance(value, dict) and value.keys() <= CITATION.keys() and all(
+        isinstance(value.get(name), kind) for name, kind in CITATION.items() if name in value or kind is str)

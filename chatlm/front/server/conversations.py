@@ -23,7 +23,7 @@ from chatlm.front.aio import supervised
 from chatlm.front.api.dialects.responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_fields import AFTER, LIMIT, ORDER, STARTING_AFTER
-from chatlm.front.api.kept_items import AN_ID, kept_items
+from chatlm.front.api.kept_items import AN_ID, MADE, kept_items
 from chatlm.front.api.message_readers import chat_messages, other_types, without_others
 from chatlm.front.api.response_items import OTHER_ITEMS, response_messages
 from chatlm.front.intake.intake import KeptBefore
@@ -338,9 +338,9 @@ class ConversationRoutes:
         if any(message.pictures for message in chat_messages(response_messages({"input": items}), True)):
             raise RequestError("items: a conversation gets its pictures from responses",
                                code="unsupported_content", param="items")
-        if others := other_types(items, OTHER_ITEMS):
+        if others := other_types(items, OTHER_ITEMS - MADE):
             REQUEST_LOG.get().headers["X-Ignored-Tools"] = ", ".join(others)
-        return kept_items(without_others(items, OTHER_ITEMS), own_ids=True)
+        return kept_items(without_others(items, OTHER_ITEMS - MADE), own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
         require_store(self.store)

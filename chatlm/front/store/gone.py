@@ -1,5 +1,5 @@
 """Where rows of lists stood that are gone: the next page of a list goes on behind a row that was deleted, as
-by a client that deletes what it lists. Triggers note them; the newest MOST_GONE of an owner are kept for a day."""
+by a client that deletes what it lists. Triggers note them; the newest of an owner are kept for a day."""
 
 from __future__ import annotations
 

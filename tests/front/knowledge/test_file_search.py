@@ -434,3 +434,21 @@ def test_a_line_of_a_batch_cannot_have_it():
     entry = {"type": "file_search", "vector_store_ids": ["vs_1"]}
     with pytest.raises(RequestError, match="a batch can't run tools"):
         additions.read(RESPONSES, Asked({}, [(0, entry)]), in_batch=True)
+
+
+async def test_what_a_client_puts_back_is_kept(serve):
+    """A search with its results, and a message with its citations: into a conversation, and as the input of a response, with and without the tool."""
+    place = await serve(SEARCHED, "With a litre [1].", "Yes.", "Yes.")
+    made = (await place.ask(include=["file_search_call.results"]))["output"]
+    assert made[0]["results"] and made[1]["content"][0]["annotations"]
+    _, _, talk = await place.post("/v1/conversations", {"items": made})
+    _, listed = await place.get(f"/v1/conversations/{talk['id']}/items?order=asc")
+    assert json.loads(listed)["data"] == made
+    for tools in ([], [place.tool()]):
+        status, _, body = await place.post(RESPONSES, {"input": [*made, {"role": "user", "content": "Sure?"}], "tools": tools})
+        assert status == 200, body
+        _, listed = await place.get(f"/v1/responses/{body['id']}/input_items?order=asc")
+        kept = json.loads(listed)["data"][:2]
+        assert [item | {"id": 0} for item in kept] == [item | {"id": 0} for item in made]
+        assert (f"[1] pump.md\n{PUMP}" in str(place.sent[-1])) is False and ("litre [1]" in str(place.sent[-1]))
+        assert (PUMP in str(place.sent[-1])) is bool(tools)

@@ -22,11 +22,15 @@ async def bodies(ask):
     store, [file] = await ask.store(ME, "Cats purr.")
     _, talk = await ask(ME, "/v1/conversations", {"metadata": {"a": "b"}})
     item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}], "status": "completed"}
+    part = {"type": "output_text", "text": "Yes [1].", "annotations": [{"type": "file_citation", "file_id": "f", "index": 4}], "logprobs": []}
+    of_tools = [{"id": "m1", "type": "mcp_call", "server_label": "s", "name": "n", "arguments": "{}", "status": "completed", "approval_request_id": None, "output": "5", "error": None},
+                {"id": "m2", "type": "mcp_list_tools", "server_label": "s", "tools": [{"name": "n", "input_schema": {}}]}, {"id": "m3", "type": "mcp_approval_request", "server_label": "s", "name": "n", "arguments": "{}"},
+                {"id": "m4", "type": "file_search_call", "status": "completed", "queries": ["q"], "results": [{"text": "t"}]}, {"id": "m5", "type": "message", "role": "assistant", "status": "completed", "content": [part]}]
     lines = await ask.file(ME, '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}]}}', "lines.jsonl", "batch")
     return {
         "/v1/batches": ("/v1/batches", {"input_file_id": lines, "endpoint": "/v1/chat/completions", "completion_window": "24h", "metadata": {"a": "b"}, "output_expires_after": {"anchor": "created_at", "seconds": 3600}}),
         "/v1/conversations": ("/v1/conversations", {"items": [item], "metadata": {"a": "b"}}), "/v1/conversations/{id}": (f"/v1/conversations/{talk['id']}", {"metadata": {"a": "c"}}),
-        "/v1/conversations/{id}/items": (f"/v1/conversations/{talk['id']}/items", {"items": [item]}),
+        "/v1/conversations/{id}/items": (f"/v1/conversations/{talk['id']}/items", {"items": [item, *of_tools]}),
         "/v1/vector_stores": ("/v1/vector_stores", {"name": "n", "description": "d", "file_ids": [file], "chunking_strategy": TWICE, "expires_after": {"anchor": "last_active_at", "days": 3}, "metadata": {"a": "b"}, "embedding_model": "fake-model"}),
         "/v1/vector_stores/{id}": (f"/v1/vector_stores/{store}", {"name": "n", "expires_after": {"anchor": "last_active_at", "days": 3}, "metadata": {"a": "b"}}),
         "/v1/vector_stores/{id}/search": (f"/v1/vector_stores/{store}/search", {"query": "cats", "max_num_results": 3, "filters": FILTER, "ranking_options": {"ranker": "none", "score_threshold": 0.5}, "rewrite_query": False}),

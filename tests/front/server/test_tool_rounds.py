@@ -510,3 +510,26 @@ async def test_without_the_flag_they_are_ignored():
         async with http.post(url + "/v1/responses", json=body) as response:
             assert response.status == 200 and response.headers["X-Ignored-Tools"] == "mcp, mcp_approval_response"
             assert response.headers["X-Ignored-Fields"] == "max_tool_calls" and (await response.json())["output"][0]["type"] == "message"
+
+
+# what a client puts back
+
+async def test_what_a_client_puts_back_is_kept(place, tmp_path):
+    """Lists, calls and requests for an approval: into a conversation, in which the request can still be answered, and as input."""
+    async with place(PICK, "It is red.", "Fine.", allowed=(), database=str(tmp_path / "kept.db")) as at:
+        made = [item.to_dict() for item in (await at.ask()).output]
+        assert [item["type"] for item in made] == ["mcp_list_tools", "mcp_approval_request"]
+        talk = await at.client.conversations.create(items=[{"role": "user", "content": "2 + 3?"}, *made])
+        assert [item.to_dict() for item in (await at.client.conversations.items.list(talk.id, order="asc")).data][1:] == made
+        yes = {"type": "mcp_approval_response", "approval_request_id": made[1]["id"], "approve": True}
+        said = await at.ask([yes], extra_body={"conversation": talk.id})
+        call = said.output[0].to_dict()
+        assert (call["type"], call["output"]) == ("mcp_call", "picked red") and len(at.called) == 1
+        other = await at.client.conversations.create(items=[call])
+        assert [item.to_dict() for item in (await at.client.conversations.items.list(other.id)).data] == [call]
+        response = await at.ask([*made, yes, call, {"role": "user", "content": "Thanks"}])
+        kept = [item.to_dict() for item in (await at.client.responses.input_items.list(response.id, order="asc")).data]
+        assert [item | {"id": ""} for item in kept[:4] if item["type"] != "mcp_approval_response"] == [item | {"id": ""} for item in (*made, call)]
+        with pytest.raises(openai.BadRequestError, match="arguments of an item of type mcp_call must be a string"):
+            await at.client.conversations.create(items=[call | {"arguments": 5}])
+    assert len(at.called) == 1

@@ -27,7 +27,7 @@ from chatlm.front.api.field_types import (
 from chatlm.front.api.fields import (
     A_TEXT, ABSENT, Field, FieldType, ToolChoice, names_in, object_schema, refused_field)
 from chatlm.front.api.found_tools import KnownFunctions, functions_of_response
-from chatlm.front.api.kept_items import kept_items
+from chatlm.front.api.kept_items import MADE, kept_items
 from chatlm.front.api.logprobs import TokensOfText, entries
 from chatlm.front.api.mcp_tools import (
     MCP_ITEMS, McpHistory, McpTools, id_of_approved_call, own_entries, refuse_in_batches,
@@ -286,8 +286,9 @@ def input_items(values: Mapping, runs_tools: bool = False, own: Seq[CallItem] = 
     items = values.get("input", "")
     if is_text(items):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
-    others = OTHER_ITEMS - MCP_ITEMS | {"mcp_list_tools"} if runs_tools else OTHER_ITEMS
-    others -= {item.type for item in own}
+    others = OTHER_ITEMS - MADE - {item.type for item in own}
+    if runs_tools:
+        others -= MCP_ITEMS
     return [*without_others(items, others)]
 
 
