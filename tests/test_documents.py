@@ -192,7 +192,7 @@ def words_of_benches(*names: str) -> set[str]:
 def test_flags_that_are_named_exist(path):
     text, ours = text_of(path), {name for flag in FLAGS for name in flag.names} | OTHERS_FLAGS
     if path.name == "agents.md":  # of the agents themselves
-        ours |= {"yes-always", "message", "auto", "auth-type", "yolo", "core-tools", "permission-mode"}
+        ours |= {"yes-always", "message", "auto", "auth-type", "yolo", "core-tools", "permission-mode", "bare"}
     if path.name == "RESULTS.md":  # where one program's flags are named apart from it
         ours |= words_of_benches(*(f"bench/{bench.name}" for bench in (ROOT / "bench").glob("*.py")))
     text = re.sub(r"^.*python bench/.*$|```", "", text, flags=re.MULTILINE) if "```" in text else text
