@@ -430,8 +430,8 @@ class Settings:
         choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
     mmproj: str | None = flag(None, file_name,
-        "the GGUF file that lets a GGUF model see images (default: an mmproj*.gguf beside the model, in "
-        "its folder or in the hub's repository)",
+        "the GGUF file that lets a GGUF model see images (default: an mmproj*.gguf or NAME-mmproj*.gguf "
+        "beside the model NAME, in its folder or in the hub's repository)",
         ANSWERING)
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses the next tokens; the answers are the same",

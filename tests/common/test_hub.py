@@ -208,6 +208,8 @@ def test_a_folder_or_file_here_wins_over_an_id(tmp_path, monkeypatch):
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
+LOUD_PARTS = ["A-Q8_0-00001-of-00002.GGUF", "A-Q8_0-00002-of-00002.GGUF"]
+
 PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
 
 
@@ -221,7 +223,7 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
     ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
     ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"]), ("q8_0", ["a-Q4_0.gguf", *PARTS], PARTS),
     ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),
-    ("mmproj-f16.gguf", ["a.gguf", "mmproj-f16.gguf"], ["mmproj-f16.gguf"]),
+    ("", [*LOUD_PARTS, "A-mmproj.GGUF"], LOUD_PARTS), ("mmproj-f16.gguf", ["a.gguf", "mmproj-f16.gguf"], ["mmproj-f16.gguf"]),
     ("", [*PARTS, "a-q4_k_m-00001-of-00001.gguf"], ["a-q4_k_m-00001-of-00001.gguf"]), (PARTS[1], [*PARTS, "b.gguf"], PARTS)])
 def test_only_the_files_of_a_model_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
@@ -230,7 +232,8 @@ def test_only_the_files_of_a_model_are_fetched(file, names, found):
 @pytest.mark.parametrize("model, names, found", [
     ("a-Q8_0.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-F16.gguf", "README.md"], ["mmproj-a-F16.gguf"]), ("a.gguf", ["x/mmproj-f16.gguf", "mmproj.txt"], []),
     ("x/a.gguf", ["x/mmproj-f16.gguf", "mmproj-f16.gguf"], ["x/mmproj-f16.gguf"]), ("mmproj-f16.gguf", ["mmproj-f16.gguf", "mmproj-f32.gguf"], []),
-    ("config.json", ["mmproj-f16.gguf"], [])])
+    ("config.json", ["mmproj-f16.gguf"], []), ("A-1b-Q8_0.GGUF", ["a-1b-mmproj.gguf", "b-mmproj.gguf"], ["a-1b-mmproj.gguf"]),
+    ("b.gguf", ["a-mmproj-f16.gguf"], []), ("b.gguf", ["b.mmproj-q8_0.gguf", "b-mmproj-F16.gguf"], ["b-mmproj-F16.gguf"])])
 def test_a_model_sees_with_its_folder_s_best_file(model, names, found):
     assert mmproj_for(model, [model, *names]) == found
 

@@ -239,7 +239,7 @@ def refuse_checkpoint_flags(settings: Settings, what_it_is: str):
 
 
 def resolve_gguf(path: Path) -> ModelSource:
-    path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
+    path = path.with_name(re.sub(r"(?i)-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
     with opened(path) as file:
         begin = file.read(1000)
     refuse_pointer(path, begin)
@@ -250,7 +250,8 @@ def resolve_gguf(path: Path) -> ModelSource:
             raise ConfigError(f"{path} is a part of a model: give its folder, {path.parent}")
         raise ConfigError(f"{path} is not a GGUF file (it begins with {begin[:4]!r}); "
                           "--help says what MODEL may be")
-    others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
+    others = sorted(other.name for other in path.parent.iterdir()
+                    if other.suffix.lower() == ".gguf" and other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""
     name = re.sub(SPLIT_GGUF, "", path.name).removesuffix(path.suffix)
     return ModelSource("gguf", path, name, f"GGUF file {path}", beside)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import error_text, printable, require_folder
-from chatlm.common.hub.repository import SPLIT_GGUF
+from chatlm.common.hub.repository import ENCODER, SPLIT_GGUF
 from chatlm.common.hub.nanochat_checkpoints import checkpoints_in, step_of
 from chatlm.common.hub.stamps import FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
@@ -123,7 +123,8 @@ def shown_name(name: str) -> str:
 
 
 def path_name(folder: Path, path: Path) -> str:
-    return shown_name(re.sub(SPLIT_GGUF, "", str(path.relative_to(folder))).removesuffix(".gguf"))
+    name = re.sub(SPLIT_GGUF, "", str(path.relative_to(folder)))
+    return shown_name(re.sub(r"(?i)\.gguf$", "", name))
 
 
 def seen_below(folder: Path, kind: type[T], seen_in: Callable[[Path, list[str]], Iterable[T]],
@@ -203,7 +204,7 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[ModelFiles]:
         yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
     parts: dict[str, list[Path]] = {}
     for name in names:
-        if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj"):
+        if name.lower().endswith(".gguf") and not re.fullmatch(ENCODER, name):
             stem = re.sub(SPLIT_GGUF, "", name).removesuffix(Path(name).suffix)
             parts.setdefault(stem, []).append(folder / name)
     for name, files in parts.items():

@@ -60,8 +60,8 @@ def is_of_hub(path: Path, repository: str, file: str) -> bool:
     """Whether a model's path belongs to a repository in the hub's cache, or to this GGUF file of it."""
     if folder_of(repository).name not in path.parts:
         return False
-    name = re.sub(SPLIT_GGUF, "", path.name, flags=re.IGNORECASE).lower().removesuffix(".gguf")
-    wanted = re.sub(SPLIT_GGUF, "", file, flags=re.IGNORECASE).lower().removesuffix(".gguf")
+    name = re.sub(SPLIT_GGUF, "", path.name).lower().removesuffix(".gguf")
+    wanted = re.sub(SPLIT_GGUF, "", file).lower().removesuffix(".gguf")
     return not file or path.suffix.lower() == ".gguf" and name.endswith(wanted.rpartition("/")[2])
 
 
@@ -189,7 +189,7 @@ def models_of(repository: str, names: dict[str, int] | Seq[str]) -> Iterator[tup
     ggufs = set()
     for name in names:
         if name.lower().endswith(".gguf") and ":" not in name and not re.fullmatch(BESIDE_MODEL, name):
-            ggufs.add(re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE))
+            ggufs.add(re.sub(SPLIT_GGUF, "", name))
     for name in sorted(ggufs):
         with contextlib.suppress(ConfigError):
             yield f"{repository}:{name}", hub_files(repository, name, names)
@@ -303,7 +303,7 @@ def names_in(folder: Path) -> dict[str, int]:
 
 def is_whole(folder: Path, names: dict[str, int], files: Seq[str]) -> bool:
     """Whether all files of a model are in the cache."""
-    if split := re.search(r"-of-(\d{5})\.(gguf|safetensors)$", files[-1]):
+    if split := re.search(r"(?i)-of-(\d{5})\.(gguf|safetensors)$", files[-1]):
         if len([name for name in files if name.endswith(split[0])]) != int(split[1]):
             return False
     if INDEX in files and WHOLE not in names:
@@ -344,7 +344,7 @@ def delete_file(repository: str, file: str, folder: Path):
     no snapshot has the file, remove its unfinished download."""
     there = set()
     for snapshot in folder.glob("snapshots/*"):
-        there.update(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf"))
+        there.update(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.[gG][gG][uU][fF]"))
     try:
         names = hub_files(repository, file, there)
     except ConfigError:

@@ -13,8 +13,9 @@ from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.trainer_files import is_litgpt
 
 
-SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # the end of a name when a model has several files
+SPLIT_GGUF = r"(?i)-\d{5}-of-\d{5}(?=\.gguf$)"  # the end of a name when a model has several files
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # GGUF files that are no models
+ENCODER = r"(?i)(?:(.+)[-_.])?mmproj[^/]*\.gguf"  # an image encoder; in its name may be that of its model
 WHOLE = "model.safetensors"             # all weights in one file
 INDEX = "model.safetensors.index.json"  # names the files that share the weights
 # how a folder may say what its tokenizer is, the best first
@@ -48,7 +49,7 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         return folder
     parts = collections.defaultdict(list)  # by the name without the part's number
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
-        parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
+        parts[re.sub(SPLIT_GGUF, "", name)].append(name)
     ggufs = models_among(parts)
     if (checkpoint := published(names, file)) and (file or not ggufs):
         return checkpoint
@@ -92,7 +93,8 @@ MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # best first
 
 
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
-    """The image encoder of a GGUF model: the mmproj*.gguf in its folder, in the best type there is.
+    """The image encoder of a GGUF model: of the mmproj*.gguf and NAME-mmproj*.gguf in its folder, where NAME
+    begins the model's own name, the one in the best type.
 
     [] if there is none, or if `model` is no GGUF model."""
     def rank(name: str) -> tuple[int, str]:
@@ -108,7 +110,8 @@ def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
     encoders = []
     for name in names:
         place, _, last = name.rpartition("/")
-        if place == folder and re.fullmatch(r"(?i)mmproj[^/]*\.gguf", last):
+        encoder = re.fullmatch(ENCODER, last)
+        if place == folder and encoder and own.lower().startswith((encoder[1] or "").lower()):
             encoders.append(name)
     return sorted(encoders, key=rank)[:1]
 

@@ -88,9 +88,15 @@ def files_of(path: Path) -> list[Path]:
     if is_nanogpt:
         tokenizers = [path.with_name(name) for name in NANOGPT_TOKENIZERS]
         return [path, *filter(Path.exists, tokenizers)]
-    if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
-        return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
-    return [path]
+    return gguf_parts(path)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of a GGUF model that is split over several; else the file itself."""
+    split = re.fullmatch(r"(?i)(.+)-\d{5}-(of-\d{5}\.gguf)", path.name)
+    if not split:
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-{split[2]}"))
 
 
 def mmproj_of(path: Path, settings: Settings) -> Path | None:

@@ -24,6 +24,8 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub import default_model
 from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.folder import find_models
+from chatlm.common.hub.stamps import gguf_parts
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.tokenizer import compile_chat_template
@@ -547,6 +549,13 @@ def test_a_model_split_into_several_files_is_one(tmp_path):
         assert model.name == "split" and model.architecture == whole.architecture
         for name, tensor in tensors_of(model).items():
             assert torch.equal(tensor, theirs[name]), name
+    (tmp_path / "loud").mkdir()
+    loud = [tmp_path / "loud" / path.with_suffix(".GGUF").name for path in parts]
+    for path, copy in zip(parts, loud):
+        copy.write_bytes(path.read_bytes())
+    assert load(loud[1]).name == "split" and gguf_parts(loud[0]) == loud
+    [found] = find_models(tmp_path / "loud")
+    assert (found.path, found.name) == (loud[0], "split")
     data = parts[1].read_bytes()
     for content, words in ((data[:-64], "split-00002-of-00003.gguf|truncated"), (None, "cannot read .*split-00002-of-00003.gguf: No such file")):
         parts[1].unlink()

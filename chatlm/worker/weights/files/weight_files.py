@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import opened, refuse_pointer, truncated
+from chatlm.common.hub.stamps import gguf_parts
 from chatlm.common.hub.trainer_files import LITGPT_FILE, is_litgpt_folder
 from chatlm.common.log import log
 from chatlm.worker.weights.rules import read_json
@@ -75,10 +75,7 @@ def files_of_weights(path: Path) -> list[Path]:
         return [path / LITGPT_FILE]
     if path.is_dir():
         return weight_files(path)
-    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if split:
-        return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
-    return [path]
+    return gguf_parts(path)
 
 
 def files_of_adapters(folders: Iterable[str]) -> list[Path]:
