@@ -120,10 +120,14 @@ async def interruptible(work):
 
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
+    """(drain, now): the first SIGINT, SIGTERM or SIGHUP sets drain, the next one sets now. SIGHUP, which a
+    terminal sends when it is closed, stays ignored behind `nohup`."""
     drain = asyncio.Event()
     now = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         asyncio.get_running_loop().add_signal_handler(
             number, lambda: (now if drain.is_set() else drain).set())
     return drain, now

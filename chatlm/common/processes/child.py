@@ -60,7 +60,7 @@ def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
     arguments: the descriptor of its end of the pipe, or the address where to listen for the front; the
     parent's process id."""
     descriptor, parent = arguments
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal or systemd signals all
         signal.signal(stop, signal.SIG_IGN)
     if nice := os.environ.get(NICENESS):
         os.setpriority(os.PRIO_PROCESS, 0, int(nice))

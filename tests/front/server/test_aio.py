@@ -1,11 +1,12 @@
 """Tasks end when the server ends, also those that lose a cancellation, and run again ever more seldom while they fail."""
 
 import asyncio
+import signal
 
 import pytest
 
 from chatlm.front import aio
-from chatlm.front.aio import EventQueue, end_tasks, supervised
+from chatlm.front.aio import EventQueue, end_tasks, stop_signals, supervised
 from chatlm.front.pool.residency import Residency
 
 
@@ -21,6 +22,25 @@ async def test_wait_for_loses_no_cancellation(turns):
         await asyncio.sleep(0)
     await asyncio.wait_for(end_tasks([task]), 20)
     assert task.done()
+
+
+async def test_sighup_stays_ignored_behind_nohup():
+    """Where it was not ignored, it drains; after it, as after each of these signals, the next one stops."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        drain, now = stop_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        drain, now = stop_signals()
+        signal.raise_signal(signal.SIGHUP)
+        await asyncio.wait_for(drain.wait(), 20)
+        assert not now.is_set()
+        signal.raise_signal(signal.SIGHUP)
+        await asyncio.wait_for(now.wait(), 20)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_tasks_end_however_they_are_cancelled(recwarn):

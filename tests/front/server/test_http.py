@@ -1124,13 +1124,14 @@ async def test_the_server_listens_while_it_loads(client, capsys, monkeypatch):
     assert await server.task == 0 and pool.closed
 
 
-async def test_sigterm_lets_running_answers_finish(client, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_running_answers_finish(client, capsys, number):
     """New ones are refused."""
     pool = FakePool(["one"], gate=asyncio.Event())
     server = Server(pool, capsys)
     url = (await server.printed(r"  (http://\S+)\n"))[1]
     async with client.post(url + NATIVE, json=conversation()) as running:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         await server.printed("second signal")
         status, body = await ask(client, url + NATIVE, conversation())
         assert status == 503
