@@ -14,7 +14,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.requests import Accepted, Embedder, Embedding, ModelFacts
 from chatlm.front.annexes import ANNEXES, database_of
-from chatlm.front.api.documents import extract_text
+from chatlm.front.documents.extract import extract_text
 from fake_pool import FakePool, finished
 from left_texts import Asking
 

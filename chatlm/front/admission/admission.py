@@ -214,7 +214,7 @@ class Admission:
         return picture_of(NewPicture(pixels))
 
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
-        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: the
+        """(text, pages, cut) of a document, as in `chatlm.front.documents.extract.Extracted`. boundary: the
         boundary of the form that the body is; "": the body is the file itself."""
         extracted: Any = await self.perform("documents", client, "extract", name, boundary, bodies=[body])
         return extracted

@@ -218,7 +218,7 @@ class Intake:
             return [CheckedLine(*values) for values in checked]
 
     async def extract(self, caller: Caller, name: str, boundary: str, body: bytes | bytearray) -> Seq:
-        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: the
+        """(text, pages, cut) of a document, as in `chatlm.front.documents.extract.Extracted`. boundary: the
         boundary of the form that the body is; "": the body is the file itself."""
         admission = self.catalogue.find("", caller.bound).pool.admission
         return await admission.extract(caller.client, name, boundary, body)

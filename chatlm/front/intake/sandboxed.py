@@ -75,7 +75,7 @@ class Tasks:
 
     @cached_property
     def documents(self):
-        from chatlm.front.api.documents import DocumentTasks
+        from chatlm.front.documents.extract import DocumentTasks
         return DocumentTasks(self.config.cpu_s)
 
     @cached_property

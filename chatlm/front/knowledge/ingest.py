@@ -12,7 +12,6 @@ asked. So do the stores of one client."""
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence as Seq
@@ -24,7 +23,7 @@ from chatlm.common.config import FOLDER, LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.documents import HTML_BEGINS
+from chatlm.front.documents.texts import Text, plain_text
 from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.knowledge import stores
@@ -56,17 +55,8 @@ SWEEPING_S = 10.0  # of one of them, before its end is told
 PAUSE_S = 2.0      # of a store whose file must wait, at least
 PASSAGE_BYTES = 500  # that a passage takes in memory besides its texts
 VECTOR_BYTES = 16  # that a window takes in the database besides its vector
-UNTEXT = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 # the errors of the extraction for files of another kind; all others are about a damaged file
 STRANGE = "unknown_format", "not_installed"
-
-
-class Text(NamedTuple):
-    """The text of a file."""
-
-    text: str
-    pages: int | None = None  # None: its format has none
-    lacks: str | None = None  # what of the file is not in it
 
 
 class Failed(Exception):
@@ -76,30 +66,6 @@ class Failed(Exception):
         super().__init__(message)
         self.code = code
         self.lacks_embedder = lacks_embedder
-
-
-def text_in(data: bytes, name: str) -> Text | None:
-    """The text of a file that is one, in UTF-8 or UTF-16; None if it must be extracted, or is none."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        with suppress(UnicodeDecodeError):
-            return readable(data.decode("utf-16"))
-        return None
-    begin = data[:4096]
-    named_html = re.search(r"(?i)\.x?html?$", name)
-    if named_html or b"\0" in begin or b"%PDF-" in begin[:1024] or re.match(HTML_BEGINS, begin, re.DOTALL):
-        return None
-    with suppress(UnicodeDecodeError):
-        return readable(data.decode("utf-8-sig"))
-    return None
-
-
-def readable(text: str) -> Text:
-    """A text without control characters, as far as it is read."""
-    lacks = None
-    if len(text) > LIMITS.extracted_characters:
-        lacks = f"only the first {LIMITS.extracted_characters:,} characters"
-    text = text[:LIMITS.extracted_characters].replace("\r\n", "\n").replace("\r", "\n")
-    return Text(UNTEXT.sub(" ", text), None, lacks)
 
 
 def cut(text: Text, chosen: Chosen, strategy: Strategy) -> list[Passage]:
@@ -387,7 +353,7 @@ class Ingest:
             data += part
         if not data:
             raise Failed("invalid_file", "the file is empty")
-        text = await asyncio.to_thread(text_in, bytes(data), source.filename)
+        text = await asyncio.to_thread(plain_text, bytes(data), source.filename)
         if text is None:
             text = await self._extracted(under_way, source.filename, data)
         holding.give_back_beyond(0)
@@ -403,8 +369,6 @@ class Ingest:
             except RequestError as error:
                 code = "unsupported_file" if error.code in STRANGE else "invalid_file"
                 message = str(error)
-                if error.code == "unknown_format":
-                    message += ", nor is it text in UTF-8 or UTF-16"
                 raise Failed(code, message) from None
             except EngineFailure:
                 if not left:

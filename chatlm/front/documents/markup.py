@@ -1,0 +1,148 @@
+"""HTML becomes Markdown: headings, lists, tables, code, forms, equations; without links, pictures, scripts."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from chatlm.front.documents import scripts
+from chatlm.front.documents.document import Document, Reading, library
+from chatlm.front.documents.equations import line_of
+from chatlm.front.documents.tables import Cell, Copies, table_lines
+from chatlm.front.documents.texts import decoded_html
+
+# stand around the parts of tables while these are converted; no text has them
+CELL, SIZE, ROW = "\ue0f1", "\ue0f2", "\ue0f3"
+MARKS = re.compile(f"[{CELL}{SIZE}{ROW}]")
+UNSEEN = "script", "style", "noscript", "template", "head", "title"
+LARGEST_SPAN = 1000  # columns that a cell may take, as in browsers
+
+
+def read_html(data: bytes, reading: Reading) -> Document:
+    return Document([to_markdown(decoded_html(data), reading)])
+
+
+def to_markdown(html: str, reading: Reading, place: str = "") -> str:
+    """HTML as Markdown. place: where in its document it is."""
+    parse = library("bs4", "HTML").BeautifulSoup
+    html = MARKS.sub("", html)
+    soup = seen(parse(html, "lxml"))
+    whole = seen(parse(html, "html.parser"))
+    if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # lxml stops where elements nest 256 times
+        soup = whole
+    copies = Copies()
+    try:
+        text = converter()(copies).convert_soup(soup)
+    except RecursionError:  # thousands of elements within each other
+        text = soup.get_text("\n")
+    if copies.room < 0:
+        reading.lacks("merged", place)
+    return re.sub(r"\n{3,}", "\n\n", MARKS.sub(" ", text))
+
+
+def seen(soup: Any) -> Any:
+    """A document without what its reader does not see, and with the letters of drawings and equations."""
+    for hidden in soup(list(UNSEEN)):
+        hidden.decompose()
+    for hidden in soup(string=lambda text: text.__class__.__name__ not in ("NavigableString", "CData")):
+        hidden.extract()  # comments, declarations
+    for drawing in soup("svg"):
+        drawing.replace_with(" ".join(text.get_text(" ", strip=True) for text in drawing("text")) + " ")
+    for equation in soup("math"):
+        equation.replace_with(equation_text(equation))
+    for choice in soup("select"):
+        if choice.find("option", selected=True):
+            for option in choice("option"):
+                if not option.has_attr("selected"):
+                    option.decompose()
+    for table in soup("table"):
+        if table.find("table"):  # it only lays out what is in it
+            for part in (table, *rows_and_cells(table)):
+                part.name = "div"
+    return soup
+
+
+def rows_and_cells(table: Any) -> list[Any]:
+    """The elements of a table itself, without those of tables in it."""
+    found = []
+    groups = [table]
+    while groups:
+        for child in groups.pop().find_all(["thead", "tbody", "tfoot", "tr", "td", "th"], recursive=False):
+            found.append(child)
+            groups.append(child)
+    return found
+
+
+def equation_text(equation: Any) -> str:
+    etree = library("lxml.etree", "HTML")
+    root = etree.fromstring(str(equation), etree.XMLParser(
+        recover=True, resolve_entities=False, no_network=True, load_dtd=False))
+    return equation.get_text(" ", strip=True) if root is None else line_of(root)
+
+
+@cache
+def converter() -> Any:
+    """The class that converts a document. It is made once the library is here."""
+    markdownify = library("markdownify", "HTML")
+
+    class Converter(markdownify.MarkdownConverter):
+        def __init__(self, copies: Copies):
+            super().__init__(strip=["a", "img"], heading_style="ATX", escape_asterisks=False,
+                             escape_underscores=False, escape_misc=False)
+            self.copies = copies
+
+        def convert_sup(self, el: Any, text: str, parent_tags: Any) -> str:
+            return scripts.raised(text, beside(el, "next_sibling"))
+
+        def convert_sub(self, el: Any, text: str, parent_tags: Any) -> str:
+            return scripts.lowered(text, beside(el, "previous_sibling"), beside(el, "next_sibling"))
+
+        def convert_input(self, el: Any, text: str, parent_tags: Any) -> str:
+            kind = str(el.get("type", "text")).lower()
+            if kind in ("checkbox", "radio"):
+                return "[x] " if el.has_attr("checked") else "[ ] "
+            unseen = kind in ("hidden", "password", "image", "submit", "button", "reset", "file")
+            return "" if unseen else f" {el.get('value', '')} "
+
+        def convert_option(self, el: Any, text: str, parent_tags: Any) -> str:
+            return f" {text.strip()} "
+
+        def convert_td(self, el: Any, text: str, parent_tags: Any) -> str:
+            columns, rows = span(el, "colspan"), span(el, "rowspan")
+            return f"{CELL}{text.strip()}{SIZE}{columns}{SIZE}{rows}{CELL}"
+
+        convert_th = convert_td
+
+        def convert_tr(self, el: Any, text: str, parent_tags: Any) -> str:
+            return f"{ROW}{text}{ROW}"
+
+        def convert_table(self, el: Any, text: str, parent_tags: Any) -> str:
+            parts = text.split(ROW)
+            lines = table_lines(map(cells_in, parts[1::2]), self.copies)
+            beside_rows = " ".join(" ".join(parts[::2]).split())  # a caption
+            return "\n\n" + "\n".join([*([beside_rows + "\n"] if beside_rows else []), *lines]) + "\n\n"
+
+    return Converter
+
+
+def cells_in(row: str) -> list[Cell]:
+    """The cells of a row, as the converter has marked them."""
+    cells = []
+    for part in row.split(CELL)[1::2]:
+        text, columns, rows = (*part.split(SIZE), "1", "1")[:3]
+        cells.append(Cell(text, int(columns), int(rows)))
+    return cells
+
+
+def span(cell: Any, name: str) -> int:
+    """How many columns or rows a cell takes."""
+    value = str(cell.get(name, "1")).strip()
+    return min(max(1, int(value)), LARGEST_SPAN) if value.isascii() and value.isdigit() and len(value) < 9 else 1
+
+
+def beside(element: Any, side: str) -> str:
+    """The text beside an element."""
+    neighbour = getattr(element, side)
+    return "" if neighbour is None else neighbour.get_text()[:1] if side == "next_sibling" else (
+        neighbour.get_text()[-1:])

@@ -1,0 +1,221 @@
+"""OpenDocument, as LibreOffice writes it: texts (ODT), sheets (ODS) and slides (ODP)."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from typing import Any
+
+from chatlm.front.documents import scripts
+from chatlm.front.documents.archives import Archive, attribute, below, first, local
+from chatlm.front.documents.document import Document, Reading, refusal
+from chatlm.front.documents.equations import line_of
+from chatlm.front.documents.slides import with_scripts
+from chatlm.front.documents.tables import Cell, Copies, row_text, rule, spread
+
+MIMETYPE = "application/vnd.oasis.opendocument."
+NOUNS = {"presentation": "slide", "spreadsheet": "sheet"}
+SPACES = 1000       # that one element may stand for
+REPEATS = 1000      # of a cell or a row that is not empty
+BLOCKS = ("h", "p", "list", "table", "section", "frame", "annotation", "note", "list-item", "list-header",
+          "index-body", "g", "page", "custom-shape", "notes")
+
+
+def read_opendocument(data: bytes, reading: Reading) -> Document:
+    archive = Archive(data)
+    manifest = archive.xml("META-INF/manifest.xml")
+    if manifest is not None and any(True for _ in below(manifest, "encryption-data")):
+        raise refusal("the file is encrypted: save it without its password", "encrypted")
+    root = archive.xml("content.xml")
+    body = None if root is None else first(root, "body")
+    if body is None:
+        raise ValueError("it has no content")
+    content = next(each for each in body if local(each) in ("text", *NOUNS))
+    walk = Walk(archive, root, reading)
+    noun = NOUNS.get(local(content))
+    if not noun:
+        parts = [*walk.margins("header"), *walk.blocks(content), *walk.margins("footer")]
+        return Document(["\n\n".join(parts)])
+    pages = [each for each in content if local(each) in ("page", "table")]
+    texts = ("\n\n".join(walk.page(each, number)) for number, each in enumerate(pages, 1))
+    return Document(texts, len(pages), noun, noun == "slide")
+
+
+class Walk:
+    """Goes through a document and writes what it finds as Markdown."""
+
+    def __init__(self, archive: Archive, root: Any, reading: Reading, folder: str = ""):
+        self.archive = archive
+        self.reading = reading
+        self.folder = folder
+        self.place = ""
+        self.copies = Copies()
+        self.heights = heights_in(root)
+
+    def page(self, element: Any, number: int) -> Iterator[str]:
+        self.place = f"slide {number}" if local(element) == "page" else attribute(element, "name")
+        if local(element) == "table":
+            yield "\n".join([f"# {self.place}", *self.table(element, ruled=False)])
+        else:
+            yield from self.blocks(element)
+
+    def blocks(self, element: Any) -> Iterator[str]:
+        """The paragraphs, lists and tables within an element."""
+        for each in element:
+            name = local(each)
+            if name == "h":
+                level = attribute(each, "outline-level")
+                depth = min(int(level), 6) if level.isdigit() and len(level) < 3 else 1
+                yield from self.paragraph(each, "#" * max(depth, 1) + " ")
+            elif name == "p":
+                yield from self.paragraph(each)
+            elif name == "list":
+                items = [" ".join(self.blocks(item)) for item in each if local(item) in ("list-item", "list-header")]
+                yield "\n".join(f"* {item}" for item in items if item)
+            elif name == "table":
+                yield "\n".join(self.table(each))
+            elif name == "forms":
+                yield from form_values(each)
+            elif name == "notes":
+                yield from (f"Notes: {text}" for text in self.blocks(each))
+            elif name == "frame":
+                yield from self.frame(each)
+            elif name == "annotation":
+                yield f"Comment: {self.remark(each)}"
+            elif name not in ("tracked-changes", "sequence-decls", "variable-decls", "scripts"):
+                yield from self.blocks(each)
+
+    def paragraph(self, element: Any, before: str = "") -> Iterator[str]:
+        text = self.line(element).strip()
+        if text:
+            yield before + text
+        for frame in below(element, "frame", "custom-shape"):
+            if local(frame.getparent()) != "frame":
+                yield from self.frame(frame)
+
+    def line(self, element: Any) -> str:
+        """The text of a paragraph, in which notes and remarks stand in brackets."""
+        runs: list[tuple[str, int]] = [(element.text or "", 0)]
+        for each in element:
+            name = local(each)
+            if name == "s":
+                count = attribute(each, "c")
+                runs.append((" " * min(int(count) if count.isdigit() else 1, SPACES), 0))
+            elif name == "tab":
+                runs.append(("\t", 0))
+            elif name == "line-break":
+                runs.append(("\n", 0))
+            elif name == "note":
+                citation = first(each, "note-citation")
+                sign = "" if citation is None else "".join(citation.itertext())
+                runs.append((f" [note {sign}: {self.remark(first(each, 'note-body'))}]", 0))
+            elif name == "annotation":
+                runs.append((f" [comment: {self.remark(each)}]", 0))
+            elif name == "span":
+                height = self.heights.get(attribute(each, "style-name"), 0)
+                runs.append((self.line(each), height))
+            elif name not in ("frame", "custom-shape", "annotation-end"):
+                runs.append((self.line(each), 0))
+            runs.append((each.tail or "", 0))
+        return with_scripts([run for run in runs if run[0]])
+
+    def remark(self, element: Any) -> str:
+        if element is None:
+            return ""
+        return " ".join(self.line(each).strip() for each in below(element, "p"))
+
+    def frame(self, frame: Any) -> Iterator[str]:
+        """What a frame shows: its texts, an equation, the table of a chart."""
+        for each in frame:
+            name = local(each)
+            if name == "object":
+                yield from self.embedded(attribute(each, "href"))
+                return  # what follows are pictures of it
+            if name == "image":
+                self.reading.lacks("picture", self.place)
+                return
+            if name == "object-ole":
+                self.reading.lacks("embedded", self.place)
+                return
+            if name in BLOCKS or name == "text-box":
+                yield from self.blocks([each] if name in BLOCKS else each)
+
+    def embedded(self, href: str) -> Iterator[str]:
+        folder = posixpath.normpath(posixpath.join(self.folder, href))
+        root = self.archive.xml(posixpath.join(folder, "content.xml"))
+        if root is None:
+            self.reading.lacks("embedded", self.place)
+        elif local(root) == "math":
+            yield line_of(root)
+        elif folder != self.folder and not self.folder:
+            walk = Walk(self.archive, root, self.reading, folder)
+            title = [" ".join("".join(each.itertext()).split()) for each in below(root, "title")]
+            if title:
+                yield f"Chart: {title[0]}"
+            yield from (("\n".join(walk.table(table))) for table in below(root, "table"))
+
+    def table(self, table: Any, ruled: bool = True) -> Iterator[str]:
+        """The lines of a table."""
+        room = self.copies.room
+        for number, texts in enumerate(spread(self.rows(table), self.copies)):
+            while texts and not texts[-1]:
+                texts.pop()
+            if texts:
+                yield row_text(texts)
+                if ruled and not number:
+                    yield rule(len(texts))
+        if room >= 0 > self.copies.room:
+            self.reading.lacks("merged", self.place)
+
+    def rows(self, table: Any) -> Iterator[list[Cell]]:
+        for row in below(table, "table-row"):
+            if next(row.iterancestors("{*}table")) is table:
+                cells = [cell for each in row for cell in self.cells(each)]
+                repeats = number_in(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1
+                for _ in range(repeats):
+                    yield cells
+
+    def cells(self, cell: Any) -> list[Cell]:
+        if local(cell) != "table-cell":
+            return []
+        text = " ".join(filter(None, self.blocks(cell))).strip()
+        copies = number_in(cell, "number-columns-repeated")
+        span = Cell(text, number_in(cell, "number-columns-spanned"), number_in(cell, "number-rows-spanned"))
+        return [span] * copies
+
+    def margins(self, kind: str) -> list[str]:
+        """The headers, or footers, of all kinds of pages."""
+        styles = self.archive.xml("styles.xml")
+        texts: dict[str, None] = {}
+        for each in () if styles is None else below(styles, kind, f"{kind}-first", f"{kind}-left"):
+            if text := " ".join(self.blocks(each)).strip():
+                texts[f"{kind.capitalize()}: {text}"] = None
+        return [*texts]
+
+
+def number_in(element: Any, name: str) -> int:
+    value = attribute(element, name)
+    return min(max(int(value), 1), REPEATS) if value.isascii() and value.isdigit() and len(value) < 9 else 1
+
+
+def heights_in(root: Any) -> dict[str, int]:
+    """Which styles of text are raised (1) or lowered (-1)."""
+    heights = {}
+    for style in below(root, "style"):
+        for properties in below(style, "text-properties"):
+            position = attribute(properties, "text-position").split(" ")[0]
+            if position and position not in ("0%", "0"):
+                heights[attribute(style, "name")] = -1 if position.startswith(("sub", "-")) else 1
+    return heights
+
+
+def form_values(forms: Any) -> Iterator[str]:
+    """The fields of a form, with what was put into them."""
+    for each in forms.iter("{*}*"):
+        name = attribute(each, "label") or attribute(each, "name")
+        value = attribute(each, "current-value") or attribute(each, "value")
+        if local(each) in ("checkbox", "radio"):
+            state = attribute(each, "current-state") or attribute(each, "state")
+            yield f"[{'x' if state in ('checked', 'true') else ' '}] {name}"
+        elif value and local(each) not in ("property", "list-property", "list-value", "button", "hidden"):
+            yield f"{name}: {value}"

@@ -1,0 +1,103 @@
+"""Tables become lines of Markdown in which every value stands under its heading, also beside merged cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence as Seq
+from typing import NamedTuple
+
+COPIES = 100_000      # of merged cells, in all tables of a document
+REPEATED = 100        # characters up to which the text of a merged cell is repeated
+EMPTY_CELLS = 16      # beside each other, from which on one cell says that they are empty
+
+
+class Cell(NamedTuple):
+    """A cell with its text, and how many columns and rows it takes."""
+
+    text: str
+    columns: int = 1
+    rows: int = 1
+
+
+class Copies:
+    """How often the merged cells of a document may still be repeated."""
+
+    def __init__(self, room: int = COPIES):
+        self.room = room
+
+    def take(self, count: int = 1) -> bool:
+        self.room -= count
+        return self.room >= 0
+
+
+class Above(NamedTuple):
+    """A cell of an earlier row that also takes the place of later ones."""
+
+    text: str
+    rows: int  # that are still to come
+
+
+def row_text(cells: Iterable[str]) -> str:
+    """A row as a line of Markdown."""
+    return "| " + " | ".join(" ".join(cell.split("\n")).replace("|", "\\|").strip() for cell in cells) + " |"
+
+
+def rule(columns: int) -> str:
+    """The line below the headings."""
+    return "| " + " | ".join(["---"] * columns) + " |"
+
+
+def spread(rows: Iterable[Seq[Cell]], copies: Copies) -> Iterator[list[str]]:
+    """The texts of each row, by column. A merged cell stands in all columns and rows that it takes, unless it
+    is long, or alone in its row, as titles are. Rows without a cell of their own are left out."""
+    above: dict[int, Above] = {}
+    for row in rows:
+        texts: list[str] = []
+        alone = len(row) == 1 and not above
+        for cell in row:
+            fill_from(above, texts, copies)
+            width = max(1, cell.columns)
+            repeated = cell.text if len(cell.text) <= REPEATED and not alone else ""
+            if not copies.take(width - 1):
+                width = 1
+            if cell.rows > 1:
+                below = Above(repeated, cell.rows)
+                above.update((len(texts) + place, below) for place in range(width))
+            texts += [cell.text, *[repeated] * (width - 1)]
+        fill_from(above, texts, copies)
+        above = {} if copies.room < 0 else {
+            column: each._replace(rows=each.rows - 1) for column, each in above.items() if each.rows > 1}
+        copies.take(len(above))
+        if row:
+            yield texts
+
+
+def fill_from(above: dict[int, Above], texts: list[str], copies: Copies):
+    """Continue a row with the cells of earlier rows that stand at its next places."""
+    while (each := above.get(len(texts))) and copies.take():
+        texts.append(each.text)
+
+
+def table_lines(rows: Iterable[Seq[Cell]], copies: Copies) -> list[str]:
+    """A table as lines of Markdown. Its first row has the headings."""
+    lines: list[str] = []
+    for texts in spread(rows, copies):
+        lines.append(row_text(texts))
+        if len(lines) == 1:
+            lines.append(rule(len(texts)))
+    return lines
+
+
+def sparse_row(texts: dict[int, str], named: Seq[str]) -> str:
+    """The row with these texts by column, from 0. Many empty cells beside each other are one that names them.
+    named: the names of the columns."""
+    cells: list[str] = []
+    next_column = 0
+    for column in sorted(texts):
+        gap = column - next_column
+        if gap > EMPTY_CELLS:
+            cells.append(f"({named[next_column]} to {named[column - 1]}: empty)")
+        else:
+            cells += [""] * gap
+        cells.append(texts[column])
+        next_column = column + 1
+    return row_text(cells)
