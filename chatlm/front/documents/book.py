@@ -47,8 +47,8 @@ def chapters_of(archive: Archive, package: str, root: Any, reading: Reading) -> 
 
 
 def part_named(archive: Archive, package: str, href: str) -> str:
-    """The part that an address in a book's package names; "" if it is not here. A slash begins at the top of the
-    archive, or, in the books of some programs, beside the package."""
+    """The part that an address in a book's package names; "" if it is not here. A slash begins at the top of
+    the archive, or, in the books of some programs, beside the package."""
     address = urllib.parse.urlsplit(href.replace("\\", "/"))
     folder = posixpath.dirname(package)
     for path in (urllib.parse.unquote(address.path), address.path):

@@ -1,4 +1,4 @@
-"""The numbers that charts and diagrams of Office files show, read from the copies that charts keep of them."""
+"""The numbers that charts and diagrams of Office files show, read from the copies that charts keep."""
 
 from __future__ import annotations
 
@@ -95,8 +95,10 @@ def points(element: Any) -> dict[int, str]:
     for point in below(element, "pt"):
         place = point.get("idx", "")
         value = first(point, "v")
-        if place.isascii() and place.isdigit() and len(place) < 8 and len(found) < POINTS and value is not None:
+        if place.isascii() and place.isdigit() and len(place) < 8 and value is not None:
             text = value.text or ""
             found[int(place)] = f"{text} {found[int(place)]}" if int(place) in found else text
+        if len(found) == POINTS:
+            break
     return found or {place: each.text or "" for place, each in enumerate(below(element, "v"))
                      if local(each.getparent()) == "tx"}

@@ -1,4 +1,4 @@
-"""HTML becomes Markdown: headings, lists, tables, code, forms, equations; without links, pictures, scripts."""
+"""HTML becomes Markdown: headings, lists, tables, code, forms, equations; without links and pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from chatlm.front.documents import scripts
 from chatlm.front.documents.document import Document, Reading, library
 from chatlm.front.documents.equations import line_of
-from chatlm.front.documents.tables import Cell, Copies, table_lines
+from chatlm.front.documents.tables import Cell, Copies, number_in, table_lines
 from chatlm.front.documents.texts import decoded_html
 
 # stand around the parts of tables while these are converted; no text has them
@@ -137,8 +137,7 @@ def cells_in(row: str) -> list[Cell]:
 
 def span(cell: Any, name: str) -> int:
     """How many columns or rows a cell takes."""
-    value = str(cell.get(name, "1")).strip()
-    return min(max(1, int(value)), LARGEST_SPAN) if value.isascii() and value.isdigit() and len(value) < 9 else 1
+    return number_in(str(cell.get(name, "1")).strip(), LARGEST_SPAN)
 
 
 def beside(element: Any, side: str) -> str:

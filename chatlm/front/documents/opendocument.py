@@ -11,7 +11,7 @@ from chatlm.front.documents.archives import Archive, attribute, below, first, lo
 from chatlm.front.documents.document import Document, Reading, refusal
 from chatlm.front.documents.equations import line_of
 from chatlm.front.documents.slides import with_scripts
-from chatlm.front.documents.tables import Cell, Copies, row_text, rule, spread
+from chatlm.front.documents.tables import Cell, Copies, number_in, row_text, rule, spread
 
 MIMETYPE = "application/vnd.oasis.opendocument."
 NOUNS = {"presentation": "slide", "spreadsheet": "sheet"}
@@ -70,7 +70,8 @@ class Walk:
             elif name == "p":
                 yield from self.paragraph(each)
             elif name == "list":
-                items = [" ".join(self.blocks(item)) for item in each if local(item) in ("list-item", "list-header")]
+                items = [" ".join(self.blocks(item)) for item in each
+                         if local(item) in ("list-item", "list-header")]
                 yield "\n".join(f"* {item}" for item in items if item)
             elif name == "table":
                 yield "\n".join(self.table(each))
@@ -171,17 +172,15 @@ class Walk:
         for row in below(table, "table-row"):
             if next(row.iterancestors("{*}table")) is table:
                 cells = [cell for each in row for cell in self.cells(each)]
-                repeats = number_in(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1
-                for _ in range(repeats):
+                for _ in range(repeats(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1):
                     yield cells
 
     def cells(self, cell: Any) -> list[Cell]:
         if local(cell) != "table-cell":
             return []
         text = " ".join(filter(None, self.blocks(cell))).strip()
-        copies = number_in(cell, "number-columns-repeated")
-        span = Cell(text, number_in(cell, "number-columns-spanned"), number_in(cell, "number-rows-spanned"))
-        return [span] * copies
+        span = Cell(text, repeats(cell, "number-columns-spanned"), repeats(cell, "number-rows-spanned"))
+        return [span] * repeats(cell, "number-columns-repeated")
 
     def margins(self, kind: str) -> list[str]:
         """The headers, or footers, of all kinds of pages."""
@@ -193,9 +192,8 @@ class Walk:
         return [*texts]
 
 
-def number_in(element: Any, name: str) -> int:
-    value = attribute(element, name)
-    return min(max(int(value), 1), REPEATS) if value.isascii() and value.isdigit() and len(value) < 9 else 1
+def repeats(element: Any, name: str) -> int:
+    return number_in(attribute(element, name), REPEATS)
 
 
 def heights_in(root: Any) -> dict[str, int]:

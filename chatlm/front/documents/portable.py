@@ -1,12 +1,28 @@
-"""PDF: the text of each page."""
+"""PDF: the text of each page, with the fields of its form and the remarks on it."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
 
 from chatlm.front.documents.document import Document, Reading, library, refusal
+from chatlm.front.documents.layout import Glyph, text_of_page
 
-SOFT_HYPHENS = "[\x02\xad\ufffe]\r?\n?"
+# how the coordinates of a page that is shown turned become those that a reader sees
+Turn = Callable[[float, float], tuple[float, float]]
+TURNED: dict[int, Turn] = {90: lambda x, y: (y, -x), 180: lambda x, y: (-x, -y), 270: lambda x, y: (-y, x)}
+CHECKED_TYPES = "CHECKBOX", "RADIOBUTTON"
+VALUE_TYPES = "TEXTFIELD", "COMBOBOX", "LISTBOX"
+REMARKS = ("TEXT", "FREETEXT", "HIGHLIGHT", "UNDERLINE", "STRIKEOUT", "SQUIGGLY", "STAMP", "INK", "CARET",
+           "LINE", "SQUARE", "CIRCLE", "POLYGON", "POLYLINE")
+HAS_DIGIT = re.compile(r"\d")
+NUMBER = re.compile(r"[.,]*(\d(?:[\d.,]*\d)?)[.,]*")
+SPACE = Glyph(" ", 0.0, 0.0, 0.0, 0.0)
+VALUE_BYTES = 1 << 16  # of a field or remark that are read
+MOST_NOTES = 10_000    # fields and remarks of a page
 
 
 def read_pdf(data: bytes, reading: Reading) -> Document:
@@ -18,19 +34,135 @@ def read_pdf(data: bytes, reading: Reading) -> Document:
         if "password" in str(error).lower():
             raise refusal("the PDF is encrypted: save it without its password", "encrypted") from None
         raise refusal(f"the PDF is damaged ({str(error)[:100]})") from None
+    pdf.init_forms()
+    if pdf.get_formtype() in (pdfium.raw.FORMTYPE_XFA_FULL, pdfium.raw.FORMTYPE_XFA_FOREGROUND):
+        reading.lacks("form")
+    for number in range(pdf.count_attachments()):
+        reading.lacks("embedded", pdf.get_attachment(number).get_name())
 
     def text_of(number: int) -> str:
-        page = pdf[number]
         try:
-            text = page.get_textpage()
-            try:
-                whole = re.sub(SOFT_HYPHENS, "", text.get_text_bounded())
-                return whole.replace("\r\n", "\n")
-            finally:
-                text.close()
+            with closing(pdf[number]) as page:
+                return "\n".join([text_on(pdfium, page), *notes_on(pdfium, pdf, page)])
         except pdfium.PdfiumError:
             return ""
-        finally:
-            page.close()
 
     return Document(map(text_of, range(pages)), pages, "page", True)
+
+
+def text_on(pdfium: Any, page: Any) -> str:
+    with closing(page.get_textpage()) as text:
+        return text_of_page(glyphs_of(pdfium.raw, text, page.get_rotation()))
+
+
+def glyphs_of(raw: Any, page: Any, rotation: int) -> Iterator[Glyph]:
+    """The letters of a page as it draws them. A word or number in which nothing is raised is one glyph: asking
+    for the place of each letter would take as long as all else. Spaces and line ends that PDFium
+    has put beside digits are left out: the room between letters tells more."""
+    text = letters_of(raw, page.raw)
+    boxes = Boxes(raw, page.raw, TURNED.get(rotation))
+    for run in re.finditer(r"\s+|\S+", text):
+        begin, end = run.span()
+        if run[0].isspace():
+            beside = text[max(0, begin - 1):begin] + text[end:end + 1]
+            generated = HAS_DIGIT.search(beside) and all(
+                raw.FPDFText_IsGenerated(page.raw, place) == 1 for place in range(begin, end))
+            if not generated:
+                yield SPACE
+        elif not HAS_DIGIT.search(run[0]) or boxes.are_even(begin, run[0]):
+            yield boxes.glyph(begin, end - 1, run[0])
+        else:
+            yield from (boxes.glyph(place, place, text[place]) for place in range(begin, end))
+
+
+def letters_of(raw: Any, page: Any) -> str:
+    """A letter for each number that PDFium counts. Letters beyond 0xFFFF have two, and stand in the first."""
+    count = raw.FPDFText_CountChars(page)
+    units = (ctypes.c_ushort * (count + 1))()
+    if raw.FPDFText_GetText(page, 0, count, units) - 1 != count:  # PDFium has left out some that mean nothing
+        units[:count] = [min(raw.FPDFText_GetUnicode(page, place), 0xFFFF) for place in range(count)]
+    return "".join(map(chr, units[:count]))
+
+
+class Boxes:
+    """The places of letters on a page."""
+
+    def __init__(self, raw: Any, page: Any, turn: Turn | None):
+        self.read = raw.FPDFText_GetLooseCharBox
+        self.page = page
+        self.turn = turn
+        self.box = raw.FS_RECTF()
+        self.pointer = ctypes.byref(self.box)
+
+    def are_even(self, begin: int, text: str) -> bool:
+        """Is this a number whose last digit stands as its first does?"""
+        number = NUMBER.fullmatch(text)
+        if not number:
+            return False
+        first, last = (self.glyph(begin + place, begin + place, "") for place in (
+            number.start(1), number.end(1) - 1))
+        return first.bottom == last.bottom and first.top == last.top
+
+    def glyph(self, first: int, last: int, text: str) -> Glyph:
+        """The box around two letters on a line and all between them."""
+        box = self.box
+        self.read(self.page, first, self.pointer)
+        left, right, bottom, top = box.left, box.right, box.bottom, box.top
+        if last > first:
+            self.read(self.page, last, self.pointer)
+            if box.right > right:
+                right = box.right
+            if box.left < left:
+                left = box.left
+        if self.turn:
+            (left, bottom), (right, top) = self.turn(left, bottom), self.turn(right, top)
+            left, right, bottom, top = min(left, right), max(left, right), min(bottom, top), max(bottom, top)
+        return Glyph(text, left, right, bottom, top)
+
+
+# forms and remarks
+
+
+def notes_on(pdfium: Any, pdf: Any, page: Any) -> list[str]:
+    """The fields of a page's form with their values, and the remarks on it, a line each."""
+    raw = pdfium.raw
+    names = {getattr(raw, f"FPDF_ANNOT_{name}"): name for name in ("WIDGET", *REMARKS)}
+    lines = []
+    for number in range(min(raw.FPDFPage_GetAnnotCount(page), MOST_NOTES)):
+        note = raw.FPDFPage_GetAnnot(page, number)
+        if not note:
+            continue
+        kind = names.get(raw.FPDFAnnot_GetSubtype(note))
+        if kind == "WIDGET" and pdf.formenv:
+            lines.append(field_line(raw, pdf.formenv, note))
+        elif kind:
+            text = string_of(raw.FPDFAnnot_GetStringValue, note, b"Contents")
+            lines.append(f"Comment: {text}" if text else "")
+        raw.FPDFPage_CloseAnnot(note)
+    return [*filter(None, lines)]
+
+
+def field_line(raw: Any, form: Any, field: Any) -> str:
+    """A field and its value; "" if it has none."""
+    kind = raw.FPDFAnnot_GetFormFieldType(form, field)
+    name = string_of(raw.FPDFAnnot_GetFormFieldAlternateName, form, field) or (
+        string_of(raw.FPDFAnnot_GetFormFieldName, form, field))
+    if kind in {getattr(raw, f"FPDF_FORMFIELD_{each}") for each in CHECKED_TYPES}:
+        sign = "x" if raw.FPDFAnnot_IsChecked(form, field) else " "
+        means = string_of(raw.FPDFAnnot_GetFormFieldExportValue, form, field)
+        known = means if means.lower() not in ("yes", "on", "off", "1") else ""
+        return f"[{sign}] {name}{f': {known}' if known else ''}"
+    if kind in {getattr(raw, f"FPDF_FORMFIELD_{each}") for each in VALUE_TYPES}:
+        value = string_of(raw.FPDFAnnot_GetFormFieldValue, form, field)
+        return f"{name}: {value}" if value else ""
+    return ""
+
+
+def string_of(get: Callable[..., int], *arguments: Any) -> str:
+    """A text that PDFium writes as UTF-16 into a buffer."""
+    size = get(*arguments, None, 0)
+    if not 2 < size <= VALUE_BYTES:
+        return ""
+    buffer = ctypes.create_string_buffer(size)
+    get(*arguments, ctypes.cast(buffer, ctypes.POINTER(ctypes.c_ushort)), size)
+    return " ".join(buffer.raw.decode("utf-16-le", "replace").rstrip("\0").split())

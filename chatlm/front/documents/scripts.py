@@ -16,7 +16,8 @@ def raised(text: str, after: str = "") -> str:
 
 
 def lowered(text: str, before: str = "", after: str = "") -> str:
-    """Lowered text, as x_i. Digits behind a letter stay as they are: H2O. before, after: what stands beside."""
+    """Lowered text, as x_i. Digits behind a letter stay as they are: H2O. before, after: what stands beside
+    it."""
     inner = text.strip()
     if not inner or inner.isdigit() and before[-1:].isalpha() and not after[:1].isdigit():
         return text

@@ -2,8 +2,8 @@
 headers and footers.
 
 The cells are read from the XML itself. What a sheet says of its own size is not believed, merged cells are
-known, and a formula is seen beside its result, which openpyxl's fast reader does not offer. openpyxl knows the
-formats of dates, and what shared formulas mean."""
+known, and a formula is seen beside its result, which openpyxl's fast reader does not offer. openpyxl knows
+the formats of dates, and what shared formulas mean."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class Book:
 
     def number(self, text: str, style: str) -> str:
         """A number as it was typed: with 15 digits, as a date, in percent, with its leading zeros."""
-        shown_as = self.formats[int(style)] if style.isdigit() and int(style) < len(self.formats) else "General"
+        number = int(style) if style.isdigit() else 0
+        shown_as = self.formats[number] if number < len(self.formats) else "General"
         try:
             number = float(text)
         except ValueError:

@@ -1,4 +1,4 @@
-"""PPTX: the texts of each slide in their order, with tables, charts, diagrams, equations, notes and comments."""
+"""PPTX: the texts of each slide in their order, with tables, charts, diagrams, equations, notes, comments."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from operator import itemgetter
 from typing import Any
 
 from chatlm.front.documents import scripts
-from chatlm.front.documents.archives import Archive, attribute, below, first, local
+from chatlm.front.documents.archives import Archive, below, first, local
 from chatlm.front.documents.charts import drawn
 from chatlm.front.documents.document import Document, Reading, library
 from chatlm.front.documents.equations import line_of
-from chatlm.front.documents.tables import Cell, Copies, table_lines
+from chatlm.front.documents.tables import Cell, Copies, number_in, table_lines
 
+LARGEST_SPAN = 1000  # columns or rows that a cell may take
 COMMENTS = "comments", "comment"  # the kinds of relations to a slide's comments
 
 
@@ -138,13 +139,9 @@ def cells_of(row: Any) -> list[Cell]:
     for cell in row:
         if local(cell) == "tc" and not {"hMerge", "vMerge"} & {*cell.keys()}:
             text = "\n".join(paragraphs_of(cell))
-            cells.append(Cell(text, number_of(cell, "gridSpan"), number_of(cell, "rowSpan")))
+            columns, rows = (number_in(cell.get(name, "1"), LARGEST_SPAN) for name in ("gridSpan", "rowSpan"))
+            cells.append(Cell(text, columns, rows))
     return cells
-
-
-def number_of(element: Any, name: str) -> int:
-    value = attribute(element, name)
-    return min(int(value), 1000) if value.isascii() and value.isdigit() and len(value) < 9 else 1
 
 
 def notes_of(slide: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence as Seq
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Copies:
     def take(self, count: int = 1) -> bool:
         self.room -= count
         return self.room >= 0
+
+
+def number_in(value: str, most: int) -> int:
+    """How many columns or rows an attribute says that a cell takes: from 1 to `most`."""
+    return min(max(1, int(value)), most) if re.fullmatch("[0-9]{1,8}", value) else 1
 
 
 class Above(NamedTuple):

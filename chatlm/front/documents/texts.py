@@ -1,5 +1,5 @@
-"""Bytes that are text become text, as static/tree.js: `textOf` does in the page. tests/fixtures/encodings.json
-has cases that both pass."""
+"""Bytes that are text become text, as static/tree.js: `textOf` does in the page. Both pass the cases of
+tests/fixtures/encodings.json."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def decoded(data: bytes) -> str | None:
 
 
 def utf16_of(data: bytes) -> str:
-    """The UTF-16 that bytes seem to be, by their mark. Without one most characters must be ASCII: every second
-    byte is zero then. "": it is another encoding."""
+    """The UTF-16 that bytes seem to be, by their mark. Without one most characters must be ASCII: every
+    second byte is zero then. "": it is another encoding."""
     start = data[:LOOKED_AT]
     even = start[::2].count(0)
     odd = start[1::2].count(0)

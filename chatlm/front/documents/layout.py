@@ -1,0 +1,421 @@
+"""The text of a page by where its letters stand: lines, raised and lowered digits, and tables, whose cells stay
+apart and under their headings, also beside empty ones.
+
+Letters come in the order in which the file draws them, which is mostly the order of reading. It is kept, with
+two exceptions: what stands beside each other is a row, and rows below each other whose gaps meet are a table.
+
+    glyphs > words > bands (what is drawn on one height) > plain lines, or tables of bands
+
+All lengths are in units of the page, y grows upwards. An em is the height of a line of the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from chatlm.front.documents import scripts
+from chatlm.front.documents.tables import REPEATED, row_text
+
+SPACE_EM = 0.15     # between letters, from which on they belong to two words even without a space
+COLUMN_EM = 0.8     # between words, from which on they belong to two cells
+GUTTER_EM = 0.2     # between two columns, at least
+BACK_LINES = 8      # so far up may the next cell of a row begin, in lines
+MOST_CELLS = 200    # of a row, or a wrapped one
+SMALL = 0.85        # height of a raised or lowered letter, by that of its neighbour, at most
+SHIFT = 0.15        # of its foot or head, by that height, at least
+HYPHENS = "\x02", "\xad", "\ufffe"  # what PDFium reports where a word is divided
+NUMBER = re.compile(r"[-+(]?[€$£¥]?\d[\d.,:/]*[%)€$£¥]?|[-–—]")
+LABEL = re.compile(r"[•◦▪●○■·*–—-]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]")  # of an item of a list
+THOUSANDS = re.compile(r"\d{3}(?:[.,]\d+)?")
+
+
+class Glyph(NamedTuple):
+    """A letter and its box; or several on a line, of which none is raised or lowered."""
+
+    text: str
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @property
+    def height(self) -> float:
+        return self.top - self.bottom
+
+
+@dataclass(slots=True)
+class Word:
+    """Letters without a space between them."""
+
+    text: str
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @property
+    def height(self) -> float:
+        return self.top - self.bottom
+
+    def gap_to(self, other: Word) -> float:
+        """The room between two words beside each other, in either direction of writing."""
+        return max(other.left - self.right, self.left - other.right)
+
+
+@dataclass
+class Segment:
+    """Words that stand close to each other, as in a sentence or a cell."""
+
+    words: list[Word]
+
+    @property
+    def text(self) -> str:
+        return joined(self.words)
+
+    @property
+    def left(self) -> float:
+        return min(word.left for word in self.words)
+
+    @property
+    def right(self) -> float:
+        return max(word.right for word in self.words)
+
+
+@dataclass
+class Band:
+    """What is drawn at one height: a line of text, or a row of a table."""
+
+    segments: list[Segment] = field(default_factory=list)
+    bottom: float = 0.0
+    top: float = 0.0
+
+    def add(self, segment: Segment):
+        bottom = min(word.bottom for word in segment.words)
+        top = max(word.top for word in segment.words)
+        self.bottom = min(self.bottom, bottom) if self.segments else bottom
+        self.top = max(self.top, top) if self.segments else top
+        self.segments.append(segment)
+
+    @property
+    def is_row(self) -> bool:
+        return len(self.segments) > 1
+
+
+def text_of_page(glyphs: Iterable[Glyph]) -> str:
+    """The text of a page with these letters. "\\n" among them ends a line."""
+    bands = bands_of(segments_of(words_of(glyphs)))
+    text = "\n".join(lines_of(bands))
+    return re.sub(f"[{''.join(HYPHENS)}]\n?", "", text)
+
+
+def joined(words: Seq[Word]) -> str:
+    """The text of words. A divided word becomes one again."""
+    text = ""
+    for word in words:
+        if text.endswith(HYPHENS):
+            text = text[:-1]
+        elif text:
+            text += " "
+        text += word.text
+    return text
+
+
+# words
+
+
+def words_of(glyphs: Iterable[Glyph]) -> Iterator[Word]:
+    """The words of a page as they are drawn."""
+    letters: list[Glyph] = []
+    for glyph in glyphs:
+        if letters and (glyph.text.isspace() or is_apart(letters[-1], glyph)):
+            yield word_of(letters)
+            letters = []
+        if not glyph.text.isspace():
+            letters.append(glyph)
+    if letters:
+        yield word_of(letters)
+
+
+def is_apart(one: Glyph, other: Glyph) -> bool:
+    if not overlap(one.bottom, one.top, other.bottom, other.top):
+        return True
+    gap = max(other.left - one.right, one.left - other.right)
+    return gap > 0 and gap > SPACE_EM * max(one.height, other.height)
+
+
+def word_of(letters: Seq[Glyph]) -> Word:
+    """A word of letters, in which raised and lowered ones are marked."""
+    if len(letters) == 1:
+        return Word(*letters[0])
+    height = max(letter.height for letter in letters)
+    large = [letter for letter in letters if letter.height > SMALL * height]
+    bottom = min(letter.bottom for letter in large)
+    top = max(letter.top for letter in large)
+    return Word(marked(letters, bottom, top), min(letter.left for letter in letters),
+                max(letter.right for letter in letters), bottom, top)
+
+
+def marked(letters: Seq[Glyph], bottom: float, top: float) -> str:
+    """The text of letters on a line with this foot and head."""
+    parts: list[tuple[int, str]] = []
+    for letter in letters:
+        height = shift_of(letter, bottom, top) if parts else 0
+        if parts and parts[-1][0] == height:
+            parts[-1] = height, parts[-1][1] + letter.text
+        else:
+            parts.append((height, letter.text))
+    text = ""
+    for place, (height, part) in enumerate(parts):
+        after = parts[place + 1][1] if place + 1 < len(parts) else ""
+        if height > 0:
+            part = scripts.raised(part, after)
+        elif height < 0:
+            part = scripts.lowered(part, text, after)
+        text += part
+    return text
+
+
+def shift_of(letter: Glyph, bottom: float, top: float) -> int:
+    """1 if a letter is raised, -1 if it is lowered, else 0."""
+    height = top - bottom
+    if letter.height > SMALL * height or not letter.text.isalnum() and letter.text not in "+-−–":
+        return 0
+    if letter.bottom - bottom > SHIFT * height and letter.top >= top - SHIFT * height:
+        return 1
+    return -1 if top - letter.top > SHIFT * height and letter.bottom <= bottom + SHIFT * height else 0
+
+
+# segments
+
+
+def segments_of(words: Iterable[Word]) -> Iterator[Segment]:
+    """Words that stand close to each other on a line, as they are drawn."""
+    words = iter(words)
+    segment: Segment | None = None
+    for word in words:
+        if segment and continues(segment.words[-1], word):
+            segment.words.append(word)
+            continue
+        if segment:
+            yield segment
+        segment = Segment([word])
+    if segment:
+        yield segment
+
+
+def continues(last: Word, word: Word) -> bool:
+    """Does a word belong to the same sentence or cell as the one before it?"""
+    if not overlap(last.bottom, last.top, word.bottom, word.top):
+        return False
+    em = max(last.height, word.height)
+    gap = last.gap_to(word)
+    if not -em < gap < COLUMN_EM * em:
+        return False
+    if gap < GUTTER_EM * em:
+        return True
+    if NUMBER.fullmatch(last.text) and NUMBER.fullmatch(word.text) and not THOUSANDS.fullmatch(word.text):
+        return False
+    return True
+
+
+def overlap(low: float, high: float, other_low: float, other_high: float) -> bool:
+    """Do two ranges have half of the smaller one in common?"""
+    common = min(high, other_high) - max(low, other_low)
+    return common > 0.5 * min(high - low, other_high - other_low)
+
+
+# bands
+
+
+def bands_of(segments: Iterable[Segment]) -> list[Band]:
+    """What is drawn at one height. A cell of several lines makes its band higher: the cells beside it are drawn
+    before or after it."""
+    bands: list[Band] = []
+    for segment in segments:
+        place = place_of(bands, segment)
+        if place is None:
+            place = len(bands)
+            bands.append(Band())
+        for lower in bands[place + 1:]:
+            for each in lower.segments:
+                bands[place].add(each)
+        del bands[place + 1:]
+        bands[place].add(segment)
+    for band in bands:
+        join_label(band)
+    return bands
+
+
+def place_of(bands: Seq[Band], segment: Segment) -> int | None:
+    """The band to which a segment belongs, with all after it; None if it begins a new one."""
+    if not bands:
+        return None
+    first = segment.words[0]
+    last = len(bands) - 1
+    if overlap(bands[last].bottom, bands[last].top, first.bottom, first.top):
+        return last
+    taken = [*bands[last].segments]
+    bottom = bands[last].bottom
+    for place in range(last - 1, max(-1, last - BACK_LINES), -1):
+        band = bands[place]
+        taken += band.segments
+        bottom = min(bottom, band.bottom)
+        if len(taken) > MOST_CELLS:
+            return None
+        if overlap(bottom, band.top, first.bottom, first.top):
+            if is_free(segment, taken):
+                return place
+            break
+    rises = first.bottom - bands[-1].top
+    is_below_others = not last or first.top <= bands[-2].bottom
+    if -first.height < rises < BACK_LINES * first.height and is_below_others and is_free(
+            segment, bands[-1].segments):
+        return last
+    return None
+
+
+def is_free(segment: Segment, others: Seq[Segment]) -> bool:
+    """Is there nothing of others above or below a segment?"""
+    return all(other.right <= segment.left or other.left >= segment.right for other in others)
+
+
+def join_label(band: Band):
+    """A bullet or number in front of a text is no cell."""
+    if len(band.segments) == 2 and LABEL.fullmatch(band.segments[0].text):
+        label, text = band.segments
+        band.segments = [Segment([*label.words, *text.words])]
+
+
+# lines and tables
+
+
+def lines_of(bands: Seq[Band]) -> Iterator[str]:
+    place = 0
+    while place < len(bands):
+        rows = rows_from(bands, place)
+        columns = columns_of(rows) if sum(band.is_row for band in rows) > 1 else []
+        if 1 < len(columns) <= MOST_CELLS:
+            yield from table_of(rows, columns)
+            place += len(rows)
+        else:
+            yield from plain(bands[place])
+            place += 1
+
+
+def plain(band: Band) -> list[str]:
+    """A band as lines: its segments in their order, those at one height beside each other."""
+    lines: list[list[Word]] = []
+    for segment in band.segments:
+        last = lines[-1][-1] if lines else None
+        first = segment.words[0]
+        if last and overlap(last.bottom, last.top, first.bottom, first.top):
+            lines[-1] += segment.words
+        else:
+            lines.append([*segment.words])
+    return [joined(line) for line in lines]
+
+
+def rows_from(bands: Seq[Band], place: int) -> list[Band]:
+    """The bands from this one on that may be the rows of a table: below each other, and each with several cells,
+    or with one that stands below one of the row before."""
+    rows: list[Band] = []
+    last: Band | None = None   # the last one with several cells
+    usual = 3.0                # room between rows, in lines
+    for band in bands[place:]:
+        if rows:
+            room = (rows[-1].bottom - band.top) / height_of(band)
+            if not -0.5 < room < usual:
+                break
+            usual = min(usual, 1.5 * max(room, 0.0) + 0.4)
+        if band.is_row:
+            last = band
+        elif last is None or not fits(band.segments[0], last):
+            break
+        rows.append(band)
+    while rows and not rows[-1].is_row and not is_continued(rows[-2], rows[-1]):
+        rows.pop()
+    return rows
+
+
+def height_of(band: Band) -> float:
+    return band.segments[0].words[0].height
+
+
+def fits(segment: Segment, row: Band) -> bool:
+    """Does a segment stand below at most one cell of a row?"""
+    return sum(other.right > segment.left and other.left < segment.right for other in row.segments) < 2
+
+
+def is_continued(row: Band, band: Band) -> bool:
+    """Does a cell of a row go on in the line below it?"""
+    close = row.bottom - band.top < 0.5 * height_of(band)
+    return close and len(band.segments) == 1 and not NUMBER.fullmatch(band.segments[0].text)
+
+
+def columns_of(rows: Seq[Band]) -> list[tuple[float, float]]:
+    """The columns of a table: ranges between gutters, which hardly a cell covers."""
+    segments = [segment for band in rows if band.is_row for segment in band.segments]
+    least = GUTTER_EM * height_of(rows[0])
+    few = len(rows) // 7   # headings above several columns
+    ends = sorted([(segment.left, 1) for segment in segments] + [(segment.right, -1) for segment in segments])
+    columns: list[tuple[float, float]] = []
+    covered = 0
+    begin: float | None = None
+    end = 0.0
+    for place, change in ends:
+        before = covered
+        covered += change
+        if before <= few < covered:
+            if begin is None:
+                begin = place
+            elif place - end >= least:
+                columns.append((begin, end))
+                begin = place
+        elif covered <= few < before:
+            end = place
+    if begin is not None:
+        columns.append((begin, end))
+    return columns
+
+
+def table_of(rows: Seq[Band], columns: Seq[tuple[float, float]]) -> Iterator[str]:
+    """A table as lines of Markdown."""
+    texts: list[list[str]] = []
+    for place, band in enumerate(rows):
+        cells = [""] * len(columns)
+        for segment in band.segments:
+            for column, text in placed(segment, columns, band.is_row):
+                cells[column] = f"{cells[column]} {text}".strip()
+        if texts and is_continued(rows[place - 1], band) and (column := filled(cells)) is not None:
+            texts[-1][column] = f"{texts[-1][column]} {cells[column]}".strip()
+        else:
+            texts.append(cells)
+    for cells in texts:
+        yield row_text(cells)
+
+
+def filled(cells: Seq[str]) -> int | None:
+    """The only column with a text; None if there are several."""
+    places = [place for place, text in enumerate(cells) if text]
+    return places[0] if len(places) == 1 else None
+
+
+def placed(segment: Segment, columns: Seq[tuple[float, float]], beside: bool) -> list[tuple[int, str]]:
+    """The columns of a segment, with its text in each. Numbers that stand close to each other are parted; a
+    heading over several columns stands in each of them. beside: are there other cells in its row?"""
+    begin, end = segment.left, segment.right
+    over = [place for place, (left, right) in enumerate(columns) if left < end and right > begin]
+    if not over:
+        over = [min(range(len(columns)), key=lambda place: abs(columns[place][0] - begin))]
+    if len(over) > 1 and all(NUMBER.fullmatch(word.text) for word in segment.words):
+        parted = []
+        for word in segment.words:
+            middle = (word.left + word.right) / 2
+            column = min(over, key=lambda place: max(columns[place][0] - middle, middle - columns[place][1]))
+            parted.append((column, word.text))
+        return parted
+    if not beside or len(segment.text) > REPEATED:
+        over = over[:1]
+    return [(place, segment.text) for place in over]
