@@ -1,9 +1,15 @@
-"""Small documents of each format that /extract reads, made by their libraries or by hand."""
+"""Small documents of each format that /extract reads, made by their libraries or by hand, and those of other writers
+in tests/fixtures/documents, with what must arrive of them."""
 
 import base64
 import io
+import json
+import re
 import zipfile
 import zlib
+from pathlib import Path
+
+WRITTEN = Path(__file__).resolve().parent.parent / "fixtures" / "documents"      # by the script that is there
 
 ENCRYPTED_PDF = zlib.decompress(base64.b85decode(  # one empty page, by pypdf with the password "secret"
     'c-oCoO>Yx15WV|X%q2%^k3ZMaDhJv|LV#MOg$wFo)*gqTXt&yIq?SL)fqwvh1Sf?yA{<!B()!JNZ^rXx*B6UdcxJ@x$Ioxy1%iU1`y$#_$m?;)yTl{3k=V!R'
@@ -97,3 +103,44 @@ def epub(chapters, **more):
                                   '<rootfile full-path="book/package.opf"/></rootfiles></container>',
         "book/package.opf": f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{spine}</spine></package>',
         **{f"book/{name}": html for name, html in chapters.items()}, **more})
+
+
+def written():
+    """What the documents of WRITTEN hold, by their names; those of Office also in ISO's strict form."""
+    held = json.loads((WRITTEN / "values.json").read_text(encoding="utf-8"))
+    return held | {f"strict-{name}": facts for name, facts in held.items() if name in ("python-docx.docx", "python-pptx.pptx", "xlsxwriter.xlsx")}
+
+
+def written_bytes(name):
+    """One of these documents."""
+    data = (WRITTEN / name.removeprefix("strict-")).read_bytes()
+    return strict(data) if name.startswith("strict-") else data
+
+
+def strict(data):
+    """An Office file with the names of ISO's strict Open XML."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return archive({name: re.sub(rb"http://schemas\.openxmlformats\.org/(officeDocument|\w+ml)/2006/", rb"http://purl.oclc.org/ooxml/\1/", file.read(name)) for name in file.namelist()})
+
+
+def stands_apart(value, text):
+    """Is a value there, and no letter or digit touches it?"""
+    return bool(re.search(rf"(?<![\w^])(?<!\d[.,]){re.escape(value)}(?!\w|[.,]\d)", text))
+
+
+def cells_of(line):
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def stands_below(heading, value, text):
+    """Is a value in a table's column below this heading?"""
+    table = []
+    for line in text.split("\n"):
+        if not line.startswith("| "):
+            table = []
+            continue
+        table.append(cells_of(line))
+        for column, cell in enumerate(table[-1]):
+            if cell == value and any(heading == row[column] for row in table[:-1] if column < len(row)):
+                return True
+    return False

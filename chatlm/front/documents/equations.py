@@ -14,11 +14,11 @@ UNSHOWN = "annotation", "annotation-xml", "mphantom", "phant"
 
 def grouped(text: str) -> str:
     """A part of an equation, in brackets unless it is one number or name."""
-    return text if re.fullmatch(r"[\w.,]*|\(.*\)|[+\-−]?\w", text, re.DOTALL) else f"({text})"
+    return text if re.fullmatch(r"[\w.,]*|\([^()]*\)|[+\-−]\w", text) else f"({text})"
 
 
 def fraction(parts: Seq[str]) -> str:
-    return "/".join(map(grouped, parts))
+    return f"({'/'.join(map(grouped, parts))})"
 
 
 def raised(parts: Seq[str]) -> str:
@@ -105,9 +105,9 @@ def written(element: Any) -> str:
 
 
 def spaced(text: str) -> str:
-    """A sign of an equation, apart from its neighbours if it compares them."""
-    text = text.replace("\u2061", "").replace("\u2062", "")
-    return f" {text.strip()} " if re.fullmatch(r"\s*[=≠<>≤≥≈±→⇒]\s*", text) else text
+    """A part of an equation, with room around what compares."""
+    text = text.replace("\u2061", "").replace("\u2062", "")  # a function is applied, times: both unseen
+    return re.sub(r"\s*([=≠<>≤≥≈±→⇒])\s*", r" \1 ", text)
 
 
 def sign_of(element: Any, properties: str, name: str) -> str:

@@ -20,7 +20,7 @@ from chatlm.front.documents.tables import REPEATED, row_text
 
 SPACE_EM = 0.15     # between letters, from which on they belong to two words even without a space
 COLUMN_EM = 0.8     # between words, from which on they belong to two cells
-GUTTER_EM = 0.2     # between two columns, at least
+GUTTER_EM = 0.15    # between two columns, at least
 BACK_LINES = 8      # so far up may the next cell of a row begin, in lines
 MOST_CELLS = 200    # of a row, or a wrapped one
 SMALL = 0.85        # height of a raised or lowered letter, by that of its neighbour, at most
@@ -355,28 +355,23 @@ def is_continued(row: Band, band: Band) -> bool:
 
 
 def columns_of(rows: Seq[Band]) -> list[tuple[float, float]]:
-    """The columns of a table: ranges between gutters, which hardly a cell covers."""
-    segments = [segment for band in rows if band.is_row for segment in band.segments]
+    """The columns of a table: what is left and right of the gutters between them, which no cell covers. Cells
+    of the first row may: headings that stand above several columns."""
+    whole = [band for band in rows if band.is_row]
+    columns = between_gutters(whole)
+    if len(whole) > 2 and len(below := between_gutters(whole[1:])) > len(columns):
+        return below
+    return columns
+
+
+def between_gutters(rows: Seq[Band]) -> list[tuple[float, float]]:
     least = GUTTER_EM * height_of(rows[0])
-    few = len(rows) // 7   # headings above several columns
-    ends = sorted([(segment.left, 1) for segment in segments] + [(segment.right, -1) for segment in segments])
     columns: list[tuple[float, float]] = []
-    covered = 0
-    begin: float | None = None
-    end = 0.0
-    for place, change in ends:
-        before = covered
-        covered += change
-        if before <= few < covered:
-            if begin is None:
-                begin = place
-            elif place - end >= least:
-                columns.append((begin, end))
-                begin = place
-        elif covered <= few < before:
-            end = place
-    if begin is not None:
-        columns.append((begin, end))
+    for left, right in sorted((each.left, each.right) for band in rows for each in band.segments):
+        if columns and left - columns[-1][1] < least:
+            columns[-1] = columns[-1][0], max(columns[-1][1], right)
+        else:
+            columns.append((left, right))
     return columns
 
 
@@ -403,19 +398,26 @@ def filled(cells: Seq[str]) -> int | None:
 
 
 def placed(segment: Segment, columns: Seq[tuple[float, float]], beside: bool) -> list[tuple[int, str]]:
-    """The columns of a segment, with its text in each. Numbers that stand close to each other are parted; a
-    heading over several columns stands in each of them. beside: are there other cells in its row?"""
+    """The columns of a segment, with its text in each. Words that stand close to each other are parted where
+    each column has its own; a heading over several columns stands in each of them. beside: are there other
+    cells in its row?"""
     begin, end = segment.left, segment.right
     over = [place for place, (left, right) in enumerate(columns) if left < end and right > begin]
     if not over:
         over = [min(range(len(columns)), key=lambda place: abs(columns[place][0] - begin))]
-    if len(over) > 1 and all(NUMBER.fullmatch(word.text) for word in segment.words):
-        parted = []
-        for word in segment.words:
-            middle = (word.left + word.right) / 2
-            column = min(over, key=lambda place: max(columns[place][0] - middle, middle - columns[place][1]))
-            parted.append((column, word.text))
-        return parted
+    if len(over) > 1 and beside and (parted := by_column(segment.words, [columns[place] for place in over])):
+        return [(over[place], joined(words)) for place, words in parted.items()]
     if not beside or len(segment.text) > REPEATED:
         over = over[:1]
     return [(place, segment.text) for place in over]
+
+
+def by_column(words: Seq[Word], columns: Seq[tuple[float, float]]) -> dict[int, list[Word]]:
+    """The words of each column, if no word reaches over a gutter and no column is without one; else {}."""
+    parted: dict[int, list[Word]] = {}
+    for word in words:
+        over = [place for place, (left, right) in enumerate(columns) if left < word.right and right > word.left]
+        if len(over) != 1:
+            return {}
+        parted.setdefault(over[0], []).append(word)
+    return parted if len(parted) == len(columns) else {}

@@ -16,6 +16,7 @@ from chatlm.front.documents.texts import decoded_html
 CELL, SIZE, ROW = "\ue0f1", "\ue0f2", "\ue0f3"
 MARKS = re.compile(f"[{CELL}{SIZE}{ROW}]")
 UNSEEN = "script", "style", "noscript", "template", "head", "title"
+UNSEEN_FIELDS = "hidden", "password", "image", "submit", "button", "reset", "file"
 LARGEST_SPAN = 1000  # columns that a cell may take, as in browsers
 
 
@@ -51,16 +52,29 @@ def seen(soup: Any) -> Any:
         drawing.replace_with(" ".join(text.get_text(" ", strip=True) for text in drawing("text")) + " ")
     for equation in soup("math"):
         equation.replace_with(equation_text(equation))
-    for choice in soup("select"):
-        if choice.find("option", selected=True):
-            for option in choice("option"):
-                if not option.has_attr("selected"):
-                    option.decompose()
+    for entry in soup(["input", "select", "textarea"]):
+        before, after = ("" if beside(entry, side).isspace() else " "
+                         for side in ("previous_sibling", "next_sibling"))
+        entry.replace_with(before + entered(entry) + after)
     for table in soup("table"):
         if table.find("table"):  # it only lays out what is in it
             for part in (table, *rows_and_cells(table)):
                 part.name = "div"
     return soup
+
+
+def entered(field: Any) -> str:
+    """What a field of a form shows: what was put in, the sign of a box, or the chosen options of a list, which
+    are all if none is."""
+    if field.name == "textarea":
+        return field.get_text()
+    if field.name == "select":
+        options = field("option", selected=True) or field("option")
+        return ", ".join(option.get_text(" ", strip=True) for option in options)
+    kind = str(field.get("type", "text")).lower()
+    if kind in ("checkbox", "radio"):
+        return "[x]" if field.has_attr("checked") else "[ ]"
+    return "" if kind in UNSEEN_FIELDS else str(field.get("value", ""))
 
 
 def rows_and_cells(table: Any) -> list[Any]:
@@ -97,16 +111,6 @@ def converter() -> Any:
 
         def convert_sub(self, el: Any, text: str, parent_tags: Any) -> str:
             return scripts.lowered(text, beside(el, "previous_sibling"), beside(el, "next_sibling"))
-
-        def convert_input(self, el: Any, text: str, parent_tags: Any) -> str:
-            kind = str(el.get("type", "text")).lower()
-            if kind in ("checkbox", "radio"):
-                return "[x] " if el.has_attr("checked") else "[ ] "
-            unseen = kind in ("hidden", "password", "image", "submit", "button", "reset", "file")
-            return "" if unseen else f" {el.get('value', '')} "
-
-        def convert_option(self, el: Any, text: str, parent_tags: Any) -> str:
-            return f" {text.strip()} "
 
         def convert_td(self, el: Any, text: str, parent_tags: Any) -> str:
             columns, rows = span(el, "colspan"), span(el, "rowspan")

@@ -20,6 +20,8 @@ REMARKS = ("TEXT", "FREETEXT", "HIGHLIGHT", "UNDERLINE", "STRIKEOUT", "SQUIGGLY"
            "LINE", "SQUARE", "CIRCLE", "POLYGON", "POLYLINE")
 HAS_DIGIT = re.compile(r"\d")
 NUMBER = re.compile(r"[.,]*(\d(?:[\d.,]*\d)?)[.,]*")
+POINT_DIGITS = 0.5  # width of a point, by that of a digit
+ROOM_EM = 0.1       # by which a number may be wider than its digits
 SPACE = Glyph(" ", 0.0, 0.0, 0.0, 0.0)
 VALUE_BYTES = 1 << 16  # of a field or remark that are read
 MOST_NOTES = 10_000    # fields and remarks of a page
@@ -95,13 +97,16 @@ class Boxes:
         self.pointer = ctypes.byref(self.box)
 
     def are_even(self, begin: int, text: str) -> bool:
-        """Is this a number whose last digit stands as its first does?"""
+        """Is this one number: does its last digit stand as its first does, and is there no room within?"""
         number = NUMBER.fullmatch(text)
         if not number:
             return False
         first, last = (self.glyph(begin + place, begin + place, "") for place in (
             number.start(1), number.end(1) - 1))
-        return first.bottom == last.bottom and first.top == last.top
+        digits = sum(map(str.isdigit, number[1]))
+        width = (first.right - first.left) * (digits + POINT_DIGITS * (len(number[1]) - digits))
+        is_close = abs(last.right - first.left) - width < ROOM_EM * first.height
+        return is_close and first.bottom == last.bottom and first.top == last.top
 
     def glyph(self, first: int, last: int, text: str) -> Glyph:
         """The box around two letters on a line and all between them."""
