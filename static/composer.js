@@ -416,7 +416,7 @@ Parts.register({
     fileTooLarge: (name, bytes) => `${name} is larger than ${bytes < 1 << 21 ? `${number(bytes / 1024)} KB` : `${bytes >> 20} MB`}.`,
     picture: "Picture", blind: name => `${name || "This model"} cannot see images. Choose a model that can.`,
     badPicture: name => `${name} is no image that this browser can read.`,
-    notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).`,
+    notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, ODT, ODS, ODP, EPUB, HTML).`,
     moreFiles: count => `${plural(count, "more file", "more files")} could not be read.`, unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
     queuedQuestion: "Your question is queued: it is sent when this answer has ended.", queuedForModel: "Your question is sent when the model is ready.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},

@@ -220,7 +220,7 @@ function utf16Of(bytes) {
   return bytes[0] === 0xfe && bytes[1] === 0xff || most(0) ? ["utf-16be"] : [];
 }
 
-const DOCUMENT = /\.(pdf|docx|pptx|xlsx|epub|x?html?)$/i;        // files whose text the server reads
+const DOCUMENT = /\.(pdf|docx|pptx|xlsx|od[tsp]|epub|x?html?)$/i;        // files whose text the server reads
 const languageOf = name => DOCUMENT.test(name) ? "" : /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
 
 // The reverse of composeMessage: the typed text and the files.

@@ -15,6 +15,7 @@ from chatlm.common.messages.requests import Message
 from chatlm.front.admission.admission import Admission, SharedAdmission
 from chatlm.front.api.picture_parts import picture_bytes
 from chatlm.front.api.picture_files import detect_format
+from chatlm.front.documents.texts import text_of_bytes
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
@@ -24,14 +25,14 @@ def read_user_file(name: str) -> str:
     """The text of a file. ValueError if it has none, ConfigError if it cannot be read."""
     if not name:
         raise ValueError("the file name is missing")
-    try:
-        return read_small(Path(name).expanduser()).decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{name} is not a text file") from None
+    text = text_of_bytes(read_small(Path(name).expanduser()))
+    if text is None:
+        raise ValueError(f"{name} is not a text file")
+    return text.replace("\r\n", "\n")
 
 
 def is_document(name: str) -> bool:
-    return bool(re.search(r"(?i)\.(pdf|docx|pptx|xlsx|epub|x?html?)$", name))
+    return bool(re.search(r"(?i)\.(pdf|docx|pptx|xlsx|od[tsp]|epub|x?html?)$", name))
 
 
 async def document_text(name: str) -> tuple[str, str]:

@@ -41,12 +41,19 @@ def test_an_unreadable_document_says_why(page, front):
     open_page(page, front)
     attach(page, "secret.pdf", documents.ENCRYPTED_PDF)
     expect(page.get_by_role("alert")).to_contain_text("secret.pdf: The PDF is encrypted: save it without its password")
-    attach(page, "a.docx", b"no document")
+    attach(page, "a.docx", b"no document\0")
     expect(page.get_by_role("alert")).to_contain_text("a.docx: \"a.docx\" is of none of the formats that can be read")
     expect(page.locator("#files li")).to_have_count(0)
     attach(page, "page.html", b"<h1>Title</h1><script>1</script>")
     expect(page.get_by_role("alert")).to_be_hidden()
     expect(page.locator("#files li")).to_contain_text("page.html")
+
+
+def test_the_page_reads_bytes_as_the_server_does(page, front):
+    """So does the server in tests/front/documents/test_formats.py."""
+    open_page(page, front)
+    read = page.evaluate("cases => cases.map(({hex}) => Tree.textOf(Uint8Array.from(hex.match(/../g), pair => parseInt(pair, 16)))?.text ?? null)", documents.encodings())
+    assert read == [case["text"] for case in documents.encodings()]
 
 
 def test_another_servers_page_attaches_text_only(page, stand_in):

@@ -105,6 +105,11 @@ def epub(chapters, **more):
         **{f"book/{name}": html for name, html in chapters.items()}, **more})
 
 
+def encodings():
+    """Bytes as hexadecimal digits, and the text that they are; None if they are none."""
+    return json.loads((WRITTEN.parent / "encodings.json").read_text(encoding="utf-8"))
+
+
 def written():
     """What the documents of WRITTEN hold, by their names; those of Office also in ISO's strict form."""
     held = json.loads((WRITTEN / "values.json").read_text(encoding="utf-8"))

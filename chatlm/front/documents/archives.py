@@ -49,6 +49,20 @@ def below(element: Any, *names: str) -> Iterator[Any]:
     return element.iter(*(f"{{*}}{name}" for name in names))
 
 
+def outermost(element: Any, *names: str) -> Iterator[Any]:
+    """The elements with one of these names within another, without those within each other."""
+    waiting = [iter(element)]
+    while waiting:
+        for child in waiting[-1]:
+            if local(child) in names:
+                yield child
+            else:
+                waiting.append(iter(child))
+                break
+        else:
+            waiting.pop()
+
+
 def first(element: Any, *path: str) -> Any:
     """The child of a child ... with these names; None if there is none."""
     return element.find("/".join(f"{{*}}{name}" for name in path))
@@ -69,6 +83,7 @@ class Archive:
         if any(member.flag_bits & 1 for member in members):
             raise refusal("the file is encrypted: save it without its password", "encrypted")
         self.names = {member.filename: member for member in members}
+        self.relations: dict[str, list[Relation]] = {}  # by the part whose they are
         self.by_lower = {name.lower().lstrip("/"): name for name in self.names}
 
     def find(self, name: str) -> str:
@@ -86,6 +101,11 @@ class Archive:
 
     def related(self, name: str = "") -> list[Relation]:
         """The relations of a part; of none, those of the whole file."""
+        if name not in self.relations:
+            self.relations[name] = self._relations_of(name)
+        return self.relations[name]
+
+    def _relations_of(self, name: str) -> list[Relation]:
         folder, base = posixpath.split(name)
         root = self.xml(posixpath.join(folder, "_rels", f"{base}.rels"))
         relations = []

@@ -9,7 +9,7 @@ from typing import Any
 from chatlm.front.documents.archives import Archive, below
 from chatlm.front.documents.document import Document, Reading, refusal
 from chatlm.front.documents.markup import to_markdown
-from chatlm.front.documents.texts import decoded_html
+from chatlm.front.documents.texts import html_of_bytes
 
 ENCRYPTION = "META-INF/encryption.xml"
 
@@ -27,7 +27,7 @@ def read_epub(data: bytes, reading: Reading) -> Document:
                   for each in archive.xml(ENCRYPTION).iter("{*}*")}
         if locked & {*chapters}:
             raise refusal("the EPUB is encrypted, as books with a copy protection are", "encrypted")
-    texts = (to_markdown(decoded_html(archive.read(name)), reading, f"chapter {number}")
+    texts = (to_markdown(html_of_bytes(archive.read(name)), reading, f"chapter {number}")
              for number, name in enumerate(chapters, 1))
     return Document(texts, len(chapters), "chapter")
 

@@ -22,11 +22,12 @@ KINDS = {
     "form": ("form that only its own program shows (XFA)", "forms that only their own program shows (XFA)"),
     "formula": ("formula without a stored result, which stands as it is written",
                 "formulas without stored results, which stand as they are written"),
-    "merged": ("table whose merged cells are not repeated", "tables whose merged cells are not repeated"),
+    "dense": ("page with so many letters that the columns of its tables are not kept",
+              "pages with so many letters that the columns of their tables are not kept"),
+    "merged": ("table whose merged or repeated cells stand only once",
+               "tables whose merged or repeated cells stand only once"),
     "picture": ("picture", "pictures"),
     "sheet": ("hidden sheet", "hidden sheets"),
-    "unmapped": ("page whose letters have no meaning in the file, so that its text may be wrong",
-                 "pages whose letters have no meaning in the file, so that their text may be wrong"),
 }
 
 

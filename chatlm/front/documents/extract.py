@@ -22,7 +22,7 @@ from chatlm.front.documents.opendocument import read_opendocument
 from chatlm.front.documents.portable import read_pdf
 from chatlm.front.documents.sheets import read_xlsx
 from chatlm.front.documents.slides import read_pptx
-from chatlm.front.documents.texts import decoded_html, is_html, is_pdf, plain_text, utf16_of
+from chatlm.front.documents.texts import html_of_bytes, is_html, is_pdf, plain_text, utf16_of
 from chatlm.front.documents.word import read_docx
 
 FORMATS = "PDF, DOCX, PPTX, XLSX, ODT, ODS, ODP, EPUB, HTML and text (UTF-8, UTF-16 or Windows-1252)"
@@ -70,7 +70,7 @@ def find_reader(data: bytes, name: str) -> Reader:
             raise refusal("the file is encrypted: save it without its password", "encrypted")
         raise refusal("the file is of the old Office formats DOC, XLS and PPT: save it as DOCX, XLSX or PPTX")
     named_html = re.search(r"(?i)\.x?html?$", name) and (utf16_of(data) or b"\0" not in data[:4096])
-    if named_html or is_html(decoded_html(data[:4096]), ""):
+    if named_html or is_html(html_of_bytes(data[:4096]), ""):
         return HTML
     raise refusal(f"{shown(name) if name else 'the file'} is of none of the formats that can be read: "
                   f"{FORMATS}", "unknown_format")

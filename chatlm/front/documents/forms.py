@@ -9,6 +9,7 @@ from chatlm.common.errors import RequestError
 
 # a parameter of a header: quoted, or not
 PARAMETER = re.compile(rb""";\s*([\w!#$%&'*+.^`|~-]+)\s*=\s*("(?:[^"\\\r\n]|\\.)*"|[^;\r\n]*)""")
+HEAD_BYTES = 1 << 16  # of the headers of a part
 EXTENDED = re.compile(r"([\w-]+)'[\w-]*'(.*)")  # RFC 5987: charset'language'text
 
 
@@ -24,7 +25,7 @@ def part_of_form(body: bytes, boundary: str) -> tuple[bytes, str]:
 def file_name(head: bytes) -> str | None:
     """The name of a part's file, by the headers of the part: `filename="a.pdf"`, `filename=a.pdf` or
     `filename*=UTF-8''a.pdf`, which wins. None: the part is no file."""
-    for line in head.split(b"\r\n"):
+    for line in head[:HEAD_BYTES].split(b"\r\n"):
         kind, _, value = line.partition(b":")
         if kind.strip().lower() != b"content-disposition":
             continue

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from chatlm.front.documents import scripts
@@ -323,7 +324,7 @@ def rows_from(bands: Seq[Band], place: int) -> list[Band]:
     rows: list[Band] = []
     last: Band | None = None   # the last one with several cells
     usual = 3.0                # room between rows, in lines
-    for band in bands[place:]:
+    for band in islice(bands, place, None):
         if rows:
             room = (rows[-1].bottom - band.top) / height_of(band)
             if not -0.5 < room < usual:

@@ -10,24 +10,26 @@ from chatlm.front.documents import scripts
 from chatlm.front.documents.document import Document, Reading, library
 from chatlm.front.documents.equations import line_of
 from chatlm.front.documents.tables import Cell, Copies, number_in, table_lines
-from chatlm.front.documents.texts import decoded_html
+from chatlm.front.documents.texts import html_of_bytes
 
 # stand around the parts of tables while these are converted; no text has them
 CELL, SIZE, ROW = "\ue0f1", "\ue0f2", "\ue0f3"
 MARKS = re.compile(f"[{CELL}{SIZE}{ROW}]")
 UNSEEN = "script", "style", "noscript", "template", "head", "title"
 UNSEEN_FIELDS = "hidden", "password", "image", "submit", "button", "reset", "file"
+MOST_SPACE = 100  # characters of space beside each other: the library takes a time in their square
+LONG_SPACE = re.compile(r"\s{%d,}" % (MOST_SPACE + 1))
 LARGEST_SPAN = 1000  # columns that a cell may take, as in browsers
 
 
 def read_html(data: bytes, reading: Reading) -> Document:
-    return Document([to_markdown(decoded_html(data), reading)])
+    return Document([to_markdown(html_of_bytes(data), reading)])
 
 
 def to_markdown(html: str, reading: Reading, place: str = "") -> str:
     """HTML as Markdown. place: where in its document it is."""
     parse = library("bs4", "HTML").BeautifulSoup
-    html = MARKS.sub("", html)
+    html = MARKS.sub("", re.sub(r"^\s*<\?xml[^>]*>", "", html))
     soup = seen(parse(html, "lxml"))
     whole = seen(parse(html, "html.parser"))
     if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # lxml stops where elements nest 256 times
@@ -43,19 +45,14 @@ def to_markdown(html: str, reading: Reading, place: str = "") -> str:
 
 
 def seen(soup: Any) -> Any:
-    """A document without what its reader does not see, and with the letters of drawings and equations."""
+    """A document without what its reader does not see."""
     for hidden in soup(list(UNSEEN)):
         hidden.decompose()
-    for hidden in soup(string=lambda text: text.__class__.__name__ not in ("NavigableString", "CData")):
-        hidden.extract()  # comments, declarations
-    for drawing in soup("svg"):
-        drawing.replace_with(" ".join(text.get_text(" ", strip=True) for text in drawing("text")) + " ")
-    for equation in soup("math"):
-        equation.replace_with(equation_text(equation))
-    for entry in soup(["input", "select", "textarea"]):
-        before, after = ("" if beside(entry, side).isspace() else " "
-                         for side in ("previous_sibling", "next_sibling"))
-        entry.replace_with(before + entered(entry) + after)
+    for text in soup(string=True):
+        if text.__class__.__name__ not in ("NavigableString", "CData"):
+            text.extract()  # a comment, a declaration
+        elif LONG_SPACE.search(text):
+            text.replace_with(LONG_SPACE.sub(lambda space: space[0][:MOST_SPACE], text))
     for table in soup("table"):
         if table.find("table"):  # it only lays out what is in it
             for part in (table, *rows_and_cells(table)):
@@ -112,6 +109,18 @@ def converter() -> Any:
         def convert_sub(self, el: Any, text: str, parent_tags: Any) -> str:
             return scripts.lowered(text, beside(el, "previous_sibling"), beside(el, "next_sibling"))
 
+        def convert_math(self, el: Any, text: str, parent_tags: Any) -> str:
+            return equation_text(el)
+
+        def convert_svg(self, el: Any, text: str, parent_tags: Any) -> str:
+            return apart(el, " ".join(each.get_text(" ", strip=True) for each in el("text")))
+
+        def convert_input(self, el: Any, text: str, parent_tags: Any) -> str:
+            return apart(el, entered(el))
+
+        convert_select = convert_input
+        convert_textarea = convert_input
+
         def convert_td(self, el: Any, text: str, parent_tags: Any) -> str:
             columns, rows = span(el, "colspan"), span(el, "rowspan")
             return f"{CELL}{text.strip()}{SIZE}{columns}{SIZE}{rows}{CELL}"
@@ -142,6 +151,13 @@ def cells_in(row: str) -> list[Cell]:
 def span(cell: Any, name: str) -> int:
     """How many columns or rows a cell takes."""
     return number_in(str(cell.get(name, "1")).strip(), LARGEST_SPAN)
+
+
+def apart(element: Any, text: str) -> str:
+    """A text apart from what stands beside its element."""
+    before, after = ("" if beside(element, side).isspace() else " "
+                     for side in ("previous_sibling", "next_sibling"))
+    return before + text + after if text else ""
 
 
 def beside(element: Any, side: str) -> str:

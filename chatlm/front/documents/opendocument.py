@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 from chatlm.front.documents import scripts
-from chatlm.front.documents.archives import Archive, attribute, below, first, local
+from chatlm.front.documents.archives import Archive, attribute, below, first, local, outermost
 from chatlm.front.documents.document import Document, Reading, refusal
 from chatlm.front.documents.equations import line_of
 from chatlm.front.documents.slides import with_scripts
@@ -90,9 +91,8 @@ class Walk:
         text = self.line(element).strip()
         if text:
             yield before + text
-        for frame in below(element, "frame", "custom-shape"):
-            if local(frame.getparent()) != "frame":
-                yield from self.frame(frame)
+        for frame in outermost(element, "frame", "custom-shape"):
+            yield from self.frame(frame)
 
     def line(self, element: Any) -> str:
         """The text of a paragraph, in which notes and remarks stand in brackets."""
@@ -123,7 +123,7 @@ class Walk:
     def remark(self, element: Any) -> str:
         if element is None:
             return ""
-        return " ".join(self.line(each).strip() for each in below(element, "p"))
+        return " ".join(self.line(each).strip() for each in outermost(element, "p"))
 
     def frame(self, frame: Any) -> Iterator[str]:
         """What a frame shows: its texts, an equation, the table of a chart."""
@@ -172,15 +172,18 @@ class Walk:
         for row in below(table, "table-row"):
             if next(row.iterancestors("{*}table")) is table:
                 cells = [cell for each in row for cell in self.cells(each)]
-                for _ in range(repeats(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1):
-                    yield cells
+                copies = repeats(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1
+                if not self.copies.take((copies - 1) * len(cells)):
+                    copies = 1
+                yield from repeat(cells, copies)
 
     def cells(self, cell: Any) -> list[Cell]:
         if local(cell) != "table-cell":
             return []
         text = " ".join(filter(None, self.blocks(cell))).strip()
         span = Cell(text, repeats(cell, "number-columns-spanned"), repeats(cell, "number-rows-spanned"))
-        return [span] * repeats(cell, "number-columns-repeated")
+        copies = repeats(cell, "number-columns-repeated")
+        return [span] * (copies if self.copies.take(copies - 1) else 1)
 
     def margins(self, kind: str) -> list[str]:
         """The headers, or footers, of all kinds of pages."""

@@ -25,6 +25,7 @@ ROOM_EM = 0.1       # by which a number may be wider than its digits
 SPACE = Glyph(" ", 0.0, 0.0, 0.0, 0.0)
 VALUE_BYTES = 1 << 16  # of a field or remark that are read
 MOST_NOTES = 10_000    # fields and remarks of a page
+MOST_LETTERS = 200_000  # of a page whose tables are told from other text
 
 
 def read_pdf(data: bytes, reading: Reading) -> Document:
@@ -45,34 +46,40 @@ def read_pdf(data: bytes, reading: Reading) -> Document:
     def text_of(number: int) -> str:
         try:
             with closing(pdf[number]) as page:
-                return "\n".join([text_on(pdfium, page), *notes_on(pdfium, pdf, page)])
+                text = text_on(pdfium, page, reading, f"page {number + 1:,}")
+                return "\n".join([text, *notes_on(pdfium, pdf, page)])
         except pdfium.PdfiumError:
             return ""
 
     return Document(map(text_of, range(pages)), pages, "page", True)
 
 
-def text_on(pdfium: Any, page: Any) -> str:
+def text_on(pdfium: Any, page: Any, reading: Reading, place: str) -> str:
     with closing(page.get_textpage()) as text:
-        return text_of_page(glyphs_of(pdfium.raw, text, page.get_rotation()))
+        if text.count_chars() > MOST_LETTERS:
+            reading.lacks("dense", place)
+            return text.get_text_bounded().replace("\r\n", "\n")
+        return text_of_page(glyphs_of(pdfium.raw, text, page))
 
 
-def glyphs_of(raw: Any, page: Any, rotation: int) -> Iterator[Glyph]:
+def glyphs_of(raw: Any, letters: Any, page: Any) -> Iterator[Glyph]:
     """The letters of a page as it draws them. A word or number in which nothing is raised is one glyph: asking
     for the place of each letter would take as long as all else. Spaces and line ends that PDFium
     has put beside digits are left out: the room between letters tells more."""
-    text = letters_of(raw, page.raw)
-    boxes = Boxes(raw, page.raw, TURNED.get(rotation))
+    text = letters_of(raw, letters.raw)
+    boxes = Boxes(raw, letters.raw, page)
     for run in re.finditer(r"\s+|\S+", text):
         begin, end = run.span()
         if run[0].isspace():
             beside = text[max(0, begin - 1):begin] + text[end:end + 1]
             generated = HAS_DIGIT.search(beside) and all(
-                raw.FPDFText_IsGenerated(page.raw, place) == 1 for place in range(begin, end))
+                raw.FPDFText_IsGenerated(letters.raw, place) == 1 for place in range(begin, end))
             if not generated:
                 yield SPACE
-        elif not HAS_DIGIT.search(run[0]) or boxes.are_even(begin, run[0]):
+        elif not HAS_DIGIT.search(run[0]):
             yield boxes.glyph(begin, end - 1, run[0])
+        elif number := boxes.number(begin, run[0]):
+            yield number
         else:
             yield from (boxes.glyph(place, place, text[place]) for place in range(begin, end))
 
@@ -87,38 +94,45 @@ def letters_of(raw: Any, page: Any) -> str:
 
 
 class Boxes:
-    """The places of letters on a page."""
+    """The places of letters on a page. Those beyond its edges, which nobody sees, are spaces."""
 
-    def __init__(self, raw: Any, page: Any, turn: Turn | None):
+    def __init__(self, raw: Any, letters: Any, page: Any):
         self.read = raw.FPDFText_GetLooseCharBox
-        self.page = page
-        self.turn = turn
+        self.letters = letters
+        self.turn = TURNED.get(page.get_rotation())
+        self.edges = page.get_bbox()  # left, bottom, right, top
         self.box = raw.FS_RECTF()
         self.pointer = ctypes.byref(self.box)
 
-    def are_even(self, begin: int, text: str) -> bool:
-        """Is this one number: does its last digit stand as its first does, and is there no room within?"""
+    def number(self, begin: int, text: str) -> Glyph | None:
+        """The box of a number; None if this is none, its last digit does not stand as its first does, or there
+        is room within it."""
         number = NUMBER.fullmatch(text)
         if not number:
-            return False
-        first, last = (self.glyph(begin + place, begin + place, "") for place in (
-            number.start(1), number.end(1) - 1))
+            return None
+        first = self.glyph(begin + number.start(1), begin + number.start(1), text)
+        last = self.glyph(begin + number.end(1) - 1, begin + number.end(1) - 1, text)
         digits = sum(map(str.isdigit, number[1]))
         width = (first.right - first.left) * (digits + POINT_DIGITS * (len(number[1]) - digits))
-        is_close = abs(last.right - first.left) - width < ROOM_EM * first.height
-        return is_close and first.bottom == last.bottom and first.top == last.top
+        is_close = last.right - first.left - width < ROOM_EM * (first.top - first.bottom)
+        if not is_close or first.bottom != last.bottom or first.top != last.top or last.right < first.left:
+            return None
+        return first._replace(right=last.right)
 
     def glyph(self, first: int, last: int, text: str) -> Glyph:
         """The box around two letters on a line and all between them."""
         box = self.box
-        self.read(self.page, first, self.pointer)
+        self.read(self.letters, first, self.pointer)
         left, right, bottom, top = box.left, box.right, box.bottom, box.top
         if last > first:
-            self.read(self.page, last, self.pointer)
+            self.read(self.letters, last, self.pointer)
             if box.right > right:
                 right = box.right
             if box.left < left:
                 left = box.left
+        edge_left, edge_bottom, edge_right, edge_top = self.edges
+        if not (left < edge_right and right > edge_left and bottom < edge_top and top > edge_bottom):
+            return SPACE
         if self.turn:
             (left, bottom), (right, top) = self.turn(left, bottom), self.turn(right, top)
             left, right, bottom, top = min(left, right), max(left, right), min(bottom, top), max(bottom, top)

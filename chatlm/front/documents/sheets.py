@@ -203,22 +203,23 @@ class Sheet:
         for _, row in etree.iterparse(io.BytesIO(data), tag="{*}row", **READS_XML):
             at = row.get("r", "")
             number = int(at) if at.isascii() and at.isdigit() and len(at) < 9 else number + 1
-            texts = self.cells(row, number)
-            merged.repeat(number, texts, self.copies)
+            texts = self.cells(row) if any(map(len, row)) else {}
+            if texts:
+                merged.repeat(number, texts, self.copies)
             row.clear()
             while row.getprevious() is not None:  # else all rows would be kept
                 del row.getparent()[0]
             yield sparse_row(texts, names) if texts else ""
 
-    def cells(self, row: Any, number: int) -> dict[int, str]:
+    def cells(self, row: Any) -> dict[int, str]:
         """The texts of a row's cells by their columns."""
         texts: dict[int, str] = {}
         column = -1
         for cell in row:
-            if local(cell) != "c":
-                continue
             place = PLACE.fullmatch(cell.get("r", ""))
             column = column_of(place[1]) if place else column + 1
+            if not len(cell):
+                continue  # it has a style alone
             text = self.book.value(cell)
             formula = first(cell, "f")
             if formula is not None and (not text or text == "0" and self.book.uncomputed):

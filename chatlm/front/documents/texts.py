@@ -37,7 +37,7 @@ class Text(NamedTuple):
     lacks: str | None = None  # what of the file is not in it
 
 
-def decoded(data: bytes) -> str | None:
+def text_of_bytes(data: bytes) -> str | None:
     """The text that bytes are: in UTF-16 (told by its mark or its zeros), UTF-8, or else Windows' Latin-1.
     None: they are none."""
     encoding = utf16_of(data)
@@ -63,7 +63,7 @@ def utf16_of(data: bytes) -> str:
     return ""
 
 
-def decoded_html(data: bytes) -> str:
+def html_of_bytes(data: bytes) -> str:
     """HTML as text: by its mark or zeros, else as it says itself, else in UTF-8 or Windows' Latin-1."""
     if data.startswith(BOM_UTF8):
         return data.decode("utf-8-sig", "replace")
@@ -100,7 +100,7 @@ def plain_text(data: bytes, name: str) -> Text | None:
     begins = data[:LOOKED_AT]
     if begins.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")) or is_pdf(begins):
         return None
-    text = decoded(data)
+    text = text_of_bytes(data)
     if text is None or is_html(text, name):
         return None
     return readable(text)

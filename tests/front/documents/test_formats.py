@@ -152,3 +152,29 @@ def test_the_first_file_of_a_form_is_read():
     for bad in (b"", b"--B--", form.replace(b"filename", b"name2"), b"--B\r\nfilename=\"a\""):
         with pytest.raises(RequestError, match="the form has no file"):
             part_of_form(bad, "B")
+
+
+# encodings
+
+@pytest.mark.parametrize("case", documents.encodings(), ids=lambda case: case["name"])
+def test_bytes_are_the_text_that_the_page_reads(case):
+    """tests/page/test_page_documents.py has the page read the same, tests/front/knowledge/test_ingestion.py the store."""
+    data = bytes.fromhex(case["hex"])
+    if case["text"] is None:
+        assert "none of the formats" in refused(data, "a.txt")
+    else:
+        assert text_of(data, "a.txt") == (case["text"], None, None)
+
+
+@pytest.mark.parametrize("data", [
+    "<html><p>Цена 250</p>".encode("utf-16"), "<html><p>Цена 250</p>".encode("utf-8-sig"), b"<html><meta charset=windows-1251><p>" + "Цена 250".encode("cp1251"),
+    b"<?xml version='1.0' encoding='koi8-r'?><html><p>" + "Цена 250".encode("koi8-r"), b'<html><meta http-equiv="Content-Type" content="text/html; charset=ISO-8859-5"><p>' + "Цена 250".encode("iso8859-5"),
+    "<html><p>Цена 250</p>".encode()])
+def test_html_is_read_as_it_declares_itself(data):
+    assert text_of(data).text == "Цена 250"
+
+
+def test_no_other_codec_of_python_is_used_for_html():
+    """Such as those that unpack, or that take a time in the square of a text."""
+    for label in (b"zip", b"punycode", b"unicode_escape", b"utf-7", b"idna", b"x" * 40):
+        assert text_of(b"<html><meta charset=" + label + b"><p>a\\u0041+AGE-").text == "a\\u0041+AGE-"

@@ -16,7 +16,7 @@ from chatlm.front.annexes import ANNEXES, database_of
 from chatlm.front.documents import texts
 from chatlm.front.knowledge import ingest, stores
 from chatlm.front.knowledge.tables import words_table
-from documents import docx, pdf
+from documents import docx, encodings, pdf
 from embedding_pool import EmbeddingPool, knowing, vector_of
 from fake_pool import FakePool
 
@@ -153,6 +153,20 @@ async def test_texts_come_in_several_forms(tmp_path, data, name):
         _, content = await ask(ONE, f"{STORES}/{store}/files/{file}/content")
         text = " ".join(part["text"] for part in content["data"])
         assert "héllo" in text and "wörld" in text and "bad()" not in text
+
+
+@pytest.mark.parametrize("case", encodings(), ids=lambda case: case["name"])
+async def test_a_text_is_what_the_page_reads(tmp_path, case):
+    async with knowing(tmp_path / "k.db") as ask:
+        store, _ = await ask.store(ONE)
+        file = await ask.file(ONE, bytes.fromhex(case["hex"]), "a.txt")
+        await ask(ONE, f"{STORES}/{store}/files", {"file_id": file})
+        found = await ask.ended(ONE, f"{STORES}/{store}/files/{file}")
+        if case["text"] is None:
+            assert found["last_error"]["code"] == "unsupported_file"
+        else:
+            _, content = await ask(ONE, f"{STORES}/{store}/files/{file}/content")
+            assert "\n".join(part["text"] for part in content["data"]) == case["text"]
 
 
 def bomb():
