@@ -37,6 +37,7 @@ The rooms, each above those that it may import
           knowledge/          vector stores: files become passages, which are searched
           server/             routes, connections, access, streams, metrics, the page's files
           intake/             a body becomes a request for a model; what a sandbox does
+          documents/          the text of documents, a module for each format
           api/                bodies in: fields and readers; answers out: encoders
           api/dialects/       a file for each API that is spoken
           pool/               workers, queue and failover, here and on Ray

@@ -1,5 +1,5 @@
-"""The text of a page by where its letters stand: lines, raised and lowered digits, and tables, whose cells stay
-apart and under their headings, also beside empty ones.
+"""The text of a page by where its letters stand: lines, raised and lowered digits, and tables, whose cells
+stay apart and under their headings, also beside empty ones.
 
 Letters come in the order in which the file draws them, which is mostly the order of reading. It is kept, with
 two exceptions: what stands beside each other is a row, and rows below each other whose gaps meet are a table.
@@ -28,7 +28,8 @@ SMALL = 0.85        # height of a raised or lowered letter, by that of its neigh
 SHIFT = 0.15        # of its foot or head, by that height, at least
 HYPHENS = "\x02", "\xad", "\ufffe"  # what PDFium reports where a word is divided
 NUMBER = re.compile(r"[-+(]?[€$£¥]?\d[\d.,:/]*[%)€$£¥]?|[-–—]")
-LABEL = re.compile(r"[•◦▪●○■·*–—-]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]")  # of an item of a list
+# of an item of a list
+LABEL = re.compile(r"[•◦▪●○■·*–—-]|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]")
 THOUSANDS = re.compile(r"\d{3}(?:[.,]\d+)?")
 
 
@@ -231,8 +232,8 @@ def overlap(low: float, high: float, other_low: float, other_high: float) -> boo
 
 
 def bands_of(segments: Iterable[Segment]) -> list[Band]:
-    """What is drawn at one height. A cell of several lines makes its band higher: the cells beside it are drawn
-    before or after it."""
+    """What is drawn at one height. A cell of several lines makes its band higher: the cells beside it are
+    drawn before or after it."""
     bands: list[Band] = []
     for segment in segments:
         place = place_of(bands, segment)
@@ -319,8 +320,8 @@ def plain(band: Band) -> list[str]:
 
 
 def rows_from(bands: Seq[Band], place: int) -> list[Band]:
-    """The bands from this one on that may be the rows of a table: below each other, and each with several cells,
-    or with one that stands below one of the row before."""
+    """The bands from this one on that may be the rows of a table: below each other, and each with several
+    cells, or with one that stands below one of the row before."""
     rows: list[Band] = []
     last: Band | None = None   # the last one with several cells
     usual = 3.0                # room between rows, in lines
@@ -417,7 +418,8 @@ def by_column(words: Seq[Word], columns: Seq[tuple[float, float]]) -> dict[int, 
     """The words of each column, if no word reaches over a gutter and no column is without one; else {}."""
     parted: dict[int, list[Word]] = {}
     for word in words:
-        over = [place for place, (left, right) in enumerate(columns) if left < word.right and right > word.left]
+        over = [place for place, (left, right) in enumerate(columns)
+                if left < word.right and right > word.left]
         if len(over) != 1:
             return {}
         parted.setdefault(over[0], []).append(word)

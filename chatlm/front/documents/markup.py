@@ -61,8 +61,8 @@ def seen(soup: Any) -> Any:
 
 
 def entered(field: Any) -> str:
-    """What a field of a form shows: what was put in, the sign of a box, or the chosen options of a list, which
-    are all if none is."""
+    """What a field of a form shows: what was put in, the sign of a box, or the chosen options of a list (all
+    if none is)."""
     if field.name == "textarea":
         return field.get_text()
     if field.name == "select":

@@ -63,9 +63,9 @@ def text_on(pdfium: Any, page: Any, reading: Reading, place: str) -> str:
 
 
 def glyphs_of(raw: Any, letters: Any, page: Any) -> Iterator[Glyph]:
-    """The letters of a page as it draws them. A word or number in which nothing is raised is one glyph: asking
-    for the place of each letter would take as long as all else. Spaces and line ends that PDFium
-    has put beside digits are left out: the room between letters tells more."""
+    """The letters of a page as it draws them. A word or number in which nothing is raised is one glyph:
+    asking for the place of each letter would take as long as all else. Spaces and line ends that PDFium has
+    put beside digits are left out: the room between letters tells more."""
     text = letters_of(raw, letters.raw)
     boxes = Boxes(raw, letters.raw, page)
     for run in re.finditer(r"\s+|\S+", text):
@@ -105,8 +105,8 @@ class Boxes:
         self.pointer = ctypes.byref(self.box)
 
     def number(self, begin: int, text: str) -> Glyph | None:
-        """The box of a number; None if this is none, its last digit does not stand as its first does, or there
-        is room within it."""
+        """The box of a number; None if this is none, its last digit does not stand as its first does, or
+        there is room within it."""
         number = NUMBER.fullmatch(text)
         if not number:
             return None
