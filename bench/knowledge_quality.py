@@ -142,8 +142,8 @@ def all_words(connection, store, question):
     return [each.passage for each in words.ranked(connection, store, every, 50, False)]
 
 
-def telling(connection, store, question):
-    found = words.telling_words(connection, store, words.words_of(question))
+def telling(connection, store, passages, question):
+    found = words.telling_words(connection, store, passages, words.words_of(question))
     return [each.passage for each in words.ranked(connection, store, found, 50, False)]
 
 
@@ -197,7 +197,7 @@ class Place:
         found = self.server.post(f"/v1/vector_stores/{self.store}/search", {"query": question, "max_num_results": 10})
         self.took_ms.append(1e3 * (time.monotonic() - began))
         nearest = [near.passage for near in scanned(self.windows, Scan((self.number,), self.embedder, vector.tobytes(), 50)).nearest]
-        some, every = telling(self.connection, self.number, question), all_words(self.connection, self.number, question)
+        some, every = telling(self.connection, self.number, len(self.passages), question), all_words(self.connection, self.number, question)
         yield "ours", [(hit["filename"], hit["content"][0]["text"]) for hit in found["data"]]
         self.known.vector_of_question = vector.tobytes()
         for name, weights in ("ours, vectors 3 : 1", (3.0, 1.0)), ("ours, vectors 2 : 1", (2.0, 1.0)), ("ours, vectors 1 : 3", (1.0, 3.0)):
