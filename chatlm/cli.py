@@ -18,7 +18,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm import __version__
 from chatlm.common.commands import Command, chosen_command, command_named
 from chatlm.common.config import (
-    EMBEDDER, FLAGS, ModelEntry, Settings, file_name, read_api_keys)
+    EMBEDDER, FLAGS, MULTILINGUAL, ModelEntry, Settings, file_name, read_api_keys)
 from chatlm.common.contents import own_contents
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
@@ -233,7 +233,7 @@ def model_alone(model: str | None, names: Seq[str]) -> ModelEntry:
 
 def embedder_entry(model: str) -> ModelEntry:
     """The model of --embedder."""
-    aliases = (EMBEDDER,) if model == EMBEDDER else ()
+    aliases = (model,) if model in (EMBEDDER, MULTILINGUAL) else ()
     return ModelEntry(model, aliases=aliases, spare=True, replicas=1, changes=dict(OF_NO_MODEL))
 
 

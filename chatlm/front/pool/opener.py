@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import EMBEDDER
 from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.hub.default_model import EMBEDDERS
 from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model, with_embedder
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
@@ -79,7 +79,7 @@ class Opener:
         settings = replace(self.settings, model=entry.path or None, models=None, several=(),
                            served_model_name=entry.aliases, **changes)
         try:
-            if entry.path == EMBEDDER:
+            if entry.path in EMBEDDERS:
                 settings = await asyncio.to_thread(with_embedder, settings, report)
             source = await asyncio.to_thread(resolve_model, settings, report)
             try:
