@@ -7,6 +7,7 @@ const {TEXT, $, element, iconButton, setText, number, newest, wait} = Parts;
 
 const SHOWN = 100;                // rows of a page of a list, the most that the server gives
 const POLL_MS = 1000;             // while files are being read
+const ENGLISH_ONLY = /all-minilm/i;                     // the name of the default embedder
 
 let stores = [];                  // the collections of the server, as v1/vector_stores has them
 let available = false;            // whether the server has a database
@@ -150,11 +151,15 @@ async function remove({id, name}) {
 // What the server could not do with a file, it may do now.
 const again = (store, {id, attributes}) => change(() => send(`${path(store.id)}/files`, {file_id: id, attributes}));
 
+// Whether a collection's texts are embedded by a model that reads English alone. One without files has the server's usual embedder.
+const readsEnglishOnly = ({embedding_model: name}) => name ? ENGLISH_ONLY.test(name) : Server.models.some(({id}) => ENGLISH_ONLY.test(id));
+
 function filesOf(store, files) {
   const rows = files.rows.map(file => element("li", {}, element("span", {textContent: file.filename}),
     element("small", {className: file.status === "failed" ? "alert" : "", textContent: file.last_error?.message ?? file.cut ?? TEXT.fileStates[file.status]}),
     ...file.last_error?.code === "server_error" && !store.read_only ? [iconButton(`${TEXT.readAgain}: ${file.filename}`, "again", () => again(store, file))] : [],
     ...store.read_only ? [] : [iconButton(`${TEXT.delete}: ${file.filename}`, "delete", () => change(() => ask(`${path(store.id)}/files/${file.id}`, {method: "DELETE"})))]));
+  if (readsEnglishOnly(store)) rows.unshift(element("li", {className: "hint", textContent: TEXT.englishOnly}));
   const all = store.file_counts.total, shown = files.rows.length, box = element("li", {className: "inside"}, element("ul", {className: "counts"}, ...rows));
   if (files.more) box.append(element("div", {className: "line"}, element("small", {textContent: TEXT.newestFiles(shown, all)}),
     element("button", {type: "button", className: "plain", textContent: TEXT.olderFiles, onclick: () => { pages++; show(); }})));
@@ -267,6 +272,7 @@ Parts.register({
     knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
     knowledgeHint: "Documents that a chat can be asked about. # and a name in the message box choose a collection for this chat.",
     storeFiles: count => Parts.plural(count, "file", "files"), storeReading: count => `${number(count)} being read`, storeFailed: count => `${number(count)} failed`, storeFixed: "follows a folder of the server",
+    englishOnly: "The server's embedder reads English alone. For other languages it must be started with --embedder multilingual-e5-small (91 MB).",
     fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`, olderFiles: "Show more",
     readAgain: "Read again", passageGone: "The file has changed since: the passage is no longer in it.",
     storesGone: names => `${names.length > 1 ? "The collections" : "The collection"} ${names.join(", ")} ${names.length > 1 ? "are" : "is"} gone from the server, so this chat no longer asks ${names.length > 1 ? "them" : "it"}. Send the message again to have it answered without.`,

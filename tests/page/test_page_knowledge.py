@@ -46,11 +46,24 @@ def test_a_collection_is_made_filled_and_deleted(page):
         {"name": "cats.md", "mimeType": "text/markdown", "buffer": b"Cats sleep a lot."},
         {"name": "odd.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256))}])
     expect(dialog.get_by_text("1 file · 1 failed", exact=True)).to_be_visible(timeout=60_000)
-    expect(dialog.get_by_text("nor is it text in UTF-8")).to_be_visible()
+    expect(dialog.get_by_text("of none of the formats that can be read")).to_be_visible()
     button(dialog, "Delete: odd.bin").click()
     expect(dialog.get_by_text("odd.bin")).to_have_count(0)
     button(dialog, "Delete: cats").first.click()
     expect(dialog.get_by_text("cats.md")).to_have_count(0)
+
+
+def test_a_file_in_another_language_names_an_embedder_that_reads_it(page):
+    dialog = opened(page)
+    dialog.get_by_label("Name of the collection").fill("haus")
+    button(dialog, "New collection").click()
+    expect(dialog.get_by_text("The server's embedder reads English alone")).to_contain_text("--embedder multilingual-e5-small (91 MB)")
+    german = "Der Hausmeister leert die Kästen im Keller, und wer die Wohnung kündigt, muss es drei Monate vorher sagen. Das ist nicht neu, aber auch nicht für alle leicht zu tun."
+    with page.expect_file_chooser() as chooser:
+        button(dialog, "Add files").click()
+    chooser.value.set_files([{"name": "haus.txt", "mimeType": "text/plain", "buffer": german.encode("cp1252")}])
+    expect(dialog.get_by_text("most of it is not in English")).to_contain_text("start the server with --embedder multilingual-e5-small (91 MB)", timeout=60_000)
+    button(dialog, "Delete: haus").last.click()
 
 
 def test_a_followed_folder_says_what_it_has_and_offers_no_change(page):

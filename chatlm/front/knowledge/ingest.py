@@ -27,6 +27,7 @@ from chatlm.front.documents.texts import Text, plain_text
 from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.knowledge import stores
+from chatlm.front.knowledge.languages import unread_language
 from chatlm.front.knowledge.embedding import Chosen, Embedders, packed
 from chatlm.front.knowledge.passages import MOST_PIECES, Passage, Strategy, TooManyPieces, passages_of
 from chatlm.front.knowledge.rebuilding import TEXTS, Rebuilding
@@ -315,6 +316,9 @@ class Ingest:
             tries = file.tries  # of a reading that has neither ended nor killed the server
             try:
                 text = await self._text(under_way, holding)
+                if notice := await asyncio.to_thread(unread_language, text.text, chosen.served.name):
+                    log.warning("%s of %s: %s", file.file, under_way.store.id, notice)
+                    text = text._replace(lacks="; ".join(filter(None, [text.lacks, notice])))
                 strategy = strategy_of(stores.read_json(file.chunking))
                 passages = await asyncio.to_thread(cut, text, chosen, strategy)
                 tries = 0
