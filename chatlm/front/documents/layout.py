@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 from chatlm.front.documents import scripts
@@ -21,8 +21,12 @@ from chatlm.front.documents.tables import REPEATED, row_text
 
 SPACE_EM = 0.15     # between letters, from which on they belong to two words even without a space
 COLUMN_EM = 0.8     # between words, from which on they belong to two cells
+SPACED_SHARE = 0.7  # of the gaps between words, from which on a page is one that draws spaces
+CLOSE_EM = 0.4      # between the lines of a cell, at most
 GUTTER_EM = 0.15    # between two columns, at least
 BACK_LINES = 8      # so far up may the next cell of a row begin, in lines
+TOLD_ROWS = 40      # of a table, among which another one may begin
+HEADINGS = 3        # rows of headings, at most
 MOST_CELLS = 200    # of a row, or a wrapped one
 SMALL = 0.85        # height of a raised or lowered letter, by that of its neighbour, at most
 SHIFT = 0.15        # of its foot or head, by that height, at least
@@ -56,6 +60,7 @@ class Word:
     right: float
     bottom: float
     top: float
+    is_spaced: bool = False  # does the file draw a space before it?
 
     @property
     def height(self) -> float:
@@ -84,6 +89,14 @@ class Segment:
     def right(self) -> float:
         return max(word.right for word in self.words)
 
+    @property
+    def bottom(self) -> float:
+        return min(word.bottom for word in self.words)
+
+    @property
+    def top(self) -> float:
+        return max(word.top for word in self.words)
+
 
 @dataclass
 class Band:
@@ -92,12 +105,12 @@ class Band:
     segments: list[Segment] = field(default_factory=list)
     bottom: float = 0.0
     top: float = 0.0
+    is_lower: bool = False  # does its first cell stand lower than the others, as one of several rows may?
 
     def add(self, segment: Segment):
-        bottom = min(word.bottom for word in segment.words)
-        top = max(word.top for word in segment.words)
-        self.bottom = min(self.bottom, bottom) if self.segments else bottom
-        self.top = max(self.top, top) if self.segments else top
+        is_first = not self.segments or self.is_lower and len(self.segments) == 1
+        self.bottom = segment.bottom if is_first else min(self.bottom, segment.bottom)
+        self.top = segment.top if is_first else max(self.top, segment.top)
         self.segments.append(segment)
 
     @property
@@ -107,7 +120,8 @@ class Band:
 
 def text_of_page(glyphs: Iterable[Glyph]) -> str:
     """The text of a page with these letters. "\\n" among them ends a line."""
-    bands = bands_of(segments_of(words_of(glyphs)))
+    words = [*words_of(glyphs)]
+    bands = bands_of(segments_of(words, draws_spaces(words)))
     text = "\n".join(lines_of(bands))
     return re.sub(f"[{''.join(HYPHENS)}]\n?", "", text)
 
@@ -130,14 +144,18 @@ def joined(words: Seq[Word]) -> str:
 def words_of(glyphs: Iterable[Glyph]) -> Iterator[Word]:
     """The words of a page as they are drawn."""
     letters: list[Glyph] = []
+    is_spaced = False
     for glyph in glyphs:
         if letters and (glyph.text.isspace() or is_apart(letters[-1], glyph)):
-            yield word_of(letters)
+            yield word_of(letters, is_spaced)
             letters = []
-        if not glyph.text.isspace():
+            is_spaced = False
+        if glyph.text == " ":
+            is_spaced = True
+        elif not glyph.text.isspace():
             letters.append(glyph)
     if letters:
-        yield word_of(letters)
+        yield word_of(letters, is_spaced)
 
 
 def is_apart(one: Glyph, other: Glyph) -> bool:
@@ -147,16 +165,24 @@ def is_apart(one: Glyph, other: Glyph) -> bool:
     return gap > 0 and gap > SPACE_EM * max(one.height, other.height)
 
 
-def word_of(letters: Seq[Glyph]) -> Word:
+def word_of(letters: Seq[Glyph], is_spaced: bool) -> Word:
     """A word of letters, in which raised and lowered ones are marked."""
     if len(letters) == 1:
-        return Word(*letters[0])
+        return Word(*letters[0], is_spaced)
     height = max(letter.height for letter in letters)
     large = [letter for letter in letters if letter.height > SMALL * height]
     bottom = min(letter.bottom for letter in large)
     top = max(letter.top for letter in large)
     return Word(marked(letters, bottom, top), min(letter.left for letter in letters),
-                max(letter.right for letter in letters), bottom, top)
+                max(letter.right for letter in letters), bottom, top, is_spaced)
+
+
+def draws_spaces(words: Seq[Word]) -> bool:
+    """Does a page draw a space between nearly all words of a sentence? Then what has none belongs to two
+    cells, however close they stand. Other programs only leave room."""
+    beside = [word.is_spaced for last, word in pairwise(words)
+              if stand_level(last, word) and 0 < last.gap_to(word) < COLUMN_EM * word.height]
+    return sum(beside) > SPACED_SHARE * len(beside)
 
 
 def marked(letters: Seq[Glyph], bottom: float, top: float) -> str:
@@ -192,12 +218,12 @@ def shift_of(letter: Glyph, bottom: float, top: float) -> int:
 # segments
 
 
-def segments_of(words: Iterable[Word]) -> Iterator[Segment]:
-    """Words that stand close to each other on a line, as they are drawn."""
-    words = iter(words)
+def segments_of(words: Iterable[Word], spaced: bool) -> Iterator[Segment]:
+    """Words that stand close to each other on a line, as they are drawn. spaced: are there spaces between
+    those of a sentence?"""
     segment: Segment | None = None
     for word in words:
-        if segment and continues(segment.words[-1], word):
+        if segment and continues(segment.words[-1], word, spaced):
             segment.words.append(word)
             continue
         if segment:
@@ -207,9 +233,9 @@ def segments_of(words: Iterable[Word]) -> Iterator[Segment]:
         yield segment
 
 
-def continues(last: Word, word: Word) -> bool:
+def continues(last: Word, word: Word, spaced: bool) -> bool:
     """Does a word belong to the same sentence or cell as the one before it?"""
-    if not overlap(last.bottom, last.top, word.bottom, word.top):
+    if not stand_level(last, word):
         return False
     em = max(last.height, word.height)
     gap = last.gap_to(word)
@@ -217,9 +243,16 @@ def continues(last: Word, word: Word) -> bool:
         return False
     if gap < GUTTER_EM * em:
         return True
+    if spaced and not word.is_spaced:
+        return False
     if NUMBER.fullmatch(last.text) and NUMBER.fullmatch(word.text) and not THOUSANDS.fullmatch(word.text):
         return False
     return True
+
+
+def stand_level(one: Word, other: Word) -> bool:
+    """Do two words stand at one height?"""
+    return overlap(one.bottom, one.top, other.bottom, other.top)
 
 
 def overlap(low: float, high: float, other_low: float, other_high: float) -> bool:
@@ -258,10 +291,14 @@ def place_of(bands: Seq[Band], segment: Segment) -> int | None:
     last = len(bands) - 1
     if overlap(bands[last].bottom, bands[last].top, first.bottom, first.top):
         return last
+    if bands[last].is_lower and goes_on(segment, bands[last]):
+        return last
     taken = [*bands[last].segments]
     bottom = bands[last].bottom
     for place in range(last - 1, max(-1, last - BACK_LINES), -1):
         band = bands[place]
+        if band.bottom - bands[place + 1].top > first.height:
+            break  # these are no lines of one cell
         taken += band.segments
         bottom = min(bottom, band.bottom)
         if len(taken) > MOST_CELLS:
@@ -274,8 +311,18 @@ def place_of(bands: Seq[Band], segment: Segment) -> int | None:
     is_below_others = not last or first.top <= bands[-2].bottom
     if -first.height < rises < BACK_LINES * first.height and is_below_others and is_free(
             segment, bands[-1].segments):
+        bands[last].is_lower = len(bands[last].segments) == 1
         return last
     return None
+
+
+def goes_on(segment: Segment, band: Band) -> bool:
+    """Is a segment the next line of a cell in a band whose first cell stands lower, or a cell beside it?"""
+    label, *_, last = band.segments
+    is_close = abs(last.bottom - segment.top) < CLOSE_EM * segment.words[0].height
+    if is_close and not is_free(segment, [last]) and not NUMBER.fullmatch(segment.text):
+        return True
+    return overlap(label.bottom, label.top, segment.bottom, segment.top) and is_free(segment, band.segments)
 
 
 def is_free(segment: Segment, others: Seq[Segment]) -> bool:
@@ -296,7 +343,7 @@ def join_label(band: Band):
 def lines_of(bands: Seq[Band]) -> Iterator[str]:
     place = 0
     while place < len(bands):
-        rows = rows_from(bands, place)
+        rows = one_table(rows_from(bands, place))
         columns = columns_of(rows) if sum(band.is_row for band in rows) > 1 else []
         if 1 < len(columns) <= MOST_CELLS:
             yield from table_of(rows, columns)
@@ -336,8 +383,33 @@ def rows_from(bands: Seq[Band], place: int) -> list[Band]:
         elif last is None or not fits(band.segments[0], last):
             break
         rows.append(band)
-    while rows and not rows[-1].is_row and not is_continued(rows[-2], rows[-1]):
+    while rows and not rows[-1].is_row and not is_continued(rows[-2], rows[-1]) and not has_one_value(rows):
         rows.pop()
+    return rows
+
+
+def has_one_value(rows: Seq[Band]) -> bool:
+    """Is the last row one with a single number, which stands as far below the row before it as that one does
+    below its own, and not in the first column?"""
+    if len(rows) < 3 or not rows[-2].is_row:
+        return False
+    first, before, last = rows[-3:]
+    [segment] = last.segments
+    differs = abs((first.bottom - before.top) - (before.bottom - last.top)) > CLOSE_EM * height_of(last)
+    return not differs and segment.left > before.segments[0].right and bool(NUMBER.fullmatch(segment.text))
+
+
+def one_table(rows: Seq[Band]) -> Seq[Band]:
+    """The rows of the first table, where another one stands so close below it that both seem one: its cells
+    cover the gutters of the first."""
+    most = 0
+    for count in range(2, min(len(rows), TOLD_ROWS) + 1):
+        if sum(band.is_row for band in rows[:count]) < 2:
+            continue
+        columns = len(columns_of(rows[:count]))
+        if 2 * columns <= most:
+            return rows[:count - 1]
+        most = max(most, columns)
     return rows
 
 
@@ -358,12 +430,35 @@ def is_continued(row: Band, band: Band) -> bool:
 
 def columns_of(rows: Seq[Band]) -> list[tuple[float, float]]:
     """The columns of a table: what is left and right of the gutters between them, which no cell covers. Cells
-    of the first row may: headings that stand above several columns."""
+    of the first rows may: headings that stand above several columns."""
     whole = [band for band in rows if band.is_row]
     columns = between_gutters(whole)
-    if len(whole) > 2 and len(below := between_gutters(whole[1:])) > len(columns):
-        return below
-    return columns
+    for headings in range(1, min(HEADINGS, len(whole) - 2) + 1):
+        if len(below := between_gutters(whole[headings:])) > len(columns):
+            columns = below
+    return united(columns, whole)
+
+
+def united(columns: Seq[tuple[float, float]], rows: Seq[Band]) -> list[tuple[float, float]]:
+    """The columns of a table in which a heading at the left of its column, and values at the right of it, are
+    one."""
+    filled = [[number for number, band in enumerate(rows) if any(
+        stands_in(segment, column, columns) for segment in band.segments)] for column in columns]
+    found: list[tuple[float, float]] = []
+    last: list[int] = []
+    for column, places in zip(columns, filled):
+        if last and places and (last[-1] < min(places[0], HEADINGS) or places[-1] < min(last[0], HEADINGS)):
+            found[-1] = found[-1][0], column[1]
+            last = sorted(last + places)
+        else:
+            found.append(column)
+            last = places
+    return found
+
+
+def stands_in(segment: Segment, column: tuple[float, float], columns: Seq[tuple[float, float]]) -> bool:
+    """Does a segment stand in this column alone?"""
+    return [column] == [each for each in columns if each[0] < segment.right and each[1] > segment.left]
 
 
 def between_gutters(rows: Seq[Band]) -> list[tuple[float, float]]:

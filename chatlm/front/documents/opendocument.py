@@ -12,12 +12,17 @@ from chatlm.front.documents.archives import Archive, attribute, below, first, lo
 from chatlm.front.documents.document import Document, Reading, refusal
 from chatlm.front.documents.equations import line_of
 from chatlm.front.documents.slides import with_scripts
-from chatlm.front.documents.tables import Cell, Copies, number_in, row_text, rule, spread
+from chatlm.front.documents.tables import (
+    Cell, Copies, Merged, Merges, column_name, number_in, row_text, rule, sparse_row, spread)
 
 MIMETYPE = "application/vnd.oasis.opendocument."
 NOUNS = {"presentation": "slide", "spreadsheet": "sheet"}
 SPACES = 1000       # that one element may stand for
-REPEATS = 1000      # of a cell or a row that is not empty
+COLUMNS = 16_384    # of a sheet
+ROWS = 1 << 20
+SPAN = 1000         # columns or rows that a merged cell takes, at most
+VALUES = "string-value", "date-value", "time-value", "boolean-value", "value"  # of a cell without its text
+FIELDS = "sheet-name", "page-number", "page-count", "date", "time", "file-name", "title"  # of headers
 BLOCKS = ("h", "p", "list", "table", "section", "frame", "annotation", "note", "list-item", "list-header",
           "index-body", "g", "page", "custom-shape", "notes")
 
@@ -38,8 +43,11 @@ def read_opendocument(data: bytes, reading: Reading) -> Document:
         parts = [*walk.margins("header"), *walk.blocks(content), *walk.margins("footer")]
         return Document(["\n\n".join(parts)])
     pages = [each for each in content if local(each) in ("page", "table")]
-    texts = ("\n\n".join(walk.page(each, number)) for number, each in enumerate(pages, 1))
-    return Document(texts, len(pages), noun, noun == "slide")
+    if noun == "slide":
+        texts = ("\n\n".join(walk.slide(each, number)) for number, each in enumerate(pages, 1))
+        return Document(texts, len(pages), noun, True)
+    sheets = [each for each in pages if not walk.is_hidden(each)]
+    return Document(("\n".join(walk.sheet(each)) for each in sheets), len(sheets), noun)
 
 
 class Walk:
@@ -52,13 +60,12 @@ class Walk:
         self.place = ""
         self.copies = Copies()
         self.heights = heights_in(root)
+        self.styles = {attribute(each, "name"): each for each in below(root, "style")}
+        self.written_margins: set[str] = set()  # of sheets; each is written once
 
-    def page(self, element: Any, number: int) -> Iterator[str]:
-        self.place = f"slide {number}" if local(element) == "page" else attribute(element, "name")
-        if local(element) == "table":
-            yield "\n".join([f"# {self.place}", *self.table(element, ruled=False)])
-        else:
-            yield from self.blocks(element)
+    def slide(self, element: Any, number: int) -> Iterator[str]:
+        self.place = f"slide {number}"
+        yield from self.blocks(element)
 
     def blocks(self, element: Any) -> Iterator[str]:
         """The paragraphs, lists and tables within an element."""
@@ -150,10 +157,12 @@ class Walk:
             yield line_of(root)
         elif folder != self.folder and not self.folder:
             walk = Walk(self.archive, root, self.reading, folder)
-            title = [" ".join("".join(each.itertext()).split()) for each in below(root, "title")]
-            if title:
-                yield f"Chart: {title[0]}"
-            yield from (("\n".join(walk.table(table))) for table in below(root, "table"))
+            titles = [" ".join("".join(each.itertext()).split()) for each in below(root, "title")
+                      if local(each.getparent()) != "axis"]
+            yield "\n".join([
+                *(f"Chart: {title}" for title in titles[:1]),
+                *([f"Axes: {', '.join(axes)}"] if (axes := axis_titles(root)) else []),
+                *(line for table in below(root, "table") for line in walk.table(table))])
 
     def table(self, table: Any, ruled: bool = True) -> Iterator[str]:
         """The lines of a table."""
@@ -169,34 +178,156 @@ class Walk:
             self.reading.lacks("merged", self.place)
 
     def rows(self, table: Any) -> Iterator[list[Cell]]:
-        for row in below(table, "table-row"):
-            if next(row.iterancestors("{*}table")) is table:
-                cells = [cell for each in row for cell in self.cells(each)]
-                copies = repeats(row, "number-rows-repeated") if any(cell.text for cell in cells) else 1
-                if not self.copies.take((copies - 1) * len(cells)):
-                    copies = 1
-                yield from repeat(cells, copies)
+        for row in rows_of(table):
+            cells = [cell for each in row for cell in self.cells(each)]
+            yield from repeat(cells, self.copied(row, "rows", len(cells)) if filled(cells) else 1)
+
+    def copied(self, element: Any, name: str, cells: int = 1) -> int:
+        """How often a row or cell with a text stands there, as far as there is room for copies."""
+        count = repeats(element, f"number-{name}-repeated", ROWS)
+        return count if self.copies.take((count - 1) * cells) else 1
 
     def cells(self, cell: Any) -> list[Cell]:
         if local(cell) != "table-cell":
             return []
         text = " ".join(filter(None, self.blocks(cell))).strip()
         span = Cell(text, repeats(cell, "number-columns-spanned"), repeats(cell, "number-rows-spanned"))
-        copies = repeats(cell, "number-columns-repeated")
-        return [span] * (copies if self.copies.take(copies - 1) else 1)
+        return [span] * self.copied(cell, "columns")
+
+    # sheets
+
+    def is_hidden(self, table: Any) -> bool:
+        """Is a sheet hidden? Then it is noted."""
+        style = self.styles.get(attribute(table, "style-name"))
+        shown = None if style is None else first(style, "table-properties")
+        if shown is None or attribute(shown, "display") != "false":
+            return False
+        self.reading.lacks("sheet", attribute(table, "name"))
+        return True
+
+    def sheet(self, table: Any) -> Iterator[str]:
+        """The lines of a sheet: its rows with a value, then what stands beside its cells."""
+        self.place = attribute(table, "name")
+        self.copies = Copies()
+        yield f"# {self.place}"
+        beside: list[str] = []
+        merged = Merges()
+        number = 1
+        room = self.reading.room
+        for row in rows_of(table):
+            count = repeats(row, "number-rows-repeated", ROWS)
+            texts = self.sheet_row(row, number, merged, beside)
+            if texts:
+                for copy in range(self.copied(row, "rows", len(texts))):
+                    together = {**texts}
+                    merged.repeat(number + copy, together, self.copies)
+                    line = sparse_row(together)
+                    room -= len(line) + 1
+                    yield line
+            number += count
+            if room < 0 or self.reading.is_late:
+                self.reading.place = f"row {number - 1:,} in the sheet {self.place}"
+                return
+        if self.copies.room < 0:
+            self.reading.lacks("merged", self.place)
+        for shapes in table:
+            if local(shapes) == "shapes":
+                beside += self.blocks(shapes)
+        yield from beside
+        yield from self.sheet_margins(table)
+
+    def sheet_row(self, row: Any, number: int, merged: Merges, beside: list[str]) -> dict[int, str]:
+        """The texts of a row by their columns. Its merged cells are added to `merged`, and what does not
+        stand in a cell to `beside`."""
+        texts: dict[int, str] = {}
+        column = 0
+        for cell in row:
+            if local(cell) not in ("table-cell", "covered-table-cell"):
+                continue
+            name = f"{column_name(column)}{number}"
+            text = self.sheet_cell(cell, name, beside) if len(cell) or cell.attrib else ""
+            copies = repeats(cell, "number-columns-repeated", COLUMNS)
+            if text and column < COLUMNS:
+                copied = copies if self.copies.take(copies - 1) else 1
+                texts |= dict.fromkeys(range(column, min(column + copied, COLUMNS)), text)
+                columns, rows = repeats(cell, "number-columns-spanned"), repeats(cell, "number-rows-spanned")
+                if columns > 1 or rows > 1:
+                    merged.add(Merged(number, column, number + rows - 1, column + columns - 1))
+            column += copies
+        return texts
+
+    def sheet_cell(self, cell: Any, name: str, beside: list[str]) -> str:
+        texts = []
+        for each in cell:
+            if local(each) in ("p", "h"):
+                texts.append(self.line(each).strip())
+                for frame in outermost(each, "frame", "custom-shape"):
+                    beside += self.frame(frame)
+            elif local(each) == "annotation":
+                beside.append(f"Comment on {name}: {self.remark(each)}")
+            elif local(each) in ("list", "table"):
+                texts += self.blocks([each])
+            else:
+                beside += self.blocks([each])
+        text = " ".join(filter(None, texts)) or next(filter(None, (
+            attribute(cell, value) for value in VALUES)), "")
+        formula = attribute(cell, "formula")
+        if not text and formula and not attribute(cell, "value-type"):
+            self.reading.lacks("formula", f"{self.place}!{name}")
+            return "=" + formula.rpartition(":=")[2].removeprefix("=")
+        return text
+
+    def sheet_margins(self, table: Any) -> Iterator[str]:
+        """The header and footer of the pages on which a sheet is printed."""
+        style = self.styles.get(attribute(table, "style-name"))
+        page = "Default" if style is None else attribute(style, "master-page-name") or "Default"
+        styles = self.archive.xml("styles.xml")
+        for master in () if styles is None else below(styles, "master-page"):
+            if attribute(master, "name") != page:
+                continue
+            for kind in ("header", "footer"):
+                for text in self.margins_in(master, kind):
+                    if text not in self.written_margins:
+                        self.written_margins.add(text)
+                        yield text
+
+    # headers and footers
 
     def margins(self, kind: str) -> list[str]:
         """The headers, or footers, of all kinds of pages."""
         styles = self.archive.xml("styles.xml")
+        return [] if styles is None else self.margins_in(styles, kind)
+
+    def margins_in(self, element: Any, kind: str) -> list[str]:
         texts: dict[str, None] = {}
-        for each in () if styles is None else below(styles, kind, f"{kind}-first", f"{kind}-left"):
+        for each in below(element, kind, f"{kind}-first", f"{kind}-left"):
+            if attribute(each, "display") == "false":
+                continue
+            for field in [*below(each, *FIELDS)]:
+                field.text = ""  # its value is another one on each page
             if text := " ".join(self.blocks(each)).strip():
                 texts[f"{kind.capitalize()}: {text}"] = None
         return [*texts]
 
 
-def repeats(element: Any, name: str) -> int:
-    return number_in(attribute(element, name), REPEATS)
+def rows_of(table: Any) -> Iterator[Any]:
+    """The rows of a table, without those of tables in it."""
+    for row in below(table, "table-row"):
+        if next(row.iterancestors("{*}table")) is table:
+            yield row
+
+
+def filled(cells: list[Cell]) -> bool:
+    return any(cell.text for cell in cells)
+
+
+def repeats(element: Any, name: str, most: int = SPAN) -> int:
+    return number_in(attribute(element, name), most)
+
+
+def axis_titles(chart: Any) -> list[str]:
+    titles = (first(axis, "title") for axis in below(chart, "axis"))
+    return [" ".join("".join(title.itertext()).split()) for title in titles if title is not None]
 
 
 def heights_in(root: Any) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,9 +12,10 @@ from typing import Any
 from chatlm.front.documents.document import Document, Reading, library, refusal
 from chatlm.front.documents.layout import Glyph, text_of_page
 
-# how the coordinates of a page that is shown turned become those that a reader sees
-Turn = Callable[[float, float], tuple[float, float]]
-TURNED: dict[int, Turn] = {90: lambda x, y: (y, -x), 180: lambda x, y: (-x, -y), 270: lambda x, y: (-y, x)}
+STEP = 15            # degrees between the directions of writing that are told apart
+EM_BY_BOX = 0.65     # an em of slanted text, by half the sides of the box around one letter
+WIDTH_EM = 0.5       # of a slanted letter
+FOOT_EM = 0.2        # of a slanted letter, below its line
 CHECKED_TYPES = "CHECKBOX", "RADIOBUTTON"
 VALUE_TYPES = "TEXTFIELD", "COMBOBOX", "LISTBOX"
 REMARKS = ("TEXT", "FREETEXT", "HIGHLIGHT", "UNDERLINE", "STRIKEOUT", "SQUIGGLY", "STAMP", "INK", "CARET",
@@ -23,6 +25,7 @@ NUMBER = re.compile(r"[.,]*(\d(?:[\d.,]*\d)?)[.,]*")
 POINT_DIGITS = 0.5  # width of a point, by that of a digit
 ROOM_EM = 0.1       # by which a number may be wider than its digits
 SPACE = Glyph(" ", 0.0, 0.0, 0.0, 0.0)
+BREAK = Glyph("\n", 0.0, 0.0, 0.0, 0.0)  # a space that the file does not draw
 VALUE_BYTES = 1 << 16  # of a field or remark that are read
 MOST_NOTES = 10_000    # fields and remarks of a page
 MOST_LETTERS = 200_000  # of a page whose tables are told from other text
@@ -59,29 +62,39 @@ def text_on(pdfium: Any, page: Any, reading: Reading, place: str) -> str:
         if text.count_chars() > MOST_LETTERS:
             reading.lacks("dense", place)
             return text.get_text_bounded().replace("\r\n", "\n")
-        return text_of_page(glyphs_of(pdfium.raw, text, page))
+        return "\n".join(map(text_of_page, glyphs_of(pdfium.raw, text, page)))
 
 
-def glyphs_of(raw: Any, letters: Any, page: Any) -> Iterator[Glyph]:
-    """The letters of a page as it draws them. A word or number in which nothing is raised is one glyph:
-    asking for the place of each letter would take as long as all else. Spaces and line ends that PDFium has
-    put beside digits are left out: the room between letters tells more."""
+def glyphs_of(raw: Any, letters: Any, page: Any) -> list[list[Glyph]]:
+    """The letters of a page as it draws them, for each direction of writing; that of most of them comes
+    first. Each is turned so that its lines are level, whatever the page says of how it is shown.
+
+    A word or number in which nothing is raised is one glyph: asking for the place of each letter would take
+    as long as all else. Spaces and line ends that PDFium has put beside digits, or into turned text, are left
+    out: the room between letters tells more."""
     text = letters_of(raw, letters.raw)
     boxes = Boxes(raw, letters.raw, page)
+    directions: dict[int, list[Glyph]] = {}
+    direction = 0
     for run in re.finditer(r"\s+|\S+", text):
         begin, end = run.span()
         if run[0].isspace():
+            generated = all(raw.FPDFText_IsGenerated(letters.raw, place) == 1 for place in range(begin, end))
             beside = text[max(0, begin - 1):begin] + text[end:end + 1]
-            generated = HAS_DIGIT.search(beside) and all(
-                raw.FPDFText_IsGenerated(letters.raw, place) == 1 for place in range(begin, end))
             if not generated:
-                yield SPACE
-        elif not HAS_DIGIT.search(run[0]):
-            yield boxes.glyph(begin, end - 1, run[0])
-        elif number := boxes.number(begin, run[0]):
-            yield number
+                directions.setdefault(direction, []).append(SPACE)
+            elif not direction and not HAS_DIGIT.search(beside):
+                directions.setdefault(direction, []).append(BREAK)
+            continue
+        direction = boxes.direction(begin)
+        glyphs = directions.setdefault(direction, [])
+        if not HAS_DIGIT.search(run[0]):
+            glyphs.append(boxes.glyph(begin, end - 1, run[0], direction))
+        elif number := boxes.number(begin, run[0], direction):
+            glyphs.append(number)
         else:
-            yield from (boxes.glyph(place, place, text[place]) for place in range(begin, end))
+            glyphs += (boxes.glyph(place, place, text[place], direction) for place in range(begin, end))
+    return sorted(directions.values(), key=len, reverse=True)
 
 
 def letters_of(raw: Any, page: Any) -> str:
@@ -97,21 +110,26 @@ class Boxes:
     """The places of letters on a page. Those beyond its edges, which nobody sees, are spaces."""
 
     def __init__(self, raw: Any, letters: Any, page: Any):
-        self.read = raw.FPDFText_GetLooseCharBox
+        self.raw = raw
         self.letters = letters
-        self.turn = TURNED.get(page.get_rotation())
         self.edges = page.get_bbox()  # left, bottom, right, top
         self.box = raw.FS_RECTF()
         self.pointer = ctypes.byref(self.box)
+        self.point = ctypes.c_double(), ctypes.c_double()
 
-    def number(self, begin: int, text: str) -> Glyph | None:
+    def direction(self, place: int) -> int:
+        """The direction in which a letter is written, in degrees from the right, against the clock."""
+        angle = self.raw.FPDFText_GetCharAngle(self.letters, place)  # with the clock; -1: it is not known
+        return round(-math.degrees(angle) / STEP) * STEP % 360 if angle > 0 else 0
+
+    def number(self, begin: int, text: str, direction: int) -> Glyph | None:
         """The box of a number; None if this is none, its last digit does not stand as its first does, or
         there is room within it."""
         number = NUMBER.fullmatch(text)
-        if not number:
+        if not number or direction % 90:
             return None
-        first = self.glyph(begin + number.start(1), begin + number.start(1), text)
-        last = self.glyph(begin + number.end(1) - 1, begin + number.end(1) - 1, text)
+        first = self.glyph(begin + number.start(1), begin + number.start(1), text, direction)
+        last = self.glyph(begin + number.end(1) - 1, begin + number.end(1) - 1, text, direction)
         digits = sum(map(str.isdigit, number[1]))
         width = (first.right - first.left) * (digits + POINT_DIGITS * (len(number[1]) - digits))
         is_close = last.right - first.left - width < ROOM_EM * (first.top - first.bottom)
@@ -119,24 +137,54 @@ class Boxes:
             return None
         return first._replace(right=last.right)
 
-    def glyph(self, first: int, last: int, text: str) -> Glyph:
+    def glyph(self, first: int, last: int, text: str, direction: int) -> Glyph:
         """The box around two letters on a line and all between them."""
-        box = self.box
-        self.read(self.letters, first, self.pointer)
-        left, right, bottom, top = box.left, box.right, box.bottom, box.top
+        left, bottom, right, top = self.box_of(first)
         if last > first:
-            self.read(self.letters, last, self.pointer)
-            if box.right > right:
-                right = box.right
-            if box.left < left:
-                left = box.left
+            last_left, last_bottom, last_right, last_top = self.box_of(last)
+            right = max(right, last_right)
+            left = min(left, last_left)
+            if direction:
+                bottom = min(bottom, last_bottom)
+                top = max(top, last_top)
         edge_left, edge_bottom, edge_right, edge_top = self.edges
         if not (left < edge_right and right > edge_left and bottom < edge_top and top > edge_bottom):
             return SPACE
-        if self.turn:
-            (left, bottom), (right, top) = self.turn(left, bottom), self.turn(right, top)
-            left, right, bottom, top = min(left, right), max(left, right), min(bottom, top), max(bottom, top)
+        if direction % 90:
+            return self.slanted(first, last, text, direction)
+        if direction:
+            corners = turned(left, bottom, direction), turned(right, top, direction)
+            (left, right), (bottom, top) = map(sorted, zip(*corners))
         return Glyph(text, left, right, bottom, top)
+
+    def box_of(self, place: int) -> tuple[float, float, float, float]:
+        box = self.box
+        self.raw.FPDFText_GetLooseCharBox(self.letters, place, self.pointer)
+        return box.left, box.bottom, box.right, box.top
+
+    def slanted(self, first: int, last: int, text: str, direction: int) -> Glyph:
+        """The box of letters that are written neither level nor upright, by where they begin on their line:
+        PDFium tells only a level box around each."""
+        x, y = self.origin(first, direction)
+        end, _ = self.origin(last, direction)
+        left, bottom, right, top = self.box_of(first)
+        angle = math.radians(direction)
+        sides = (right - left + top - bottom) / (abs(math.cos(angle)) + abs(math.sin(angle)))
+        em = EM_BY_BOX * sides
+        return Glyph(text, x, max(x, end) + WIDTH_EM * em, y - FOOT_EM * em, y + (1 - FOOT_EM) * em)
+
+    def origin(self, place: int, direction: int) -> tuple[float, float]:
+        x, y = self.point
+        self.raw.FPDFText_GetCharOrigin(self.letters, place, ctypes.byref(x), ctypes.byref(y))
+        return turned(x.value, y.value, direction)
+
+
+def turned(x: float, y: float, direction: int) -> tuple[float, float]:
+    """A place on a page that is turned so that text of this direction is level."""
+    cos, sin = math.cos(math.radians(direction)), math.sin(math.radians(direction))
+    if direction % 90 == 0:
+        cos, sin = round(cos), round(sin)
+    return x * cos + y * sin, y * cos - x * sin
 
 
 # forms and remarks

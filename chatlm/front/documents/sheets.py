@@ -11,14 +11,14 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from chatlm.front.documents import scripts
 from chatlm.front.documents.archives import READS_XML, Archive, attribute, below, first, local
 from chatlm.front.documents.charts import drawn
 from chatlm.front.documents.document import Document, Reading, library
 from chatlm.front.documents.slides import text_of_shape
-from chatlm.front.documents.tables import REPEATED, Copies, sparse_row
+from chatlm.front.documents.tables import Copies, Merged, Merges, sparse_row
 
 COLUMNS = 16_384       # of a sheet; so many there are
 MARGIN_BYTES = 20_000  # of all headers and footers of a sheet
@@ -27,15 +27,6 @@ ROW_TAGS = re.compile(rb"<(?:\w+:)?row[\s/>]")
 PLACE = re.compile(r"([A-Z]{1,3})(\d+)")
 # the codes of headers and footers: fonts, colours, places, fields
 MARGIN_CODES = re.compile(r'&(?:"[^"]*"|K[0-9A-F]{6}|\d{1,3}|[A-Z])')
-
-
-class Merged(NamedTuple):
-    """Merged cells: rows and columns from 1 and 0, the last ones included."""
-
-    first_row: int
-    first_column: int
-    last_row: int
-    last_column: int
 
 
 class Book:
@@ -196,9 +187,7 @@ class Sheet:
     def rows(self, data: bytes) -> Iterator[str]:
         """The line of each row; "" of an empty one."""
         etree = library("lxml.etree", "XLSX")
-        named = library("openpyxl.utils", "XLSX").get_column_letter
-        names = [named(column) for column in range(1, COLUMNS + 1)]
-        merged = Merges(data)
+        merged = Merges(map(merged_in, MERGED.finditer(data)))
         number = 0
         for _, row in etree.iterparse(io.BytesIO(data), tag="{*}row", **READS_XML):
             at = row.get("r", "")
@@ -209,7 +198,7 @@ class Sheet:
             row.clear()
             while row.getprevious() is not None:  # else all rows would be kept
                 del row.getparent()[0]
-            yield sparse_row(texts, names) if texts else ""
+            yield sparse_row(texts) if texts else ""
 
     def cells(self, row: Any) -> dict[int, str]:
         """The texts of a row's cells by their columns."""
@@ -254,39 +243,6 @@ class Sheet:
             yield from filter(None, map(text_of_shape, below(root, "sp")))
             yield from drawn(archive, relation.part, root, self.reading, f"sheet {self.name}")
         yield from margins(data)
-
-
-class Merges:
-    """The merged cells of a sheet, row by row."""
-
-    def __init__(self, data: bytes):
-        self.waiting = sorted((merged_in(found) for found in MERGED.finditer(data)), reverse=True)
-        self.open: list[tuple[Merged, str]] = []  # that reach the present row, with their texts
-
-    def repeat(self, row: int, texts: dict[int, str], copies: Copies):
-        """Put the text of merged cells into all cells that they cover, where their row has others."""
-        self.open = [each for each in self.open if each[0].last_row >= row]
-        alone = len(texts) == 1
-        own = {*texts}
-        for merged, text in self.open:
-            if own and text:
-                self.fill(merged, text, texts, copies)
-        while self.waiting and self.waiting[-1].first_row <= row:
-            merged = self.waiting.pop()
-            text = texts.get(merged.first_column, "") if merged.first_row == row else ""
-            if len(text) > REPEATED or not text:
-                continue
-            if not alone:
-                self.fill(merged, text, texts, copies)
-            if merged.last_row > row and copies.room >= 0 and not alone:
-                self.open.append((merged, text))
-
-    @staticmethod
-    def fill(merged: Merged, text: str, texts: dict[int, str], copies: Copies):
-        for column in range(merged.first_column, merged.last_column + 1):
-            if not copies.take():
-                return
-            texts.setdefault(column, text)
 
 
 def merged_in(found: re.Match[bytes]) -> Merged:

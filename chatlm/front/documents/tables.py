@@ -93,17 +93,76 @@ def table_lines(rows: Iterable[Seq[Cell]], copies: Copies) -> list[str]:
     return lines
 
 
-def sparse_row(texts: dict[int, str], named: Seq[str]) -> str:
+# sheets
+
+
+def sparse_row(texts: dict[int, str]) -> str:
     """The row with these texts by column, from 0. Many empty cells beside each other are one that names them.
-    named: the names of the columns."""
+    """
     cells: list[str] = []
     next_column = 0
     for column in sorted(texts):
         gap = column - next_column
         if gap > EMPTY_CELLS:
-            cells.append(f"({named[next_column]} to {named[column - 1]}: empty)")
+            cells.append(f"({column_name(next_column)} to {column_name(column - 1)}: empty)")
         else:
             cells += [""] * gap
         cells.append(texts[column])
         next_column = column + 1
     return row_text(cells)
+
+
+def column_name(column: int) -> str:
+    """The letters of a sheet's column, from 0: A, ..., Z, AA."""
+    letters = ""
+    number = column + 1
+    while number:
+        number, letter = divmod(number - 1, 26)
+        letters = chr(65 + letter) + letters
+    return letters
+
+
+class Merged(NamedTuple):
+    """Merged cells: rows and columns from 1 and 0, the last ones included."""
+
+    first_row: int
+    first_column: int
+    last_row: int
+    last_column: int
+
+
+class Merges:
+    """The merged cells of a sheet, row by row."""
+
+    def __init__(self, merged: Iterable[Merged] = ()):
+        self.waiting = sorted(merged, reverse=True)
+        self.open: list[tuple[Merged, str]] = []  # that reach the present row, with their texts
+
+    def add(self, merged: Merged):
+        """Add merged cells of the present row, which is the last one so far."""
+        self.waiting.append(merged)
+
+    def repeat(self, row: int, texts: dict[int, str], copies: Copies):
+        """Put the text of merged cells into all cells that they cover, where their row has others."""
+        self.open = [each for each in self.open if each[0].last_row >= row]
+        alone = len(texts) == 1
+        own = {*texts}
+        for merged, text in self.open:
+            if own and text:
+                self.fill(merged, text, texts, copies)
+        while self.waiting and self.waiting[-1].first_row <= row:
+            merged = self.waiting.pop()
+            text = texts.get(merged.first_column, "") if merged.first_row == row else ""
+            if len(text) > REPEATED or not text:
+                continue
+            if not alone:
+                self.fill(merged, text, texts, copies)
+            if merged.last_row > row and copies.room >= 0 and not alone:
+                self.open.append((merged, text))
+
+    @staticmethod
+    def fill(merged: Merged, text: str, texts: dict[int, str], copies: Copies):
+        for column in range(merged.first_column, merged.last_column + 1):
+            if not copies.take():
+                return
+            texts.setdefault(column, text)
