@@ -111,15 +111,29 @@ def encodings():
 
 
 def written():
-    """What the documents of WRITTEN hold, by their names; those of Office also in ISO's strict form."""
+    """What the documents of WRITTEN hold, by their names; those of Office also in ISO's strict form, and PDFs also with turned pages."""
     held = json.loads((WRITTEN / "values.json").read_text(encoding="utf-8"))
-    return held | {f"strict-{name}": facts for name, facts in held.items() if name in ("python-docx.docx", "python-pptx.pptx", "xlsxwriter.xlsx")}
+    turned = {f"turned-{angle}-{name}": held[name] for name in ("reportlab.pdf", "fpdf2.pdf") for angle in (90, 180, 270)}
+    return held | turned | {f"strict-{name}": facts for name, facts in held.items() if name in ("python-docx.docx", "python-pptx.pptx", "xlsxwriter.xlsx")}
 
 
 def written_bytes(name):
     """One of these documents."""
+    if name.startswith("turned-"):
+        _, angle, name = name.split("-", 2)
+        return turned((WRITTEN / name).read_bytes(), int(angle))
     data = (WRITTEN / name.removeprefix("strict-")).read_bytes()
     return strict(data) if name.startswith("strict-") else data
+
+
+def turned(data, angle):
+    """A PDF whose pages are shown turned."""
+    import pypdfium2
+    document, file = pypdfium2.PdfDocument(data), io.BytesIO()
+    for page in document:
+        page.set_rotation(angle)
+    document.save(file)
+    return file.getvalue()
 
 
 def strict(data):

@@ -305,7 +305,7 @@ def place_of(bands: Seq[Band], segment: Segment) -> int | None:
             return None
         if overlap(bottom, band.top, first.bottom, first.top):
             if is_free(segment, taken):
-                return place
+                return begin_of_cell(bands, place)
             break
     rises = first.bottom - bands[-1].top
     is_below_others = not last or first.top <= bands[-2].bottom
@@ -314,6 +314,23 @@ def place_of(bands: Seq[Band], segment: Segment) -> int | None:
         bands[last].is_lower = len(bands[last].segments) == 1
         return last
     return None
+
+
+def begin_of_cell(bands: Seq[Band], place: int) -> int:
+    """The first line of a cell whose lines from `place` on are the last bands. The cell beside it stands at
+    its foot."""
+    if place + 1 == len(bands) or bands[place].is_row:
+        return place
+    line = bands[place].segments[0]
+    room = line.bottom - bands[place + 1].top
+    while place:
+        above = bands[place - 1].segments[0]
+        differs = max(abs(above.left - line.left), abs(above.bottom - line.top - room))
+        if bands[place - 1].is_row or differs > SPACE_EM * line.words[0].height:
+            break
+        place -= 1
+        line = above
+    return place
 
 
 def goes_on(segment: Segment, band: Band) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from chatlm.front.documents.document import Document, Reading, library, refusal
 from chatlm.front.documents.layout import Glyph, text_of_page
 
+SAMPLED = 200        # letters of a page, by which it is turned
 STEP = 15            # degrees between the directions of writing that are told apart
 EM_BY_BOX = 0.65     # an em of slanted text, by half the sides of the box around one letter
 WIDTH_EM = 0.5       # of a slanted letter
@@ -58,11 +60,30 @@ def read_pdf(data: bytes, reading: Reading) -> Document:
 
 
 def text_on(pdfium: Any, page: Any, reading: Reading, place: str) -> str:
+    make_upright(pdfium.raw, page)
     with closing(page.get_textpage()) as text:
         if text.count_chars() > MOST_LETTERS:
             reading.lacks("dense", place)
             return text.get_text_bounded().replace("\r\n", "\n")
         return "\n".join(map(text_of_page, glyphs_of(pdfium.raw, text, page)))
+
+
+def make_upright(raw: Any, page: Any):
+    """Turn a page so that most of its text is level. PDFium sorts the texts of a line as the page shows them,
+    and mixes lines that it shows upright."""
+    with closing(page.get_textpage()) as text:
+        letters = range(0, text.count_chars(), max(1, text.count_chars() // SAMPLED))
+        directions = Counter(direction_of(raw, text.raw, place) for place in letters
+                             if raw.FPDFText_IsGenerated(text.raw, place) == 0)
+    for direction, _ in directions.most_common(1):
+        if direction % 90 == 0 and direction != page.get_rotation():
+            page.set_rotation(direction)
+
+
+def direction_of(raw: Any, letters: Any, place: int) -> int:
+    """The direction in which a letter is written, in degrees from the right, against the clock."""
+    angle = raw.FPDFText_GetCharAngle(letters, place)  # with the clock; -1: it is not known
+    return round(-math.degrees(angle) / STEP) * STEP % 360 if angle > 0 else 0
 
 
 def glyphs_of(raw: Any, letters: Any, page: Any) -> list[list[Glyph]]:
@@ -86,7 +107,7 @@ def glyphs_of(raw: Any, letters: Any, page: Any) -> list[list[Glyph]]:
             elif not direction and not HAS_DIGIT.search(beside):
                 directions.setdefault(direction, []).append(BREAK)
             continue
-        direction = boxes.direction(begin)
+        direction = direction_of(raw, letters.raw, begin)
         glyphs = directions.setdefault(direction, [])
         if not HAS_DIGIT.search(run[0]):
             glyphs.append(boxes.glyph(begin, end - 1, run[0], direction))
@@ -116,11 +137,6 @@ class Boxes:
         self.box = raw.FS_RECTF()
         self.pointer = ctypes.byref(self.box)
         self.point = ctypes.c_double(), ctypes.c_double()
-
-    def direction(self, place: int) -> int:
-        """The direction in which a letter is written, in degrees from the right, against the clock."""
-        angle = self.raw.FPDFText_GetCharAngle(self.letters, place)  # with the clock; -1: it is not known
-        return round(-math.degrees(angle) / STEP) * STEP % 360 if angle > 0 else 0
 
     def number(self, begin: int, text: str, direction: int) -> Glyph | None:
         """The box of a number; None if this is none, its last digit does not stand as its first does, or
