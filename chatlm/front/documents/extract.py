@@ -101,7 +101,9 @@ def join_parts(kind: str, document: Document, reading: Reading) -> Extracted:
     of_all = f" of {document.pages:,}" if document.pages else ""
     for number, part in enumerate(document.parts, 1):
         text = clean(part)
-        up_to = reading.place or f"{document.noun} {number:,}{of_all}"
+        up_to = f"{document.noun} {number:,}{of_all}"
+        if reading.place:  # it was not read whole
+            up_to = f"{reading.place}, {up_to}" if (document.pages or 1) > 1 else reading.place
         if not text:
             empty.append(number)
             continue

@@ -9,7 +9,7 @@ from typing import Any
 from chatlm.front.documents import scripts
 from chatlm.front.documents.document import Document, Reading, library
 from chatlm.front.documents.equations import line_of
-from chatlm.front.documents.tables import Cell, Copies, number_in, table_lines
+from chatlm.front.documents.tables import INNER_TABLE, Cell, Copies, number_in, table_lines
 from chatlm.front.documents.texts import html_of_bytes
 
 # stand around the parts of tables while these are converted; no text has them
@@ -18,7 +18,11 @@ MARKS = re.compile(f"[{CELL}{SIZE}{ROW}]")
 UNSEEN = "script", "style", "noscript", "template", "head", "title"
 UNSEEN_FIELDS = "hidden", "password", "image", "submit", "button", "reset", "file"
 MOST_SPACE = 100  # characters of space beside each other: the library takes a time in their square
+# what browsers show in lines of its own, and the library does not
+BLOCKS = ("aside", "center", "details", "dialog", "fieldset", "figure", "footer", "form", "header", "hgroup",
+          "legend", "main", "menu", "nav", "optgroup", "search", "summary")
 LONG_SPACE = re.compile(r"\s{%d,}" % (MOST_SPACE + 1))
+LONGEST_VALUE = 200  # characters; a longer text in a table of tables is no value, but a part of a page
 LARGEST_SPAN = 1000  # columns that a cell may take, as in browsers
 
 
@@ -54,10 +58,33 @@ def seen(soup: Any) -> Any:
         elif LONG_SPACE.search(text):
             text.replace_with(LONG_SPACE.sub(lambda space: space[0][:MOST_SPACE], text))
     for table in soup("table"):
-        if table.find("table"):  # it only lays out what is in it
+        if not table.find("table"):
+            continue
+        if has_values(table):
+            put_inner_below(table)
+        else:  # it only lays out what is in it
             for part in (table, *rows_and_cells(table)):
                 part.name = "div"
     return soup
+
+
+def has_values(table: Any) -> bool:
+    """Has a table with tables in its cells values of its own, in rows and columns?"""
+    cells = [each for each in rows_and_cells(table) if each.name in ("td", "th")]
+    values = [text for cell in cells if not cell.find("table") and (text := cell.get_text(" ", strip=True))]
+    rows = [row for row in rows_and_cells(table)
+            if row.name == "tr" and len(row(["td", "th"], recursive=False)) > 1]
+    return len(rows) > 1 and 2 * len(values) > len(cells) and max(map(len, values)) <= LONGEST_VALUE
+
+
+def put_inner_below(table: Any):
+    """Put the tables in a table's cells below it, so that each keeps its headings."""
+    last = table
+    for inner in table("table"):
+        if inner.find_parent("table") is table:
+            inner.replace_with(INNER_TABLE)
+            last.insert_after(inner)
+            last = inner
 
 
 def entered(field: Any) -> str:
@@ -121,6 +148,11 @@ def converter() -> Any:
         convert_select = convert_input
         convert_textarea = convert_input
 
+        def convert_button(self, el: Any, text: str, parent_tags: Any) -> str:
+            return apart(el, text)
+
+        convert_label = convert_progress = convert_meter = convert_button
+
         def convert_td(self, el: Any, text: str, parent_tags: Any) -> str:
             columns, rows = span(el, "colspan"), span(el, "rowspan")
             return f"{CELL}{text.strip()}{SIZE}{columns}{SIZE}{rows}{CELL}"
@@ -136,6 +168,11 @@ def converter() -> Any:
             beside_rows = " ".join(" ".join(parts[::2]).split())  # a caption
             return "\n\n" + "\n".join([*([beside_rows + "\n"] if beside_rows else []), *lines]) + "\n\n"
 
+        def convert_address(self, el: Any, text: str, parent_tags: Any) -> str:
+            return self.convert_div(el, text, parent_tags)
+
+    for name in BLOCKS:
+        setattr(Converter, f"convert_{name}", Converter.convert_address)
     return Converter
 
 

@@ -13,7 +13,7 @@ from chatlm.front.documents.document import Document, Reading, refusal
 from chatlm.front.documents.equations import line_of
 from chatlm.front.documents.slides import with_scripts
 from chatlm.front.documents.tables import (
-    Cell, Copies, Merged, Merges, column_name, number_in, row_text, rule, sparse_row, spread)
+    INNER_TABLE, Cell, Copies, Merged, Merges, column_name, number_in, row_text, rule, sparse_row, spread)
 
 MIMETYPE = "application/vnd.oasis.opendocument."
 NOUNS = {"presentation": "slide", "spreadsheet": "sheet"}
@@ -61,6 +61,8 @@ class Walk:
         self.copies = Copies()
         self.heights = heights_in(root)
         self.styles = {attribute(each, "name"): each for each in below(root, "style")}
+        self.numbered = numbered_in(root) | numbered_in(archive.xml("styles.xml"))
+        self.inner: list[Any] = []  # tables in the cells of the table that is read
         self.written_margins: set[str] = set()  # of sheets; each is written once
 
     def slide(self, element: Any, number: int) -> Iterator[str]:
@@ -78,9 +80,7 @@ class Walk:
             elif name == "p":
                 yield from self.paragraph(each)
             elif name == "list":
-                items = [" ".join(self.blocks(item)) for item in each
-                         if local(item) in ("list-item", "list-header")]
-                yield "\n".join(f"* {item}" for item in items if item)
+                yield "\n".join(self.list_lines(each))
             elif name == "table":
                 yield "\n".join(self.table(each))
             elif name == "forms":
@@ -93,6 +93,25 @@ class Walk:
                 yield f"Comment: {self.remark(each)}"
             elif name not in ("tracked-changes", "sequence-decls", "variable-decls", "scripts"):
                 yield from self.blocks(each)
+
+    def list_lines(self, element: Any, style: str = "", level: int = 1) -> Iterator[str]:
+        """The items of a list, numbered as its style says."""
+        style = attribute(element, "style-name") or style
+        number = None
+        for item in element:
+            if local(item) not in ("list-item", "list-header"):
+                continue
+            start = attribute(item, "start-value") or self.numbered.get((style, level), "")
+            if number is None or attribute(item, "start-value"):
+                number = int(start) if start.isdecimal() and len(start) < 9 else None
+            text = " ".join(self.blocks(each for each in item if local(each) != "list"))
+            if text:
+                sign = "*" if number is None or local(item) == "list-header" else f"{number}."
+                yield f"{'   ' * (level - 1)}{sign} {text}"
+                number = None if number is None else number + (local(item) == "list-item")
+            for inner in item:
+                if local(inner) == "list":
+                    yield from self.list_lines(inner, style, level + 1)
 
     def paragraph(self, element: Any, before: str = "") -> Iterator[str]:
         text = self.line(element).strip()
@@ -164,18 +183,23 @@ class Walk:
                 *([f"Axes: {', '.join(axes)}"] if (axes := axis_titles(root)) else []),
                 *(line for table in below(root, "table") for line in walk.table(table))])
 
-    def table(self, table: Any, ruled: bool = True) -> Iterator[str]:
-        """The lines of a table."""
+    def table(self, table: Any) -> Iterator[str]:
+        """The lines of a table, and of those in its cells below it."""
         room = self.copies.room
+        outer, self.inner = self.inner, []
         for number, texts in enumerate(spread(self.rows(table), self.copies)):
             while texts and not texts[-1]:
                 texts.pop()
             if texts:
                 yield row_text(texts)
-                if ruled and not number:
+                if not number:
                     yield rule(len(texts))
         if room >= 0 > self.copies.room:
             self.reading.lacks("merged", self.place)
+        inner, self.inner = self.inner, outer
+        for each in inner:
+            yield ""
+            yield from self.table(each)
 
     def rows(self, table: Any) -> Iterator[list[Cell]]:
         for row in rows_of(table):
@@ -190,7 +214,10 @@ class Walk:
     def cells(self, cell: Any) -> list[Cell]:
         if local(cell) != "table-cell":
             return []
-        text = " ".join(filter(None, self.blocks(cell))).strip()
+        inner = [each for each in cell if local(each) == "table"]
+        self.inner += inner
+        texts = [*self.blocks([each for each in cell if each not in inner]), *[INNER_TABLE] * len(inner)]
+        text = " ".join(filter(None, texts)).strip()
         span = Cell(text, repeats(cell, "number-columns-spanned"), repeats(cell, "number-rows-spanned"))
         return [span] * self.copied(cell, "columns")
 
@@ -305,7 +332,8 @@ class Walk:
                 continue
             for field in [*below(each, *FIELDS)]:
                 field.text = ""  # its value is another one on each page
-            if text := " ".join(self.blocks(each)).strip():
+            blocks = [*self.blocks(each)]
+            if text := ("\n\n" if any("\n" in block for block in blocks) else " ").join(blocks).strip():
                 texts[f"{kind.capitalize()}: {text}"] = None
         return [*texts]
 
@@ -328,6 +356,17 @@ def repeats(element: Any, name: str, most: int = SPAN) -> int:
 def axis_titles(chart: Any) -> list[str]:
     titles = (first(axis, "title") for axis in below(chart, "axis"))
     return [" ".join("".join(title.itertext()).split()) for title in titles if title is not None]
+
+
+def numbered_in(root: Any) -> dict[tuple[str, int], str]:
+    """The styles of lists whose items have numbers at a level, and the first of these numbers."""
+    found = {}
+    for style in () if root is None else below(root, "list-style"):
+        for level in below(style, "list-level-style-number"):
+            if attribute(level, "num-format"):
+                place = attribute(style, "name"), number_in(attribute(level, "level"), 10)
+                found[place] = attribute(level, "start-value") or "1"
+    return found
 
 
 def heights_in(root: Any) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 COPIES = 100_000      # of merged cells, in all tables of a document
 REPEATED = 100        # characters up to which the text of a merged cell is repeated
+INNER_TABLE = "(table below)"  # stands in a cell whose table follows the one around it
 EMPTY_CELLS = 16      # beside each other, from which on one cell says that they are empty
 
 

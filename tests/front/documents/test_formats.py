@@ -178,3 +178,40 @@ def test_no_other_codec_of_python_is_used_for_html():
     """Such as those that unpack, or that take a time in the square of a text."""
     for label in (b"zip", b"punycode", b"unicode_escape", b"utf-7", b"idna", b"x" * 40):
         assert text_of(b"<html><meta charset=" + label + b"><p>a\\u0041+AGE-").text == "a\\u0041+AGE-"
+
+
+# tables within tables
+
+INNER = "<table><tr><th>Lot<th>Count<tr><td>L1<td>410</table>"
+
+
+def test_tables_in_a_table_with_values_follow_it():
+    """Each keeps its headings. In a table that only lays out a page, they stay where they are."""
+    values = f"<html><table><tr><th>Part<th>Weight<th>Details<tr><td>Bolt<td>12<td>{INNER}<tr><td>Nut<td>7<td>x</table>after"
+    assert text_of(values.encode()).text == ("| Part | Weight | Details |\n| --- | --- | --- |\n| Bolt | 12 | (table below) |\n| Nut | 7 | x |\n\n"
+                                             "| Lot | Count |\n| --- | --- |\n| L1 | 410 |\n\nafter")
+    page = f"<html><table><tr><td>{'Long text of a page. ' * 20}<td>{INNER}<tr><td>{INNER}<td>foot</table>"
+    assert text_of(page.encode()).text.count("| Lot | Count |\n| --- | --- |\n| L1 | 410 |") == 2
+
+
+def test_tables_within_tables_of_office_files_follow_them():
+    def cell(text):
+        return f"<w:tc>{text if text.startswith('<') else f'<w:p><w:r><w:t>{text}</w:t></w:r></w:p>'}</w:tc>"
+
+    def table(*rows):
+        return f"<w:tbl>{''.join('<w:tr>' + ''.join(map(cell, row)) + '</w:tr>' for row in rows)}</w:tbl><w:p/>"
+
+    outer = table(("Part", "Weight", "Details"), ("Bolt", "12", table(("Lot", "Count"), ("L1", "410"))), ("Nut", "7", "x"))
+    assert text_of(documents.docx(outer)).text == ("| Part | Weight | Details |\n| --- | --- | --- |\n| Bolt | 12 | (table below) |\n| Nut | 7 | x |\n\n"
+                                                   "| Lot | Count |\n| --- | --- |\n| L1 | 410 |")
+
+
+def test_blocks_of_a_page_stand_in_lines_of_their_own():
+    blocks = "".join(f"<{name}>1{number}</{name}>" for number, name in enumerate(("address", "aside", "details", "footer", "form", "summary", "main", "nav"), 10))
+    assert text_of(f"<html>{blocks}<button>5</button><button>6</button>".encode()).text.split() == [*map(str, range(110, 118)), "5", "6"]
+
+
+def test_a_book_of_sheets_that_is_cut_says_how_many_it_has():
+    rows = [["x" * 1000] * 10] * 120
+    assert text_of(documents.xlsx({"Big": rows, "Next": [[1]]})).cut == "only the first 1,048,576 characters, up to row 105 of 120 in the sheet Big, sheet 1 of 2"
+    assert "sheet 1" not in text_of(documents.xlsx({"Big": rows})).cut
