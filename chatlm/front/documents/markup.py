@@ -22,6 +22,7 @@ MOST_SPACE = 100  # characters of space beside each other: the library takes a t
 BLOCKS = ("aside", "center", "details", "dialog", "fieldset", "figure", "footer", "form", "header", "hgroup",
           "legend", "main", "menu", "nav", "optgroup", "search", "summary")
 LONG_SPACE = re.compile(r"\s{%d,}" % (MOST_SPACE + 1))
+MOST_INNER = 200     # tables in cells of others that keep their headings, in a document
 LONGEST_VALUE = 200  # characters; a longer text in a table of tables is no value, but a part of a page
 LARGEST_SPAN = 1000  # columns that a cell may take, as in browsers
 
@@ -57,11 +58,12 @@ def seen(soup: Any) -> Any:
             text.extract()  # a comment, a declaration
         elif LONG_SPACE.search(text):
             text.replace_with(LONG_SPACE.sub(lambda space: space[0][:MOST_SPACE], text))
+    moved = 0
     for table in soup("table"):
         if not table.find("table"):
             continue
-        if has_values(table):
-            put_inner_below(table)
+        if moved < MOST_INNER and has_values(table):
+            moved += put_inner_below(table)
         else:  # it only lays out what is in it
             for part in (table, *rows_and_cells(table)):
                 part.name = "div"
@@ -77,14 +79,23 @@ def has_values(table: Any) -> bool:
     return len(rows) > 1 and 2 * len(values) > len(cells) and max(map(len, values)) <= LONGEST_VALUE
 
 
-def put_inner_below(table: Any):
-    """Put the tables in a table's cells below it, so that each keeps its headings."""
+def put_inner_below(table: Any) -> int:
+    """Put the tables in a table's cells below it, so that each keeps its headings. Returns how many they
+    are."""
+    waiting = [table]
+    found = []
+    while waiting:
+        element = waiting.pop()
+        if element.name == "table" and element is not table:
+            found.append(element)
+        else:
+            waiting += [child for child in reversed(element.contents) if hasattr(child, "contents")]
     last = table
-    for inner in table("table"):
-        if inner.find_parent("table") is table:
-            inner.replace_with(INNER_TABLE)
-            last.insert_after(inner)
-            last = inner
+    for inner in found:
+        inner.replace_with(INNER_TABLE)
+        last.insert_after(inner)
+        last = inner
+    return len(found)
 
 
 def entered(field: Any) -> str:
