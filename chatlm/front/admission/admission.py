@@ -27,7 +27,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
 from chatlm.front.admission.known import known_with
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
-from chatlm.front.admission.sandbox import Sandbox
+from chatlm.front.admission.sandbox import Sandbox, Sandboxes
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
@@ -39,9 +39,11 @@ class SharedAdmission:
     """What the admissions of all models of a server share: the sandboxes, and what is known of requests while
     they are prepared."""
 
+    DOCUMENTS = 3  # that are read at once, one of each client; each may take 1 GiB
+
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
-        self.sandboxes["documents"] = Sandbox(PROCESS_COMMAND, single_use=True)
+        self.documents = Sandboxes(PROCESS_COMMAND, self.DOCUMENTS)
         self.sandboxes["pictures"] = Sandbox(PROCESS_COMMAND)  # sees nothing but pictures
         self.preparing: dict[str, str] = {}  # id of a request that is being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
@@ -61,7 +63,7 @@ class SharedAdmission:
             await templates.stop_idle()
 
     async def close(self):
-        await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+        await asyncio.gather(*(each.close() for each in (self.documents, *self.sandboxes.values())))
 
 
 class SandboxLimits(NamedTuple):
@@ -216,7 +218,8 @@ class Admission:
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
         """(text, pages, cut) of a document, as in `chatlm.front.documents.extract.Extracted`. boundary: the
         boundary of the form that the body is; "": the body is the file itself."""
-        extracted: Any = await self.perform("documents", client, "extract", name, boundary, bodies=[body])
+        extracted: Any = await self.shared.documents.perform(
+            self.configs["documents"], client, "extract", name, boundary, bodies=[body])
         return extracted
 
     def close(self):

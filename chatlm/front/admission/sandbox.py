@@ -66,8 +66,7 @@ class Sandbox:
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
 
     def __init__(self, command: Seq[str], single_use: bool = False):
-        """single_use: each task gets a process of its own, so a file that breaks a library affects no other
-        task."""
+        """single_use: each task gets a process of its own."""
         self.command = command
         self.turns = Turns()
         self.single_use = single_use
@@ -84,7 +83,7 @@ class Sandbox:
         config: of the model that the task is for. ticket: of `bodies`, if other tasks are about them too."""
         give_back = await self.turns.take(client)
         task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
-        return await self._run(give_back, config, task, bodies)
+        return await self.run(give_back, config, task, bodies)
 
     async def forget(self, ticket: int):
         """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
@@ -93,9 +92,9 @@ class Sandbox:
             give_back()
             return
         config = self.configs[-1]  # of the task that was about this body; any that the process has would do
-        await self._run(give_back, config, SandboxTask("forget", [], config.number), ())
+        await self.run(give_back, config, SandboxTask("forget", [], config.number), ())
 
-    async def _run(self, give_back: Callable[[], None], config: SandboxConfig, task: SandboxTask,
+    async def run(self, give_back: Callable[[], None], config: SandboxConfig, task: SandboxTask,
                    bodies: Seq[bytes | bytearray]):
         """Run a task for whoever has taken the turn, and give the turn back."""
         # the exchange continues even if its client leaves
@@ -212,3 +211,28 @@ class Sandbox:
     async def close(self):
         self.closed = True
         await self.stop()
+
+
+class Sandboxes:
+    """Several processes for tasks of one kind. Each task gets one of its own, so a file that breaks a library
+    affects no other task. Each client has one task at a time: its long one keeps no other client waiting."""
+
+    def __init__(self, command: Seq[str], places: int):
+        self.turns = Turns(places, most=1)
+        self.all = [Sandbox(command, single_use=True) for _ in range(places)]
+        self.idle = [*self.all]
+
+    async def perform(self, config: SandboxConfig, client: str, name: str, *arguments,
+                      bodies: Seq[bytes | bytearray] = ()):
+        """Run a task, as `Sandbox.perform` does."""
+        give_back = await self.turns.take(client)
+        sandbox = self.idle.pop()
+
+        def give_all_back():
+            self.idle.append(sandbox)
+            give_back()
+        task = SandboxTask(name, [*arguments], config.number)
+        return await sandbox.run(give_all_back, config, task, bodies)
+
+    async def close(self):
+        await asyncio.gather(*(sandbox.close() for sandbox in self.all))

@@ -40,7 +40,7 @@ from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Admission, SharedAdmission
-from chatlm.front.admission.sandbox import Sandbox, next_message
+from chatlm.front.admission.sandbox import Sandbox, Sandboxes, next_message
 from chatlm.front.api.spoken import rows_by_path
 from chatlm.front.front import Front
 from chatlm.front.intake import sandboxed
@@ -767,8 +767,8 @@ async def test_all_sandboxes_may_be_killed_while_idle(open_pool, monkeypatch):
             killed = [
                 sandbox.process
                 for name, sandbox in pool.admission.sandboxes.items()
-                if name not in ("documents", "pictures")
-            ]  # have none now
+                if name != "pictures"
+            ]  # that has none now
             for process in killed:
                 process.kill()
 
@@ -910,6 +910,27 @@ async def test_a_sandbox_that_is_closed_while_it_starts_has_no_process(started):
     with pytest.raises(Overloaded, match="shutting down"):
         await starting
     assert not started
+
+
+async def test_a_long_document_keeps_no_other_client_waiting(chat_text):
+    """Nor has a client two at once, as long as it holds its place, also after it has gone."""
+    sandboxes, config = Sandboxes(PROCESS_COMMAND, 2), SandboxConfig(Known(Settings(), None), chat_text, 64, 60.0, 1 << 30)
+
+    async def extract(client, data):
+        return (await sandboxes.perform(config, client, "extract", "a.html", "", bodies=[data]))[0]
+
+    long = b"<html>" + b"<b><i>" * 200_000
+    first, second = (asyncio.ensure_future(extract("a", long)) for _ in "ab")
+    while not any(sandbox.begun for sandbox in sandboxes.all):
+        await asyncio.sleep(0)
+    first.cancel()
+    for _ in range(2):
+        assert await extract("b", b"<html>words") == "words"
+    assert not second.done() and len(sandboxes.idle) == 1
+    await sandboxes.close()
+    with pytest.raises(Overloaded, match="shutting down"):
+        await second
+    assert len(sandboxes.idle) == 2 and not sandboxes.turns.held_by
 
 
 async def test_a_sandbox_ends_with_its_front(chat_text):
