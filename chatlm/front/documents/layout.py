@@ -25,6 +25,7 @@ SPACED_SHARE = 0.7  # of the gaps between words, from which on a page is one tha
 CLOSE_EM = 0.4      # between the lines of a cell, at most
 GUTTER_EM = 0.15    # between two columns, at least
 BACK_LINES = 8      # so far up may the next cell of a row begin, in lines
+LEAST_HEADINGS = 3  # that stand close to each other
 TOLD_ROWS = 40      # of a table, among which another one may begin
 HEADINGS = 3        # rows of headings, at most
 MOST_CELLS = 200    # of a row, or a wrapped one
@@ -280,6 +281,8 @@ def bands_of(segments: Iterable[Segment]) -> list[Band]:
         bands[place].add(segment)
     for band in bands:
         join_label(band)
+    for band, below in pairwise(bands):
+        part_headings(band, below)
     return bands
 
 
@@ -337,7 +340,8 @@ def goes_on(segment: Segment, band: Band) -> bool:
     """Is a segment the next line of a cell in a band whose first cell stands lower, or a cell beside it?"""
     label, *_, last = band.segments
     is_close = abs(last.bottom - segment.top) < CLOSE_EM * segment.words[0].height
-    if is_close and not is_free(segment, [last]) and not NUMBER.fullmatch(segment.text):
+    is_below = not is_free(segment, [last]) and is_free(segment, band.segments[:-1])
+    if is_close and is_below and not NUMBER.fullmatch(segment.text):
         return True
     return overlap(label.bottom, label.top, segment.bottom, segment.top) and is_free(segment, band.segments)
 
@@ -352,6 +356,23 @@ def join_label(band: Band):
     if len(band.segments) == 2 and LABEL.fullmatch(band.segments[0].text):
         label, text = band.segments
         band.segments = [Segment([*label.words, *text.words])]
+
+
+def part_headings(band: Band, below: Band):
+    """Headings that stand as close to each other as words are cells, if each has its own one below it."""
+    if band.is_row or len(below.segments) < LEAST_HEADINGS:
+        return
+    words = band.segments[0].words
+    cells = [[place for place, cell in enumerate(below.segments) if overlaps(word, cell)] for word in words]
+    first = cells[0][0] if cells[0] else 0
+    is_over_each = len(words) == len(below.segments) - first and first < 2 and cells == [
+        [place] for place in range(first, first + len(words))]
+    if is_over_each and 0 < band.bottom - below.top < 2 * words[0].height:
+        band.segments = [Segment([word]) for word in words]
+
+
+def overlaps(word: Word, cell: Segment) -> bool:
+    return word.left < cell.right and word.right > cell.left
 
 
 # lines and tables
@@ -424,7 +445,7 @@ def one_table(rows: Seq[Band]) -> Seq[Band]:
         if sum(band.is_row for band in rows[:count]) < 2:
             continue
         columns = len(columns_of(rows[:count]))
-        if 2 * columns <= most:
+        if columns < most - 1:
             return rows[:count - 1]
         most = max(most, columns)
     return rows
