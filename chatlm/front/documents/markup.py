@@ -39,6 +39,8 @@ def to_markdown(html: str, reading: Reading, place: str = "") -> str:
     whole = seen(parse(html, "html.parser"))
     if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # lxml stops where elements nest 256 times
         soup = whole
+    if pictures := sum(map(is_picture, soup(["img", "canvas"]))):
+        reading.lacks("picture", place, pictures)
     copies = Copies()
     try:
         text = converter()(copies).convert_soup(soup)
@@ -47,6 +49,11 @@ def to_markdown(html: str, reading: Reading, place: str = "") -> str:
     if copies.room < 0:
         reading.lacks("merged", place)
     return re.sub(r"\n{3,}", "\n\n", MARKS.sub(" ", text))
+
+
+def is_picture(element: Any) -> bool:
+    """Is an element a picture that a reader of the page sees? Some only count who reads it."""
+    return not {str(element.get(side, "")).strip() for side in ("width", "height")} & {"0", "1"}
 
 
 def seen(soup: Any) -> Any:

@@ -29,6 +29,8 @@ ROOM_EM = 0.1       # by which a number may be wider than its digits
 SPACE = Glyph(" ", 0.0, 0.0, 0.0, 0.0)
 BREAK = Glyph("\n", 0.0, 0.0, 0.0, 0.0)  # a space that the file does not draw
 VALUE_BYTES = 1 << 16  # of a field or remark that are read
+MOST_OBJECTS = 10_000  # of a page, among which pictures are counted
+PICTURE_SHARE = 0.01  # of a page, from which on a picture is one
 MOST_NOTES = 10_000    # fields and remarks of a page
 MOST_LETTERS = 200_000  # of a page whose tables are told from other text
 
@@ -51,7 +53,10 @@ def read_pdf(data: bytes, reading: Reading) -> Document:
     def text_of(number: int) -> str:
         try:
             with closing(pdf[number]) as page:
-                text = text_on(pdfium, page, reading, f"page {number + 1:,}")
+                place = f"page {number + 1:,}"
+                text = text_on(pdfium, page, reading, place)
+                if text.strip() and (pictures := pictures_on(pdfium.raw, page)):
+                    reading.lacks("picture", place, pictures)
                 return "\n".join([text, *notes_on(pdfium, pdf, page)])
         except pdfium.PdfiumError:
             return ""
@@ -66,6 +71,22 @@ def text_on(pdfium: Any, page: Any, reading: Reading, place: str) -> str:
             reading.lacks("dense", place)
             return text.get_text_bounded().replace("\r\n", "\n")
         return "\n".join(map(text_of_page, glyphs_of(pdfium.raw, text, page)))
+
+
+def pictures_on(raw: Any, page: Any) -> int:
+    """How many pictures a page has that are no lines, dots or small signs."""
+    left, bottom, right, top = page.get_bbox()
+    least = PICTURE_SHARE * (right - left) * (top - bottom)
+    edges = [ctypes.c_float() for _ in range(4)]
+    count = 0
+    for number in range(min(raw.FPDFPage_CountObjects(page), MOST_OBJECTS)):
+        part = raw.FPDFPage_GetObject(page, number)
+        if raw.FPDFPageObj_GetType(part) != raw.FPDF_PAGEOBJ_IMAGE:
+            continue
+        if raw.FPDFPageObj_GetBounds(part, *map(ctypes.byref, edges)):
+            left, bottom, right, top = (edge.value for edge in edges)
+            count += (right - left) * (top - bottom) >= least
+    return count
 
 
 def make_upright(raw: Any, page: Any):

@@ -215,3 +215,28 @@ def test_a_book_of_sheets_that_is_cut_says_how_many_it_has():
     rows = [["x" * 1000] * 10] * 120
     assert text_of(documents.xlsx({"Big": rows, "Next": [[1]]})).cut == "only the first 1,048,576 characters, up to row 105 of 120 in the sheet Big, sheet 1 of 2"
     assert "sheet 1" not in text_of(documents.xlsx({"Big": rows})).cut
+
+
+# pictures
+
+def test_pictures_are_counted_where_they_are():
+    """Signs of one pixel are none."""
+    page = '<p>text<img src="a.png"><canvas></canvas><img width=1 height="1" src="counter.gif">'
+    assert text_of(f"<html>{page}".encode()).cut == "2 pictures"
+    assert text_of(documents.epub({"a.xhtml": "<p>x</p>", "b.xhtml": page})).cut == "2 pictures (chapter 2)"
+
+
+def test_pictures_on_a_page_of_a_pdf_are_counted():
+    """Small ones are not; a page that is a picture is named as one without text."""
+    import io
+    import pypdfium2
+    document, file = pypdfium2.PdfDocument(documents.pdf(["one", "two", ""])), io.BytesIO()
+    for page, sides in zip(document, ((), (200, 9), (500,))):
+        for side in sides:
+            picture = pypdfium2.PdfImage.new(document)
+            picture.set_bitmap(pypdfium2.PdfBitmap.new_native(2, 2, pypdfium2.raw.FPDFBitmap_BGR))
+            picture.set_matrix(pypdfium2.PdfMatrix().scale(side, side))
+            page.insert_obj(picture)
+        page.gen_content()
+    document.save(file)
+    assert text_of(file.getvalue()).cut == "no text on page 3, which may be pictures; 1 picture (page 2)"
