@@ -119,7 +119,7 @@ async def test_what_is_not_read_says_why(tmp_path, monkeypatch):
                           "\\udcff.txt"}
         for name, word in {"out.txt": "link", "up": "link", ".git": "hidden", ".env": "hidden",
                            "pipe": "regular", "huge.txt": "2,001 bytes", "empty.txt": "empty",
-                           "\\udcff.txt": "UTF-8", "foreign.bin": "nor is it text"}.items():
+                           "\\udcff.txt": "UTF-8", "foreign.bin": "of none of the formats"}.items():
             assert word in why[name], (name, why)
         kept = await ask.rows("SELECT 1 FROM lines WHERE instr(text, 'secret') OR instr(text, 'hidden')")
         assert kept == []
