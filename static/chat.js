@@ -319,7 +319,7 @@ function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
   Page.follow();
   refresh();
   const path = Tree.pathTo(state.nodes, question.id);
-  return runAnswer(node, chat, run => connect(run, messagesToSend(path, made.system ?? ""), onAccepted), onRefusal);
+  return runAnswer(node, chat, run => connect(run, given(messagesToSend(path, made.system ?? ""), made), onAccepted), onRefusal);
 }
 
 function messagesToSend(path, system) {
@@ -328,14 +328,27 @@ function messagesToSend(path, system) {
   return Object.assign(messages, {dropped});
 }
 
+// Messages with what an answer was given to read, if that is known already.
+const given = (messages, {knowledge = {}}) => Object.assign(Knowledge.given(messages, knowledge), {dropped: messages.dropped});
+
+// What asks for an answer again, with all that it was asked with: {messages, parameters}. Whatever looks into one, or repeats, compares or continues it,
+// makes its request with this.
+async function requestOf(node, path = Tree.pathTo(state.nodes, node.parent)) {
+  const messages = given(messagesToSend(path, Look.systemOf(node)), node), {parameters = {}, knowledge} = node;
+  const tools = await Tools.wanted({tools: node.tools}, node, parameters);
+  const unknown = knowledge?.passages?.length && !knowledge.text ? {knowledge: {stores: [...new Set(knowledge.passages.map(({vector_store_id: id}) => id))]}} : {};       // of an older page
+  return {messages, parameters: {...parameters, ...tools, ...unknown}};
+}
+
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
   const model = Server.model.name;                       // this chat's, even if another is shown later
   const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : node.prefix ? {prefix_token_ids: node.prefix} : {};
   const tools = await Tools.wanted(run.chat, node, node.parameters ?? {});
+  const knowledge = node.knowledge?.text ? {} : Knowledge.wanted(run.chat);      // one that goes on, or branches off another, has it already
   const post = place => onceReady(run, () =>
-    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...Knowledge.wanted(run.chat), ...(run.chat.temporary ? {resumable: false, ...Server.forgotten()} : {})}, id: node.stream.id, signal, model, goOn, place}));
+    Server.postAnswer({messages, parameters: {...seed, ...node.parameters, ...tools, ...knowledge, ...(run.chat.temporary ? {resumable: false, ...Server.forgotten()} : {})}, id: node.stream.id, signal, model, goOn, place}));
   const place = run.chat.temporary || typeof Sync === "undefined" ? null : await Sync.placeOf(node, goOn);
   run.kept = Boolean(place);                             // the server writes the answer into the chat itself
   let response;
@@ -384,7 +397,7 @@ async function goOn(node) {
   if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
   Object.assign(node, {stream: {id: Tree.newId(), next: 0, begin: Calculator.charactersIn(node.content)}, calculator: Calculator.beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
-  const messages = messagesToSend(Tree.pathTo(state.nodes, node.id), Projects.systemOf(state.chat));
+  const messages = given(messagesToSend(Tree.pathTo(state.nodes, node.id), Projects.systemOf(state.chat)), node);
   if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
@@ -736,7 +749,7 @@ return Object.freeze({
   get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; }, get children() { return state.children; },
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
-  lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend,
+  lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, requestOf,
   readStored, hear: hearNews, lastPlace, stuckAt, opening, open: openChat, openNew: () => newChat(), switchTemporary, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,

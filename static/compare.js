@@ -14,13 +14,15 @@ const VARIED = ["temperature", "top_k", "seed"];      // what each column may va
 function openCompare(node, models = stepsBeside(node)) {
   compared = {node, columns: [], controller: null, writes: false};
   $("compare-columns").replaceChildren();
-  setText($("compare-problem"), "");
+  setText($("compare-problem"), withoutTools(node));
   setText($("compare-question"), node.question ?? "");
   $("compare-question").hidden = node.question === undefined;
   for (const model of models) addColumn(model, model && node.seed);
   updateCompare();
   $("compare-dialog").showModal();
 }
+
+const withoutTools = ({tools, parameters}) => tools?.length || parameters?.tools?.length ? TEXT.comparedWithoutTools : "";
 
 // Of a training run: the answer's step, or the one before the latest, against the latest. Else twice the answer's own model.
 function stepsBeside(node) {
@@ -229,14 +231,14 @@ async function startCompare() {
   if (wrong) { setText($("compare-problem"), wrong); return undefined; }
   const mine = compared, {node, columns} = mine, controller = mine.controller = new AbortController();
   for (const column of columns) Object.assign(column, {text: "", reasoning: "", calculator: [], end: null, differs: null, drawn: undefined});
-  setText($("compare-problem"), "");
+  setText($("compare-problem"), withoutTools(node));
   mine.writes = continuesTexts(node, columns);
   updateCompare();
-  const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(Server.lookAtModels, 1000);       // for steps that load
+  const {messages, parameters: all} = await Chat.requestOf(node, pathAbove(node)), {tools, tool_choice, response_format, seed, ...parameters} = all, watch = setInterval(Server.lookAtModels, 1000);       // for steps that load
   const variants = columns.map(({model, adapter, fields}) => ({...(Server.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
-    const asked = mine.writes ? {prompt: Server.textToContinue(pathAbove(node))} : {messages: [...Chat.messagesToSend(pathAbove(node), Look.systemOf(node))]};
+    const asked = mine.writes ? {prompt: Server.textToContinue(pathAbove(node))} : {messages: [...messages]};
     const response = await Server.accepted(await Server.post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
     for await (const {event} of Server.events(response.body, Server.FOREVER_MS)) {
       if (event.error && event.index === undefined) throw new Server.Refused(Server.sentence(Server.errorText(event)), {status: 0});
@@ -283,7 +285,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
     Server.useModel();
   }
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
-  const made = Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system: Look.systemOf(node)}, {model: end.model, weights: Look.weightsOf(end.model), system: Look.systemOf(node)}), parameters, seed: end.seed,
+  const made = Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system: Look.systemOf(node)}, {model: end.model, weights: Look.weightsOf(end.model), system: Look.systemOf(node)}), ...Look.askedWith(node), parameters, seed: end.seed,
     ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
   $("compare-dialog").close();
   Chat.showLeaf(made.id);
@@ -291,6 +293,7 @@ function goOnWith({text, reasoning, calculator, end, fields}) {
 
 Parts.register({
   strings: {
+    comparedWithoutTools: "The models are asked without the tools of this answer.",
     identical: "Identical to the first answer.",
     sameSoFar: "The same as the first answer, as far as both go.", addColumn: "Add a column",
     removeColumn: "Remove the column", goOnWithThis: "Continue with this", adapter: "Adapter", column: count => `Answer ${count}`,

@@ -30,7 +30,7 @@ const areParameters = value => isObject(value) && Object.entries(value).every(([
 const isCall = record({id: isText, name: isText, arguments: isText, result: mayLack(isText), server: mayLack(isText), tool: mayLack(isText),
   about: mayLack(isText), digest: mayLack(isText), begun: mayLack(isTime), ms: mayLack(Number.isFinite), cut: mayLack(isCount), images: mayLack(listOf(isImage))});
 const isPassage = record({index: isCount, vector_store_id: isText, file_id: isText, filename: isText, page: mayLack(isCount), heading: mayLack(isText), start: isCount});
-const isKnowledge = record({read: mayLack(isCount), of: mayLack(isCount), passages: mayLack(listOf(isPassage))});
+const isKnowledge = record({read: mayLack(isCount), of: mayLack(isCount), passages: mayLack(listOf(isPassage)), text: mayLack(isText)});
 const areNamed = listOf(record({id: isText, name: isText}));
 
 // A field is for all, unless it is of one place: `here` stays in this browser, `meanwhile` lasts until an answer has ended. Neither is exported.
@@ -39,7 +39,7 @@ const ALL = {
   nodes: {role: value => value === "user" || value === "assistant", content: isText, created: isTime, reasoning: isText, thought: Number.isFinite, model: isText, weights: isText, system: isText,
     parameters: areParameters, seed: isInteger, prefix: listOf(isCount), ids: listOf(isCount), continued: isSwitch, edited: isSwitch, calls: listOf(isCall), calculator: value => Calculator.areCalculations(value),
     timings: areTimings, note: isText, error: isText, remedy: isText, attachments: listOf(record({name: isText, at: isCount, length: isCount})), pictures: listOf(record({name: isText, picture: isPicture})),
-    knowledge: isKnowledge},
+    knowledge: isKnowledge, tools: listOf(isText)},
   projects: {name: isText, created: isTime, prompt: isText, files: listOf(record({name: isText, text: isText})), stores: areNamed},
   prompts: {name: isText, created: isTime, text: isText, starter: isSwitch},
 };

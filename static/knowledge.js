@@ -55,10 +55,21 @@ async function load() {
 
 const chosen = chat => chat.stores ?? [];
 
-// What a question sends beside the chat's parameters.
+// What a question sends beside the chat's parameters. The answer says what the model was given to read, so that it can be asked again with the same.
 function wanted(chat) {
   const asked = Projects.storesOf(chat);
-  return asked.length ? {knowledge: {stores: asked.map(({id}) => id)}} : {};
+  return asked.length ? {knowledge: {stores: asked.map(({id}) => id), return_text: true}} : {};
+}
+
+// Messages with what an answer was given to read, where the server put it (chatlm/front/knowledge/prompting.py): whole documents after what the system
+// says, passages before the last question. A test compares the two.
+function given(messages, {mode, text} = {}) {
+  if (!text) return messages;
+  const at = mode === "whole" ? messages[0]?.role === "system" ? 0 : -1 : messages.findLastIndex(({role}) => role === "user");
+  if (at < 0) return mode === "whole" ? [{role: "system", content: text}, ...messages] : messages;
+  const {content} = messages[at], both = mode === "whole" ? [content, `\n\n${text}`] : [text, content];
+  const whole = Fields.isText(content) ? both.join("") : both.flatMap(part => Fields.isText(part) ? [{type: "text", text: part}] : part);
+  return messages.with(at, {...messages[at], content: whole});
 }
 
 // The collections of the server that have a name, for projects.
@@ -301,5 +312,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({wanted, listed, names, choose, isGone});
+return Object.freeze({wanted, given, listed, names, choose, isGone});
 })();

@@ -14,8 +14,7 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 
 // Generates an answer again with the same inputs: {ids, entries, text, reasoning}. A stopped answer ends where it was stopped.
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
-  const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
-  const messages = Chat.messagesToSend(Tree.pathTo(Chat.nodes, node.parent), Look.systemOf(node));
+  const {continued, prefix, seed, model, note, ids: before} = node, {messages, parameters} = await Chat.requestOf(node), {max_tokens: most, ...others} = parameters;
   const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
   const response = await Server.postAnswer({messages, id: Tree.newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
@@ -77,7 +76,7 @@ async function firstDifference({ids, content, reasoning = "", model}, made) {
 
 function keepBeside(node, {text, reasoning, ids, calculator}) {
   const {leaf} = Chat, {parameters, seed, prefix} = node, system = Look.systemOf(node);
-  Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
+  Chat.addNode(node.parent, "assistant", text, {...Look.madeBy({system}), ...Look.askedWith(node), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
   Chat.showLeaf(leaf);
 }
 
@@ -207,7 +206,7 @@ function chooseToken(view, lens, at) {
 // Starts another answer to the same question, with this token at this position and otherwise the same inputs.
 function branchAt(node, {tokens}, at, {id}) {
   const {parameters = {}, seed} = node, prefix = [...tokens.slice(0, at).map(token => token.id), id];
-  Chat.answerAgain(Chat.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node)});
+  Chat.answerAgain(Chat.nodes.get(node.parent), {prefix, ids: [...prefix], parameters: {...parameters, seed}, system: Look.systemOf(node), ...Look.askedWith(node)});
 }
 
 // The tokens of a text that is no answer of this chat, in a dialog. `ask` is what a model is asked: a question in a chat, or a text whose own
@@ -242,8 +241,7 @@ async function openLens(title, model, {question, text, most = 0}) {
 
 // The prompt of an answer: {messages, tokens}; no tokens if the server does not show them.
 async function promptOf(node) {
-  const {timings = {}, parameters = {}, model} = node, path = Tree.pathTo(Chat.nodes, node.parent);
-  const all = Chat.messagesToSend(path, Look.systemOf(node)), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
+  const {timings = {}, model} = node, {messages: all, parameters} = await Chat.requestOf(node), dropped = Math.max(0, (timings.dropped_messages ?? 0) - all.dropped);
   const fixed = all[0]?.role === "system" ? 1 : 0, messages = [...all.slice(0, fixed), ...all.slice(fixed + dropped)];
   const effort = parameters.reasoning_effort ? {reasoning_effort: parameters.reasoning_effort} : {};
   const wanted = Server.model.api === "text" ? ["tokenize", {content: Server.textToContinue(messages), add_special: true}]

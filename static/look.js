@@ -17,9 +17,12 @@ const dropLenses = () => { lenses.clear(); };
 const canLook = node => Number.isSafeInteger(node.seed) && !node.edited && !Tree.isGrowing(node) && Server.model.api !== "none" &&
   Boolean(Server.model.can.token_ids);
 
-// The inputs of an answer besides its parameters.
+// The inputs of an answer besides its parameters, and besides what it was given to read (`knowledge`), which the server tells.
 const madeBy = (chat, more = {}) => ({model: Server.model.name, ...(Server.model.weights ? {weights: Server.model.weights} : {}),
-  ...(Projects.systemOf(chat) ? {system: Projects.systemOf(chat)} : {}), ...more});
+  ...(Projects.systemOf(chat) ? {system: Projects.systemOf(chat)} : {}), ...(chat.tools?.length ? {tools: chat.tools} : {}), ...more});
+
+// What another answer has been given to read and call, for one that is to have the same.
+const askedWith = ({knowledge, tools}) => ({...(knowledge ? {knowledge} : {}), ...(tools ? {tools} : {})});
 
 // The digest of a listed model's weights.
 const weightsOf = name => Server.models.find(({id}) => id === name)?.weights_digest ?? Server.model.weights;
@@ -107,5 +110,5 @@ Parts.register({
   },
 });
 
-return Object.freeze({makerOf, weightsOf, systemOf, madeBy, baseOf, stepsOfRun, lensOf, keepLens, dropLens, dropLenses, openLens, compareModels});
+return Object.freeze({makerOf, weightsOf, systemOf, madeBy, askedWith, baseOf, stepsOfRun, lensOf, keepLens, dropLens, dropLenses, openLens, compareModels});
 })();

@@ -225,11 +225,6 @@ def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
     opened_page.evaluate("Status.close()")
 
 
-def test_the_page_without_its_font_takes_340_kb():
-    files = [path for pattern in ("*.*", "vendor/*.js", "vendor/*.css") for path in (ROOT / "static").glob(pattern) if path.suffix != ".md"]
-    assert 100_000 < sum(len(gzip.compress(path.read_bytes())) for path in files) < 340_000
-
-
 LOADED = "() => performance.getEntriesByType('resource').map(({name}) => name.split('/static/')[1]).filter(name => /\\.(js|css|woff2)$/.test(name))"
 
 

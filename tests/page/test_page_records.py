@@ -20,10 +20,10 @@ PASSAGE = {"index": 1, "vector_store_id": "vs", "file_id": "file", "filename": "
 # what fields have that pages and servers write
 GOOD = {
     "calls": [CALL], "calculator": [{"start": 0, "expression": "1+1", "result": "2"}, {"start": 3, "expression": None, "result": "4", "cut": True}, {"start": 3, "stray": "python_end"}],
-    "knowledge": {"mode": "auto", "read": 1, "of": 4, "words_only": False, "passages": [PASSAGE]}, "timings": {"ttft_ms": 3.5, "finish_reason": "length", "gpu": 0, "measured": None, "drafts": {"ngram": {"drafted": 5, "accepted": 3}}},
+    "knowledge": {"mode": "auto", "read": 1, "of": 4, "words_only": False, "text": "read", "passages": [PASSAGE]}, "timings": {"ttft_ms": 3.5, "finish_reason": "length", "gpu": 0, "measured": None, "drafts": {"ngram": {"drafted": 5, "accepted": 3}}},
     "parameters": {"temperature": 0.5, "stop": ["x"], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "json_object"}, "reasoning_effort": "low"},
     "attachments": [{"name": "a.txt", "at": 3, "length": 9}], "pictures": [{"name": "p.png", "picture": PIXEL}], "stream": {"id": "0" * 32, "next": 4, "begin": 2}, "earlier": {"completion_tokens": 3},
-    "ids": [1, 2], "prefix": [0], "seed": 7, "thought": 300, "remedy": "key", "created": 1e12, "updated": 1e12, "role": "user", "files": [{"name": "a", "text": "b"}], "stores": [{"id": "vs", "name": "n"}],
+    "ids": [1, 2], "prefix": [0], "seed": 7, "thought": 300, "remedy": "key", "created": 1e12, "updated": 1e12, "role": "user", "files": [{"name": "a", "text": "b"}], "stores": [{"id": "vs", "name": "n"}], "tools": ["f"],
     "project": "0" * 32, "pinned": True, "inTurns": False, "continued": True, "edited": True, "starter": False}
 TEXTS = ["content", "reasoning", "model", "weights", "system", "note", "error", "ended", "title", "name", "prompt", "text"]
 GOOD |= dict.fromkeys(TEXTS, "text")
@@ -82,7 +82,7 @@ def test_page_and_server_take_the_same_values(shared, kind, name):
 
 def test_each_field_of_an_answer_is_exported_and_imported(shared):
     """But for those that belong to one place or one moment."""
-    kept = ["knowledge", "reasoning", "thought", "timings", "note", "error", "remedy", "ids", "prefix", "seed", "weights", "continued", "edited", "pictures", "attachments", "calculator", "calls", "parameters", "model", "system"]
+    kept = ["knowledge", "tools", "reasoning", "thought", "timings", "note", "error", "remedy", "ids", "prefix", "seed", "weights", "continued", "edited", "pictures", "attachments", "calculator", "calls", "parameters", "model", "system"]
     node = {"role": "assistant", "content": "1+1 = 2, as in a.txt", "created": 1e12, **{name: GOOD[name] for name in kept}, "stream": GOOD["stream"], "ended": "x", "earlier": {}}
     node["calculator"], node["attachments"] = GOOD["calculator"][:1], [{"name": "a.txt", "at": 3, "length": 9}]
     exported = shared.evaluate("""node => Tree.exportOf([{id: "c", title: "t", created: 1, updated: 1, leaf: "n", parameters: {}, system: "", tools: ["f"], allowed: {f: "d"}, running: "n"}],

@@ -69,9 +69,9 @@ FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"}, or {"t
 MOST_STORES = 8
 KNOWLEDGE_TYPE = FieldType(
     f'an object with stores, a list of 1 to {MOST_STORES} ids of vector stores, and perhaps a mode: "auto", '
-    '"search" or "whole"',
+    '"search" or "whole", and return_text, a boolean',
     object_schema(["stores"], stores=list_schema(A_TEXT, minItems=1, maxItems=MOST_STORES),
-                  mode={"enum": ["auto", "search", "whole", None]}))
+                  mode={"enum": ["auto", "search", "whole", None]}, return_text={"type": "boolean"}))
 KNOWLEDGE_OF_CHAT = Field(
     "knowledge", KNOWLEDGE_TYPE, "vector stores that the answer is to be found in. The model reads the "
     "passages that fit the last question (search), or all of them (whole); auto is whole if that fits")

@@ -105,7 +105,7 @@ is_passage = with_members(
     index=is_count, vector_store_id=is_text, file_id=is_text, filename=is_text, page=may_lack(is_count),
     heading=may_lack(is_text), start=is_count)
 is_knowledge = with_members(
-    read=may_lack(is_count), of=may_lack(is_count), passages=may_lack(list_of(is_passage)))
+    read=may_lack(is_count), of=may_lack(is_count), passages=may_lack(list_of(is_passage)), text=may_lack(is_text))
 PARAMETERS = {"tools": list_of(with_members(function=lambda value: isinstance(value, dict))),
               "response_format": lambda value: isinstance(value, dict), "stop": list_of(is_text)}
 
@@ -167,6 +167,7 @@ SOME_PICTURES = Rule(f"a list of at most {MOST_PICTURES} of {{name, picture}}, a
                      "{name, file}", are_pictures, RECORD_BYTES)
 SOME_FILES = Rule("a list of {name, text}", list_of(with_members(name=is_text, text=is_text)), RECORD_BYTES)
 SOME_KNOWLEDGE = Rule("{read, of, passages}, as answers have it", is_knowledge, TEXT_BYTES)
+SOME_TOOLS = Rule("a list of names", list_of(is_text), LINE_BYTES)
 SOME_STORES = Rule("a list of {id, name}", list_of(with_members(id=is_text, name=is_text)))
 # Those of static/fields.js: a page relies on what they are. A field that is not listed is not kept: `leaf`,
 # where a device looks at, is its own
@@ -180,7 +181,7 @@ FIELDS: dict[str, dict[str, Rule]] = {
            "thought": A_NUMBER, "remedy": A_LINE, "earlier": SOME_TIMINGS, "continued": A_SWITCH,
            "calls": SOME_CALLS, "calculator": SOME_CALCULATIONS, "timings": SOME_TIMINGS, "note": A_LINE,
            "error": A_LINE, "edited": A_SWITCH, "attachments": SOME_ATTACHMENTS, "pictures": SOME_PICTURES,
-           "knowledge": SOME_KNOWLEDGE, "stream": A_STREAM, "ended": A_LINE},
+           "knowledge": SOME_KNOWLEDGE, "tools": SOME_TOOLS, "stream": A_STREAM, "ended": A_LINE},
     PROJECT: {"created": A_TIME, "name": A_LINE, "prompt": A_TEXT, "files": SOME_FILES,
               "stores": SOME_STORES},
     PROMPT: {"created": A_TIME, "name": A_LINE, "text": A_TEXT, "starter": A_SWITCH},

@@ -81,6 +81,15 @@ class Given(NamedTuple):
         """What the numbers in an answer cite."""
         return sources_of(self.parts)
 
+    @property
+    def text(self) -> str:
+        """What is put into the conversation; "" for nothing. The page puts the same one there when it asks
+        again (static/knowledge.js, `given`)."""
+        texts = [part.text for part in self.parts]
+        if not texts:
+            return ""
+        return "\n\n".join((DOCUMENTS, *texts) if self.mode == "whole" else (PASSAGES, *texts, QUESTION))
+
 
 def sources_of(parts: Seq[GivenPassage]) -> tuple[dict, ...]:
     """What the numbers of parts cite, as members of an annotation."""
@@ -101,9 +110,9 @@ class Prompting:
         asked = parsed.added.get("knowledge")
         if asked is None:
             return parsed
-        if others := [*asked.keys() - {"stores", "mode"}]:
+        if others := [*asked.keys() - {"stores", "mode", "return_text"}]:
             raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only "
-                                       "stores and mode")
+                                       "stores, mode and return_text")
         names = await self._stores(asked["stores"], caller)
         prompts = pool.admission.prompts
         request = parsed.request
@@ -122,13 +131,13 @@ class Prompting:
             await self._stores(asked["stores"], caller)  # perhaps one was deleted meanwhile
         if given.words_only:
             REQUEST_LOG.get().headers["X-Search"] = "words"
-        texts = [part.text for part in given.parts]
-        if texts and given.mode == "whole":
-            messages = with_documents(messages, "\n\n".join((DOCUMENTS, *texts)))
-        elif texts:
-            messages = before_question(messages, "\n\n".join((PASSAGES, *texts, QUESTION)))
+        text = given.text
+        if text:
+            put = with_documents if given.mode == "whole" else before_question
+            messages = put(messages, text)
+        shown = given.body(names) | ({"text": text} if asked.get("return_text") else {})
         return replace(parsed, request=replace(request, messages=messages),
-                       beside={**parsed.beside, "knowledge": given.body(names)}, citable=given.sources())
+                       beside={**parsed.beside, "knowledge": shown}, citable=given.sources())
 
     async def _stores(self, wanted: Seq[str], caller: Caller) -> dict[int, str]:
         return await self.store.run(partial(used_stores, wanted=wanted, owner=caller.texts,

@@ -134,7 +134,7 @@ def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
     ({"stores": ["a"] * 9}, 400, "1 to 8"),
     ({"stores": "vs_a"}, 400, "a list"),
     ({"stores": ["a"], "mode": "all"}, 400, '"auto"'),
-    ({"stores": ["a"], "mods": "whole"}, 400, "knowledge has no member mods, only stores and mode"),
+    ({"stores": ["a"], "mods": "whole"}, 400, "knowledge has no member mods, only stores, mode and return_text"),
     ([], 400, "knowledge"),
 ])
 def test_a_wrong_value_is_named(client, knowledge, status, why):
@@ -195,3 +195,16 @@ def test_without_a_database_nothing_is_searched(tiny_url, zoo):
     with pytest.raises(openai.NotFoundError) as error:
         ask(client_of(tiny_url), [zoo[0]], "x")
     assert error.value.code == "no_database"
+
+
+@pytest.mark.parametrize("mode", ["whole", "search"])
+def test_the_text_that_was_read_makes_the_same_prompt(client, zoo, mode):
+    """So whoever asks again needs no store."""
+    store, _ = zoo
+    question = {"role": "user", "content": "What do cats eat?"}
+    first = ask(client, [store], question, extra_body={"knowledge": {"stores": [store], "mode": mode, "return_text": True}, "seed": 3})
+    text = first.knowledge["text"]
+    assert "[1] zoo.md" in text and "They eat fish and milk." in text and "text" not in ask(client, [store], question, mode=mode).knowledge
+    said = [{"role": "system", "content": text}, question] if mode == "whole" else [question | {"content": text + question["content"]}]
+    again = client.chat.completions.create(model="default", messages=said, temperature=0, max_tokens=12, seed=3)
+    assert again.usage.prompt_tokens == first.usage.prompt_tokens and again.choices[0].message.content == first.choices[0].message.content
