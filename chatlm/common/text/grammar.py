@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -30,6 +31,7 @@ def schema_grammar(schemas: Mapping[str, dict | bool], param: str, start: str,
     of functions' parameters."""
     require_llguidance(param)
     lines = [start, JSON_TERMINALS]
+    left = LIMITS.grammar_characters
     try:
         for index, (name, schema) in enumerate(schemas.items()):
             schema = schema_object(schema)
@@ -37,7 +39,11 @@ def schema_grammar(schemas: Mapping[str, dict | bool], param: str, start: str,
             if (rule := rules.arguments(schema) if notation else rules.rule(schema)) is None:
                 raise ValueError("no value satisfies it")
             check_patterns(rules.patterns)
-            lines += [f"{name}: {rule}", *rules.lines]
+            added = [f"{name}: {rule}", *rules.lines]
+            lines += added
+            left -= sum(map(len, added))
+            if left < 0:  # the rest is not worth while
+                break
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
     except (ValueError, LookupError) as error:
@@ -57,9 +63,15 @@ def lark_grammar(grammar: str, param: str) -> str:
     return grammar
 
 
+@functools.cache
+def has_llguidance() -> bool:
+    """Looked for once: that takes a millisecond, and a body may have hundreds of schemas."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
 def require_llguidance(param: str):
     """RequestError, about the field `param`, if this server cannot constrain answers."""
-    if importlib.util.find_spec("llguidance") is None:
+    if not has_llguidance():
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",
             code="unsupported_response_format", param=param)

@@ -23,7 +23,7 @@ PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "func
             "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "mcp_approval_response": "mcpa_",
             "mcp_list_tools": "mcpl_", "file_search_call": "fs_",
             "tool_search_call": "tsc_", "tool_search_output": "tso_", "additional_tools": "at_"}
-MEMBERS = {  # type -> what is kept of an item about tools, as it was sent
+TOOL_MEMBERS = {  # type -> what is kept of an item about tools, as it was sent
     "mcp_call": ("server_label", "name", "arguments", "status", "approval_request_id", "output", "error"),
     "mcp_list_tools": ("server_label", "tools", "error"),
     "file_search_call": ("status", "queries", "results"),
@@ -78,10 +78,10 @@ def understood_members(item: Mapping) -> dict:
     """The members of an item that response_messages reads, in the form in which the API shows items."""
     kind = item.get("type") or "message"
     status = item.get("status")
-    if kind in MEMBERS:
+    if kind in TOOL_MEMBERS:
         for member in TEXTS.get(kind, ()):
             text(item, member)
-        return {"type": kind, **{member: item[member] for member in MEMBERS[kind] if member in item}}
+        return {"type": kind, **{member: item[member] for member in TOOL_MEMBERS[kind] if member in item}}
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"

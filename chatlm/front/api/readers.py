@@ -182,11 +182,16 @@ def strict_grammars(functions: Seq[Mapping], tool_format: str) -> tuple[str, ...
     """What the arguments of each function must match; "" for one that is not strict."""
     from chatlm.common.text.grammar import unusable_schema
     from chatlm.front.api.call_grammars import call_grammar
-    grammars = tuple(call_grammar(function, tool_format) if is_strict(function) else ""
-                     for function in functions)
-    if sum(map(len, grammars)) > 16 * LIMITS.grammar_characters:
-        raise unusable_schema("the parameters of all strict functions are too long", "tools")
-    return grammars
+    grammars = list[str]()
+    strict = sum(map(is_strict, functions))
+    within_limit("strict functions", strict, LIMITS.strict_functions, "tools")
+    left = 16 * LIMITS.grammar_characters
+    for function in functions:
+        grammars.append(call_grammar(function, tool_format) if is_strict(function) else "")
+        left -= len(grammars[-1])
+        if left < 0:
+            raise unusable_schema("the parameters of all strict functions are too long", "tools")
+    return tuple(grammars)
 
 
 def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | None) -> tuple[dict, ...]:
