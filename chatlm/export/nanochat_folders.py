@@ -14,10 +14,10 @@ from chatlm.common.errors import ConfigError
 from chatlm.export.hub_model import HubModel, Weights
 from chatlm.export.older_words import notes_on_versions
 from chatlm.worker.arrays.kinds import as_kind, floats, item_bytes, kind_of
-from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.tensors import advise
 from chatlm.worker.weights.formats.nanochat.checkpoint import nanochat_generation
-from chatlm.worker.weights.formats.nanochat.generations import GENERATIONS, name_in_transformers
+from chatlm.worker.weights.formats.nanochat.folder import (
+    MODEL_TYPE, features_of, folder_name, rope_base, sizes_of)
 
 if TYPE_CHECKING:
     import numpy
@@ -42,9 +42,9 @@ def with_own_code(stored: CheckpointModel, added: Mapping[str, list[Change | Cop
                   dtype: str | None) -> HubModel:
     """A checkpoint of any generation, exactly. `added`: what adapters change."""
     number = nanochat_generation(stored.state)
-    config = sizes_of(stored, dtype) | {
+    config = types_of(stored, dtype) | sizes_of(stored.model) | {
         "architectures": ["NanochatGenerationsForCausalLM"], "auto_map": AUTO_MAP,
-        "model_type": "nanochat_generations"} | features_of(stored, number)
+        "model_type": MODEL_TYPE} | features_of(stored.model, number)
     notes = (NO_SMEAR_ELSEWHERE,) if config["smear_channels"] else ()
     return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer, code=OWN_CODE,
                     notes=(*notes, *notes_on_versions(config)))
@@ -59,54 +59,16 @@ def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change
         raise ConfigError(f"--format transformers: transformers' own nanochat is generation 1, and this is "
                           f"generation {number}, which it cannot compute. --format hf can hold it, with "
                           "code of its own")
-    base = rope_base(stored)
-    config = sizes_of(stored, dtype) | {
+    base = rope_base(stored.model)
+    config = types_of(stored, dtype) | sizes_of(stored.model) | {
         "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer,
                     notes=(UNROUNDED + difference(), *notes_on_versions(config)))
 
 
-def sizes_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
-    """What both kinds of folders say alike."""
-    model = stored.model
-    attention = attentions_of(stored)[0]
-    assert model.head and model.norm and model.feed
-    return {
-        "dtype": dtype or widest(stored.state.values()), "vocab_size": model.vocab_size,
-        "hidden_size": model.width, "intermediate_size": model.feed.width,
-        "num_hidden_layers": len(model.layers), "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_size,
-        "hidden_act": "relu2", "max_position_embeddings": model.answer_positions,
-        "rms_norm_eps": model.norm.eps, "final_logit_softcapping": model.head.softcap,
-        "tie_word_embeddings": False}
-
-
-def features_of(stored: CheckpointModel, number: int) -> dict[str, Any]:
-    """What sets a generation apart, in the words of hub_code/configuration_nanochat_generations.py."""
-    generation = GENERATIONS[number]
-    channels, scale = generation.value_gate or (0, 0.0)
-    attentions = attentions_of(stored)
-    windows = [attention.scores.window for attention in attentions]
-    long = windows[-1] or None  # the last layer has the long one
-    short = next((window for window in windows if window != windows[-1]), None)
-    return {
-        "generation": number, "rope_theta": rope_base(stored), "rope_bfloat16": generation.rope_bfloat16,
-        "layer_types": ["full_attention" if window == windows[-1] else "sliding_attention"
-                        for window in windows],
-        "sliding_window": short, "long_window": long, "mixes_x0": generation.mixes_x0,
-        "value_embed_layers": [layer for layer, attention in enumerate(attentions) if attention.embed],
-        "value_gate_channels": channels, "value_gate_scale": scale, "qk_scale": generation.qk_scale,
-        "smear_channels": generation.smear_channels,
-        "backout_layer": len(attentions) // 2 if generation.backs_out else None}
-
-
-def attentions_of(stored: CheckpointModel) -> list[Attention]:
-    return [layer.mixer for layer in stored.model.layers if isinstance(layer.mixer, Attention)]
-
-
-def rope_base(stored: CheckpointModel) -> float:
-    return attentions_of(stored)[0].rope.base
+def types_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
+    return {"dtype": dtype or widest(stored.state.values())}
 
 
 def widest(tensors: Iterable[numpy.ndarray]) -> str:
@@ -124,7 +86,7 @@ def weights_of(stored: CheckpointModel, added: Mapping[str, list[Change | Copy]]
         shape = tensor.shape
         if is_of_vocabulary(name):
             shape = stored.model.vocab_size, *shape[1:]
-        called = name_of(name)
+        called = folder_name(name)
         read = partial(tensor_of, tensor, added.get(name, ()), shape, kind)
         weights.append(Weights({called: tuple(shape)}, kind, read))
     return weights
@@ -152,13 +114,3 @@ def tensor_of(tensor: numpy.ndarray, changes: Iterable[Change | Copy], shape: tu
 
 def is_of_vocabulary(name: str) -> bool:
     return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
-
-
-def name_of(name: str) -> str:
-    """A tensor's name in the folder."""
-    if name.startswith("value_embeds."):
-        return f"model.layers.{name.split('.')[1]}.self_attn.value_embed.weight"
-    if "." not in name:  # the lambdas
-        return f"model.scalars.{name}"
-    called = name_in_transformers(name).replace("attn.ve_gate", "self_attn.ve_gate")
-    return called if called.startswith(("model.", "lm_head.")) else f"model.{called}"

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Message
 from exported import export, greedy, loaded, opened, our_logits
 from generations import GENERATIONS
@@ -186,3 +187,31 @@ def test_an_adapter_is_merged(nanochat_fixtures, tmp_path):
     assert (theirs - our_logits(source, ids, lora=(str(adapter),))).abs().max() <= 1e-5
     assert (theirs - our_logits(source, ids)).abs().max() > 1e-3
     assert "LoRA adapter adapter is merged" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_the_folder_runs_here_with_the_same_bits(exported):
+    """Served, checked and evaluated like the checkpoint, also with --softcap; exported again it is the same."""
+    source, folder = exported
+    for case in cases_of(source):
+        ids = case["prompt_ids"] + case["greedy"]
+        assert torch.equal(our_logits(folder, ids), our_logits(source, ids))
+    theirs, ours = opened(folder), opened(source)
+    assert theirs.family == "nanochat" and theirs.text.stop_tokens == ours.text.stop_tokens and theirs.text.bos_token == ours.text.bos_token
+    again = folder.with_name(folder.name + "-again")
+    export(folder, "-o", again, "--shard-size", "400k")
+    for path in folder.iterdir():
+        assert path.name == "README.md" or path.is_dir() or path.read_bytes() == (again / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("exported", ["gen5"], indirect=True)
+@pytest.mark.parametrize("changes, said", [
+    ({"generation": 7}, "generation"), ({"generation": 4}, "rope_theta|qk_scale|value_gate|smear"), ({"qk_scale": 2.0}, "qk_scale is 2.0, and generation 5"), ({"layer_types": ["full_attention"]}, "layer_types must have"),
+    ({"layer_types": ["x"] * 4}, "layer_types must have"), ({"sliding_window": "5"}, "sliding_window"), ({"hidden_size": 63}, "hidden_size"), ({"vocab_size": 5}, "has|vocab"), ({"rope_bfloat16": True}, "rope_bfloat16"),
+    ({"num_attention_heads": 0}, "num_attention_heads"), ({"final_logit_softcapping": None}, "final_logit_softcapping"), ({"max_position_embeddings": 256}, "is")])
+def test_a_folder_that_says_something_else_is_refused(exported, tmp_path, changes, said):
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=said):
+        opened(tmp_path / "x")

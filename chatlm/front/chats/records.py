@@ -105,7 +105,8 @@ is_passage = with_members(
     index=is_count, vector_store_id=is_text, file_id=is_text, filename=is_text, page=may_lack(is_count),
     heading=may_lack(is_text), start=is_count)
 is_knowledge = with_members(
-    read=may_lack(is_count), of=may_lack(is_count), passages=may_lack(list_of(is_passage)), text=may_lack(is_text))
+    read=may_lack(is_count), of=may_lack(is_count), passages=may_lack(list_of(is_passage)),
+    text=may_lack(is_text))
 PARAMETERS = {"tools": list_of(with_members(function=lambda value: isinstance(value, dict))),
               "response_format": lambda value: isinstance(value, dict), "stop": list_of(is_text)}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.links import refuse_links_out
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
@@ -19,6 +20,7 @@ from chatlm.worker.kernels.choosing import choose_backend
 from chatlm.worker.weights.formats.sources import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.formats.stored_model import Adaptable, Merged
 from chatlm.worker.weights.loaded.model import LoadedModel
+from chatlm.worker.weights.rules import read_json
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -132,8 +134,7 @@ def format_of(kind: str) -> Format:
         from chatlm.worker.weights.formats.gguf.file import readable
         return Format(read_gguf_model, readable)
     if kind == "hf":
-        from chatlm.worker.weights.formats.folder.model import read_folder_model
-        return Format(read_folder_model)
+        return Format(read_hf_model)
     if kind == "litgpt":
         from chatlm.worker.weights.formats.litgpt import read_litgpt_model
         return Format(read_litgpt_model)
@@ -156,6 +157,16 @@ def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
             return read_nanochat_gguf(source, settings, metadata, stored)
     from chatlm.worker.weights.formats.gguf.model import gguf_model
     return gguf_model(source, settings, metadata, stored)
+
+
+def read_hf_model(source: ModelSource, settings: Settings) -> StoredModel:
+    """The model of a Hugging Face folder: one of nanochat's, or one of a family in the table."""
+    refuse_links_out(source.path)
+    if read_json(source.path / "config.json").get("model_type") == "nanochat_generations":
+        from chatlm.worker.weights.formats.nanochat.folder import read_nanochat_folder
+        return read_nanochat_folder(source, settings)
+    from chatlm.worker.weights.formats.folder.model import read_folder_model
+    return read_folder_model(source, settings)
 
 
 def add_tower(model: LoadedModel, source: ModelSource, settings: Settings, device: str):

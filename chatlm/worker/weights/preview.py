@@ -11,13 +11,20 @@ from chatlm.worker.weights.families.table import GGUF_FAMILIES
 from chatlm.worker.weights.formats.folder.description import hf_blocks, hf_text
 from chatlm.worker.weights.formats.gguf.description import gguf_blocks, gguf_text
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
+from chatlm.worker.weights.formats.nanochat.folder import MODEL_TYPE, folder_blocks
+from chatlm.worker.weights.rules import read_json
 from chatlm.worker.weights.text.folder_tokenizers import has_tokenizer
 from chatlm.worker.weights.towers.table import FILE_TOWERS
 
 
 def preview_folder(folder: Path):
     """ConfigError if this server cannot run the model of a folder, whose weights are not there yet."""
-    _, model = hf_blocks(folder / "config.json", None)
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") == MODEL_TYPE:
+        model, _ = folder_blocks(path, raw)
+    else:
+        _, model = hf_blocks(path, None)
     if has_tokenizer(folder):
         hf_text(folder, model.vocab_size)
 
