@@ -3,7 +3,7 @@
 
 const Compare = (() => {
 
-const {TEXT, $, element, iconButton, setText, number, composing} = Parts;
+const {TEXT, $, element, iconButton, setText, number} = Parts;
 
 // While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
 let compared = null;
@@ -50,8 +50,7 @@ function addColumn(model = compared.node.model, ownSeed = compared.node.seed + c
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", calculator: [], end: null, differs: null}, controls = VARIED.map(name => {
     const {min, max, step} = Parameters.all.find(each => each.name === name), usual = Server.model.defaults[name];
-    const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
-      onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
+    const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default});
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
@@ -120,6 +119,7 @@ function updateCompare() {
     drawCompared(column, columns[0]);
   });
   $("add-column").disabled = columns.length >= MOST_COLUMNS || Boolean(controller);
+  $("compare-columns").dataset.enter = controller ? "" : "start-compare";
   $("start-compare").textContent = controller ? TEXT.stop : TEXT.compare;
 }
 

@@ -192,6 +192,15 @@ function askInDialog(title, body, no, yes, deletes = false) {
   return new Promise(resolve => { dialog.onclose = () => resolve(dialog.returnValue === "yes"); });
 }
 
+// Enter in a field does what the field is for. `data-enter`, of the field or of what is around it, names the button of that; else the form is submitted,
+// as browsers do by themselves.
+function enterIn(event) {
+  const {target, key} = event, around = target.closest?.("[data-enter]");
+  if (key !== "Enter" || !around || target.tagName !== "INPUT" || ["checkbox", "file"].includes(target.type) || composing(event)) return;
+  event.preventDefault();
+  if (around.dataset.enter) $(around.dataset.enter).click();
+}
+
 // menu and theme ------------------------------------------------------------------------------------------------------
 
 const mainMenu = () => [...Parts.all.flatMap(({menu}) => menu?.() ?? []), ...Parts.all.flatMap(({menuEnd}) => menuEnd?.() ?? [])];
@@ -287,6 +296,7 @@ Parts.register({
     $("latest").onclick = () => { following = true; followEnd(); Composer.focusAfterClick(); };
     $("log").addEventListener("scroll", onScroll, {passive: true});
     document.addEventListener("keydown", onKey);
+    document.addEventListener("keydown", enterIn);
     new ResizeObserver(followEnd).observe($("log"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
   },

@@ -214,7 +214,7 @@ Parts.register({
     deleteItsChats: count => `Delete its ${plural(count, "chat", "chats")} too`, moveChat: "Move or select", noProject: "Out of the project", leaveProject: name => `Take this chat out of ${name}`,
     selectChats: "Select several", selectAll: "Select all that are listed", chosen: count => `${count} selected`, moveChosen: "Move", exportChosen: "Export the selected", deleteChosen: "Delete the selected", endChoice: "End the selection",
   },
-  menu: () => [[TEXT.newProject, "folder", () => edit()]],
+  menu: () => [[TEXT.newProject, "folder", async () => { const made = await edit(); if (made) newChat(made); }]],
   render,
 });
 

@@ -345,7 +345,6 @@ Parts.register({
     $("preset").onchange = ({target}) => choosePreset(target.value);
     $("save-preset").onclick = savePreset;
     $("delete-preset").onclick = deletePreset;
-    $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
     $("settings-reset").onclick = () => { Chat.change(Chat.current, {system: "", parameters: {}}); showSettings(); Page.render(); };
     $("for-new-chats").onclick = () => {
       const {system, parameters} = Chat.current;

@@ -282,3 +282,26 @@ def test_long_names_make_nothing_wider(page, stand_in, width):
         expect(page.locator("dialog[open]")).to_be_visible()
         assert page.evaluate(WIDE) == []
         page.keyboard.press("Escape")
+
+
+FIELDS = """() => [...document.querySelectorAll("dialog input")].filter(({type}) => ["text", "password", "search", "url", "number", "email"].includes(type)).map(field => [field.id || field.getAttribute("aria-label") || field.type,
+    field.closest("[data-enter]") ? document.getElementById(field.closest("[data-enter]").dataset.enter)?.id ?? null : field.form.querySelector("button:not([type=button])").className])"""
+
+
+def test_enter_in_a_field_of_any_dialog_does_its_main_action(page, stand_in):
+    """It presses the button that the field is for, or the dialog's main one; never Cancel."""
+    open_page(page, stand_in.url)
+    menu(page, "New project")       # whose dialog is that of all questions
+    found = dict(page.evaluate(FIELDS))
+    assert {"preset-name", "prompt-name", "store-name", "server-key", "server-url"} <= found.keys() and len(found) >= 6
+    assert {name: main for name, main in found.items() if main not in ("primary", "save-preset", "save-prompt", "new-store", "start-compare", "ask-yes")} == {}
+    field = page.get_by_role("textbox", name="Name of the project")
+    field.fill("Boats")
+    field.press("Enter")
+    expect(page.get_by_role("heading", name="Boats")).to_be_visible()
+    expect(page.locator("#asked-stores")).to_have_text("Boats")       # a new one is open
+    menu(page, "Prompts")
+    page.get_by_role("textbox", name="Text of the prompt").fill("Be brief.")
+    page.get_by_role("textbox", name="Name of the prompt").fill("short")
+    page.get_by_role("textbox", name="Name of the prompt").press("Enter")
+    expect(page.get_by_role("dialog", name="Prompts").locator("#prompts li")).to_contain_text("short")
