@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -14,6 +15,7 @@ import aiohttp
 
 from chatlm.common.config import LIMITS, ModelEntry
 from chatlm.common.errors import ConfigError, EngineFailure, error_text, shown, visible
+from chatlm.common.hub.find import resolve_model
 from chatlm.common.jsontext import is_number, is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SamplingParams, TokenLogprob
@@ -253,8 +255,11 @@ async def evaluate(settings: Settings) -> int:
         if getattr(settings, name) and settings.suite not in suites:
             raise ConfigError(f"--{name.replace('_', '-')} is for --suite {' and '.join(suites)}")
     what = None
+    entries = settings.several or (ModelEntry(""),)
+    texts: list[Texts] = []
     if settings.suite == "bpb":
-        what = read_texts(settings.text)
+        texts = [read_texts(settings.text, checkpoint_of(settings, entry)) for entry in entries]
+        what = texts[0]
     elif settings.suite == "chat":
         what = chat_suite(settings.confirm_run_unsafe_code)
     elif settings.suite == HUMANEVAL:
@@ -262,8 +267,9 @@ async def evaluate(settings: Settings) -> int:
     elif settings.suite != "sample":
         what = read_suite(settings.suite)
     folder = results_folder(settings.results) if what else None
-    for entry in settings.several or (ModelEntry(""),):
+    for index, entry in enumerate(entries):
         one_model = replace(settings, model=entry.path or None, several=())
+        what = texts[index] if texts else what
         async with open_scorer(one_model) as (scorer, pool):
             name = entry.path or pool.model_name
             if what is None or folder is None:
@@ -284,6 +290,14 @@ async def evaluate(settings: Settings) -> int:
                 kept.close()
         show(name, pool.checkpoint, what, found, settings)
     return 0
+
+
+def checkpoint_of(settings: Settings, entry: ModelEntry) -> Path | None:
+    """The file of nanochat's that an entry names; None if it names another model, or one that is not here."""
+    if not entry.path or not Path(entry.path).expanduser().exists():
+        return None
+    source = resolve_model(replace(settings, model=entry.path, several=()))
+    return source.path if source.kind == "nanochat" else None
 
 
 def show(name: str, checkpoint: Mapping[str, str | int], what: Suite | Texts,

@@ -311,7 +311,7 @@ def test_an_absent_base_folder_is_no_error(tmp_path, monkeypatch):
 def test_the_validation_shard_is_the_data_set_s(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folders = [tmp_path / name for name in ("datasets/mine", "datasets/climbmix", "base_data_climbmix", "base_data")]
-    with pytest.raises(ConfigError, match=f"no shard is in {folders[1]}, {folders[2]}, {folders[3]}; "):
+    with pytest.raises(ConfigError, match=f"no shard is in {folders[1]}, {folders[2]}, {folders[3]}; .* NANOCHAT_BASE_DIR names another"):
         validation_shard()
     monkeypatch.setenv("NANOCHAT_EXPERIMENT", "wide")
     (tmp_path / "experiments" / "wide").mkdir(parents=True)
@@ -321,3 +321,13 @@ def test_the_validation_shard_is_the_data_set_s(tmp_path, monkeypatch):
         for number in (1, 2):
             (folder / f"shard_{number:05}.parquet").touch()
         assert validation_shard() == folder / "shard_00002.parquet"
+    base = tmp_path / "away" / "theirs"      # a checkpoint is evaluated on the texts beside it, as `check` does
+    (base / "base_checkpoints" / "d4").mkdir(parents=True)
+    (base / "base_data").mkdir()
+    (base / "tokenizer").mkdir()
+    model, shard = base / "base_checkpoints" / "d4" / "model_000001.pt", base / "base_data" / "shard_00007.parquet"
+    model.touch()
+    model.with_name("meta_000001.json").write_text("{}")
+    shard.touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "none"))
+    assert validation_shard(model) == shard

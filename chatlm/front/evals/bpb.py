@@ -21,6 +21,7 @@ from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import sha256_of
 from chatlm.common.hub.nanochat_checkpoints import shard_folders
 from chatlm.common.hub.shards import BUFFERED, Packer, documents_of, last_shard
+from chatlm.common.hub.val_bpb import validation_shards
 from chatlm.front.aio import all_of
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ class BpbResult(NamedTuple):
                 "seconds": round(self.seconds, 1)}
 
 
-def read_texts(path: str | None) -> Texts:
+def read_texts(path: str | None, model: Path | None = None) -> Texts:
     """nanochat's validation shard, or the text, the JSON lines or the parquet file that --text names.
-    ConfigError if it is not there."""
-    file, metric = (validation_shard(), "val_bpb") if path is None else (Path(path).expanduser(), "bpb")
+    ConfigError if it is not there. model: a checkpoint, whose own shard it is if there is one."""
+    file, metric = (validation_shard(model), "val_bpb") if path is None else (Path(path).expanduser(), "bpb")
     check_regular(file)
     try:
         return Texts(file.name, file, sha256_of(file), metric)
@@ -81,13 +82,17 @@ def read_texts(path: str | None) -> Texts:
         raise cannot_read(file, error) from None
 
 
-def validation_shard() -> Path:
-    """The last shard, which nanochat does not train on."""
+def validation_shard(model: Path | None = None) -> Path:
+    """The last shard, which nanochat does not train on: of a checkpoint's own base folder, as `check` finds
+    it, else of this user's."""
+    if model and (own := validation_shards(model)):
+        return own[0]
     folders = shard_folders(nanochat_base())
     if shard := next(filter(None, map(last_shard, folders)), None):
         return shard
     raise ConfigError(f"--suite bpb: no shard is in {', '.join(map(str, folders))}; in nanochat's checkout, "
-                      f"`{FETCHES}` fetches it, or --text FILE names other texts")
+                      f"`{FETCHES}` fetches it, NANOCHAT_BASE_DIR names another base folder, or --text FILE "
+                      "other texts")
 
 
 async def packed_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:
