@@ -109,7 +109,8 @@ def ask_what_computes(ask):
     ask("GET", "/slots")
     ask("POST", "/v1/cancel/{id}", status=404, id="nobody")
     ask("GET", "/v1/streams/{id}", status=404, id="nobody")
-    ask("POST", "/extract", b"One, two", status=400, query="?name=a.txt", content_type="text/plain")    # no document
+    ask("POST", "/extract", b"One, two", query="?name=a.txt", content_type="text/plain")
+    ask("POST", "/extract", b"\x00\x01\xff" * 9, status=400, query="?name=a.bin")    # no document
 
 
 def ask_what_is_kept(ask):

@@ -94,7 +94,7 @@ def test_files_of_several_encodings_are_read(page, stand_in):
     expect(page.locator("#files")).to_contain_text("8 characters, read as UTF-16")
     for name, content in (("x.gz", b"\x1f\x8b\x08\x00ab"), ("y.bin", bytes(range(256))), ("sjis.txt", "日本、".encode("shift-jis"))):
         pick(page, name, content)
-        expect(page.get_by_role("alert")).to_have_text(f"{name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).")
+        expect(page.get_by_role("alert")).to_have_text(f"{name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, ODT, ODS, ODP, EPUB, HTML).")
     button(page, "Send").click()
     expect_answered(page)
     assert stand_in.bodies[-1]["messages"][0]["content"] == \
@@ -107,7 +107,7 @@ def test_files_that_cannot_be_read_are_all_named(page, stand_in):
         for (const name of names) data.items.add(new File([name.endsWith("txt") ? "good" : new Uint8Array([31, 139, 8, 0, 97])], name));
         document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true})); }"""
     page.evaluate(drop, ["a.gz", "fine.txt", "b.gz"])
-    reason = "is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML)."
+    reason = "is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, ODT, ODS, ODP, EPUB, HTML)."
     expect(page.get_by_role("alert")).to_have_text(f"a.gz {reason}\nb.gz {reason}")
     expect(page.locator("#files")).to_contain_text("fine.txt")
     page.evaluate(drop, [f"{count}.gz" for count in range(50)])

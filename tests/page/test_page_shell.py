@@ -275,7 +275,7 @@ def test_files_and_long_pastes_are_chips(page, stand_in):
     expect(button(page, "Remove Pasted text 2.txt")).to_be_visible()
     expect(message_box(page)).to_have_value("")
     page.locator("#files-picker").set_input_files({"name": "cat.mp3", "mimeType": "audio/mpeg", "buffer": b"\x89ID3\x00\xff"})
-    expect(page.get_by_role("alert")).to_have_text("cat.mp3 is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).")
+    expect(page.get_by_role("alert")).to_have_text("cat.mp3 is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, ODT, ODS, ODP, EPUB, HTML).")
     attach(page, "gone.txt", "not this one")
     button(page, "Remove gone.txt").click()
     settled(page)

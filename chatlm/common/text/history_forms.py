@@ -191,8 +191,9 @@ class FormFinder:
         """The form for requests without functions, and the one for requests with functions; () if there is
         nothing to know of a template that has no place for these."""
         if not self.has_tools:
-            usual = usual_form(self.template)
-            form = yield from self._changed((), usual, LATER_SYSTEMS)
+            form = usual = usual_form(self.template)
+            with suppress(RequestError):  # it takes too long
+                form = yield from self._changed((), usual, LATER_SYSTEMS)
             return () if form == usual else (form, form)
         forms = list[HistoryForm]()
         for tools in ((), (A_FUNCTION,)):

@@ -444,17 +444,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def filled(self, filling: Filling[T]) -> T:
         """Run `filling` with the template filled in by this process, and return its result. A template is a
         program, which may never end."""
-        arguments = next(filling)
-        while True:
-            try:
+        try:
+            arguments = next(filling)
+            while True:
                 try:
                     text = fill_template(self.template, arguments)
                 except RequestError as error:
                     arguments = filling.throw(error)
                 else:
                     arguments = filling.send(text)
-            except StopIteration as ended:
-                return ended.value
+        except StopIteration as ended:
+            return ended.value
 
     def name_of(self, token: int) -> str | None:
         """A token as the file writes it."""

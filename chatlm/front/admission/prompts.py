@@ -68,17 +68,17 @@ class PromptMaker:
 
     async def run_filling(self, filling: Filling[T], client: str) -> T:
         """Run a `Filling`, which asks for filled-in templates, to its end. Returns what it returns."""
-        arguments = next(filling)
-        while True:
-            try:
+        try:
+            arguments = next(filling)
+            while True:
                 try:
                     text = await self.fill(arguments, client)
                 except RequestError as error:
                     arguments = filling.throw(error)
                 else:
                     arguments = filling.send(text)
-            except StopIteration as ended:
-                return ended.value
+        except StopIteration as ended:
+            return ended.value
 
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
         """The request with its prompts as token ids. Raises RequestError if it cannot be served.

@@ -52,7 +52,7 @@ def object_matches(schema: Mapping, value: dict) -> bool:
                for name, member in value.items())
 
 
-def without_nulls(schema: Mapping, value):
+def without_nulls(schema: Mapping, value: Any) -> Any:
     """A value without the members that are null where a schema names them and lets them be absent."""
     if isinstance(value, list):
         items = schema.get("items", {})
