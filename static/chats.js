@@ -338,8 +338,10 @@ function download(text, name, type) {
 
 function markdownOf({title, system}, path) {
   const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
-  for (const {role, content, model, pictures = [], calculator} of path) {
+  for (const node of path) {
+    const {role, content, model, pictures = [], calculator} = node, sources = Knowledge.sourcesOf(node);
     parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), Calculator.withCode({content, calculator}));
+    if (sources.length) parts.push(`${TEXT.sources}\n\n${sources.map(source => `- ${source.replace(/[\\`*_<>]/g, "\\$&")}`).join("\n")}`);
   }
   return parts.join("\n\n") + "\n";
 }
@@ -362,12 +364,14 @@ blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);co
 // A self-contained page without scripts.
 function pageOf({title}, path) {
   const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
-  for (const {role, content, model, pictures = [], calculator} of path) {
+  for (const node of path) {
+    const {role, content, model, pictures = [], calculator} = node, sources = Knowledge.sourcesOf(node);
     const said = element("div", {className: role === "user" ? "said question" : "said"});
     said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
     if (role === "user") said.append(...Turns.questionNodes(content));
     else new Markdown.View(said).update(content, true, calculator);
     said.querySelectorAll("button").forEach(button => button.remove());
+    if (sources.length) said.append(element("p", {textContent: TEXT.sources}), element("ul", {}, ...sources.map(textContent => element("li", {textContent}))));
     body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
   }
   const colours = getComputedStyle(document.documentElement);
@@ -467,7 +471,7 @@ Parts.register({
     sameIds: name => `${name} is not a conversation: two messages have the same id.`,
     messages: count => plural(count, "message", "messages"), importTitle: name => `Import ${name}?`, leaveIt: "Leave it",
     brings: (chats, messages) => `It contains ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")}.`,
-    leavesOut: what => `Left out, because there is no place for it here: ${what}.`, answeredBy: names => `The answers are of ${names}. The chats go on with a model of this server.`,
+    sources: "Sources:", leavesOut: what => `Left out, because there is no place for it here: ${what}.`, answeredBy: names => `The answers are of ${names}. The chats go on with a model of this server.`,
     unreadable: name => `${name} cannot be read. It may be too large.`,
     replace: what => `Replace the existing chat (${what})`,
     imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,

@@ -237,9 +237,15 @@ function make() {
 // passages --------------------------------------------------------------------------------------------------------------
 
 // Opens a passage in its place: its file's text, with the passage marked.
+// Where a passage stands, in words.
+const sourceOf = ({filename, page, heading}) => [filename, page ? TEXT.onPage(page) : "", heading].filter(Boolean).join(" · ");
+
+// The passages that an answer was given to read, in words, for files: ["[1] pump.md · page 3"].
+const sourcesOf = ({knowledge}) => (knowledge?.passages ?? []).map(passage => `[${passage.index}] ${sourceOf(passage)}`);
+
 async function openPassage(passage) {
   const {vector_store_id: store, file_id: file, filename, page, heading, start} = passage, body = $("passage-text");
-  setText($("passage-title"), [filename, page ? TEXT.onPage(page) : "", heading].filter(Boolean).join(" · "));
+  setText($("passage-title"), sourceOf(passage));
   body.replaceChildren();
   $("passage-dialog").showModal();
   let on = null;                                        // the page of the part before
@@ -268,12 +274,13 @@ function cite(view, given) {
   while (walker.nextNode()) if (CITED.test(walker.currentNode.data) && !walker.currentNode.parentNode.closest("pre, code, a, button")) found.push(walker.currentNode);
   for (const node of found) node.replaceWith(...node.data.split(CITED).flatMap(part => {
     const passages = CITED.test(part) ? part.match(/\d+/g).map(number => given[number - 1]) : [];
-    return passages.length && passages.every(Boolean) ? passages.map(passageButton) : [part];
+    return passages.length && passages.every(Boolean) ? passages.map(passage => passageButton(passage)) : [part];
   }));
 }
 
-function passageButton(passage) {
-  const button = element("button", {type: "button", className: "plain cited", textContent: `[${passage.index}]`, title: passage.filename, onclick: () => openPassage(passage)});
+// In a text the number alone; below it also the name and the place, since nothing is hovered over on a phone.
+function passageButton(passage, words = "") {
+  const button = element("button", {type: "button", className: "plain cited", textContent: [`[${passage.index}]`, words].filter(Boolean).join(" "), title: sourceOf(passage), onclick: () => openPassage(passage)});
   button.setAttribute("aria-label", TEXT.openPassage(passage.index, passage.filename));
   return button;
 }
@@ -306,11 +313,11 @@ Parts.register({
       if (!growing && CITED.test(node.content)) cite(view, given);
       if (passages.childElementCount) return;
       passages.className = "passages hint";
-      passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passageButton));
+      passages.append(element("span", {textContent: TEXT.partsRead(read, of)}), ...given.map(passage => passageButton(passage, sourceOf(passage))));
       view.actions.before(passages);
     },
   },
 });
 
-return Object.freeze({wanted, given, listed, names, choose, isGone});
+return Object.freeze({wanted, given, sourcesOf, listed, names, choose, isGone});
 })();
