@@ -749,7 +749,7 @@ return Object.freeze({
   get chats() { return state.chats; }, get current() { return state.chat; }, get nodes() { return state.nodes; }, get children() { return state.children; },
   get leaf() { return state.leaf; }, get path() { return state.path; }, get runs() { return state.runs; }, get notice() { return state.notice; },
   get toasts() { return state.toasts; }, get ended() { return state.ended; }, get editing() { return state.editing; },
-  lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, requestOf,
+  lastNode, canAsk, modelComes, isStored, canGoOn, countsOf, liveSpeed, wholeOf, messagesToSend, requestOf,
   readStored, hear: hearNews, lastPlace, stuckAt, opening, open: openChat, openNew: () => newChat(), switchTemporary, change: changeChat, showLeaf, addChat, deleteChats, removeChats, bringBack, branchFrom,
   addNode, deleteNode, edit, editQuestion, editAnswer, offerUndo, dropToast, say,
   ask, regenerate, answerAgain, noteVerdict, keepCalls, sendResults, goOn, stopAnswer, answerNow, adoptAll,

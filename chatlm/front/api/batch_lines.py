@@ -135,7 +135,8 @@ def lasting_body(body: dict, created: int) -> dict:
     details = usage.get("input_tokens_details") if isinstance(usage, dict) else None
     if isinstance(details, dict):
         details.update(dict.fromkeys(details, 0))
-    return body | {name: created for name in ("created", "created_at") if name in body}
+    times = [name for name in ("created", "created_at", "completed_at") if body.get(name) is not None]
+    return body | dict.fromkeys(times, created)
 
 
 def objects_at(body: Any, path: Seq[Any]) -> Iterator[dict]:

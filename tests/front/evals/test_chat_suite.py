@@ -146,7 +146,7 @@ async def test_a_running_text_is_scored_in_fresh_rows(scorer, base, tmp_path):
 
 async def test_unusable_texts_are_one_line(scorer, base, tmp_path):
     """So are texts that are not there."""
-    with pytest.raises(ConfigError, match=r"base_data_climbmix, .*base_data; in nanochat's checkout, `python -m nanochat.dataset -n 1` fetches it, or --text"):
+    with pytest.raises(ConfigError, match=r"base_data_climbmix, .*base_data; in nanochat's checkout, `python -m nanochat.dataset -n 1` fetches it, NANOCHAT_BASE_DIR names another base folder, or --text"):
         read_texts(None)
     for name, data, words in (("a.txt", b"", "no text"), ("b.txt", b"\xff\xfe\0", "not UTF-8"), ("c.jsonl", b"{", "line 1 is not JSON"),
                               ("d.jsonl", b"[1]", "is not a text"), ("e.jsonl", b"", "no texts"), ("f.parquet", b"PAR1", "cannot read|needs the Python package")):

@@ -14,6 +14,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
 from chatlm.common.messages.requests import Failed, Message, SamplingParams
+from chatlm.common.text import grammar as grammar_module
 from chatlm.common.text.grammar import GRAMMAR_LIMITS, check_grammar, json_grammar
 from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.fields import parse_fields
@@ -475,7 +476,7 @@ def test_an_unfulfillable_schema_is_an_error(engine):
 
 
 def test_without_the_library_it_is_a_clear_400(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr(grammar_module, "has_llguidance", lambda: False)
     with pytest.raises(RequestError, match="llguidance is not installed") as refused:
         parse_fields({"messages": [1], "response_format": {"type": "json_object"}}, OPENAI_FIELDS)
     assert refused.value.code == "unsupported_response_format"
