@@ -244,7 +244,7 @@ const sourceOf = ({filename, page, heading}) => [filename, page ? TEXT.onPage(pa
 const sourcesOf = ({knowledge}) => (knowledge?.passages ?? []).map(passage => `[${passage.index}] ${sourceOf(passage)}`);
 
 async function openPassage(passage) {
-  const {vector_store_id: store, file_id: file, filename, page, heading, start} = passage, body = $("passage-text");
+  const {vector_store_id: store, file_id: file, start} = passage, body = $("passage-text");
   setText($("passage-title"), sourceOf(passage));
   body.replaceChildren();
   $("passage-dialog").showModal();

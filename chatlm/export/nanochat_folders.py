@@ -42,7 +42,8 @@ def with_own_code(stored: CheckpointModel, added: Mapping[str, list[Change | Cop
                   dtype: str | None) -> HubModel:
     """A checkpoint of any generation, exactly. `added`: what adapters change."""
     number = nanochat_generation(stored.state)
-    config = types_of(stored, dtype) | sizes_of(stored.model) | {
+    config = sizes_of(stored.model) | {
+        "dtype": dtype or widest(stored.state.values()),
         "architectures": ["NanochatGenerationsForCausalLM"], "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE} | features_of(stored.model, number)
     notes = (NO_SMEAR_ELSEWHERE,) if config["smear_channels"] else ()
@@ -60,15 +61,12 @@ def as_transformers_own(stored: CheckpointModel, added: Mapping[str, list[Change
                           f"generation {number}, which it cannot compute. --format hf can hold it, with "
                           "code of its own")
     base = rope_base(stored.model)
-    config = types_of(stored, dtype) | sizes_of(stored.model) | {
+    config = sizes_of(stored.model) | {
+        "dtype": dtype or widest(stored.state.values()),
         "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return HubModel(config, weights_of(stored, added, dtype), stored.tokenizer,
                     notes=(UNROUNDED + difference(), *notes_on_versions(config)))
-
-
-def types_of(stored: CheckpointModel, dtype: str | None) -> dict[str, Any]:
-    return {"dtype": dtype or widest(stored.state.values())}
 
 
 def widest(tensors: Iterable[numpy.ndarray]) -> str:

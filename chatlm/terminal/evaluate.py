@@ -36,8 +36,7 @@ from chatlm.terminal.remote_streams import refusal, strict_object, whole_body
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.front.evals.scores import Scorer
-    from chatlm.terminal.programs import Programs
-from chatlm.terminal.remote import Pool
+    from chatlm.terminal.remote import Pool
 
 
 class RemoteScorer:
@@ -254,22 +253,11 @@ async def evaluate(settings: Settings) -> int:
     for name, suites in (("text", ("bpb",)), ("confirm_run_unsafe_code", ("chat", HUMANEVAL))):
         if getattr(settings, name) and settings.suite not in suites:
             raise ConfigError(f"--{name.replace('_', '-')} is for --suite {' and '.join(suites)}")
-    what = None
     entries = settings.several or (ModelEntry(""),)
-    texts: list[Texts] = []
-    if settings.suite == "bpb":
-        texts = [read_texts(settings.text, checkpoint_of(settings, entry)) for entry in entries]
-        what = texts[0]
-    elif settings.suite == "chat":
-        what = chat_suite(settings.confirm_run_unsafe_code)
-    elif settings.suite == HUMANEVAL:
-        what = published_suite(settings.confirm_run_unsafe_code)
-    elif settings.suite != "sample":
-        what = read_suite(settings.suite)
-    folder = results_folder(settings.results) if what else None
-    for index, entry in enumerate(entries):
+    wanted = wanted_of(settings, settings.suite, entries)
+    folder = results_folder(settings.results) if wanted[0] else None
+    for entry, what in zip(entries, wanted):
         one_model = replace(settings, model=entry.path or None, several=())
-        what = texts[index] if texts else what
         async with open_scorer(one_model) as (scorer, pool):
             name = entry.path or pool.model_name
             if what is None or folder is None:
@@ -290,6 +278,20 @@ async def evaluate(settings: Settings) -> int:
                 kept.close()
         show(name, pool.checkpoint, what, found, settings)
     return 0
+
+
+def wanted_of(settings: Settings, suite: str, entries: Seq[ModelEntry]) -> Seq[Suite | Texts | None]:
+    """What each entry is evaluated on: tasks, or texts for bits per byte, which a checkpoint may have of its
+    own; None for samples."""
+    if suite == "bpb":
+        return [read_texts(settings.text, checkpoint_of(settings, entry)) for entry in entries]
+    if suite == "chat":
+        tasks = chat_suite(settings.confirm_run_unsafe_code)
+    elif suite == HUMANEVAL:
+        tasks = published_suite(settings.confirm_run_unsafe_code)
+    else:
+        tasks = None if suite == "sample" else read_suite(suite)
+    return [tasks] * len(entries)
 
 
 def checkpoint_of(settings: Settings, entry: ModelEntry) -> Path | None:

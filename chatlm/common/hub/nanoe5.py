@@ -13,11 +13,21 @@ from typing import Any, NamedTuple
 
 MAGIC = b"E5S1"
 ALIGNED = 32                # of each tensor in a GGUF file, in bytes
-U32, F32, BOOL, STRING, ARRAY, I32 = 4, 6, 7, 8, 9, 5  # GGUF's numbers of types
+# GGUF's numbers of types
+U32 = 4
+I32 = 5
+F32 = 6
+BOOL = 7
+STRING = 8
+ARRAY = 9
 PACKED = {U32: "<I", F32: "<f", BOOL: "<?", I32: "<i"}
 FLOATS, Q4_0 = 0, 2         # GGUF's numbers of formats, of F32 and of Q4_0
 Q4_0_BYTES = 18             # of 32 weights
-NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5  # kinds of tokens
+# kinds of tokens
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+UNUSED = 5
 MEAN = 1                    # how vectors are pooled
 # a tensor of a layer: its name in GGUF, and here
 MATRICES = (("attn_q", "q"), ("attn_k", "k"), ("attn_v", "v"), ("attn_output", "ao"), ("ffn_up", "fi"),
@@ -130,8 +140,8 @@ def vocabulary_of(reader: Reader, size: int, kinds: int) -> Iterable[bytes]:
     unused = range(size - count)
     tokens = [pieces[first:last] for first, last in zip(places, places[1:])]
     tokens += [f"[PAD{number}]".encode() for number in unused]
-    types = [CONTROL if token in (begin, end, padding) else UNKNOWN if token == unknown else NORMAL
-             for token in range(count)]
+    special = {unknown: UNKNOWN, begin: CONTROL, end: CONTROL, padding: CONTROL}
+    types = [special.get(token, NORMAL) for token in range(count)]
     yield key("tokenizer.ggml.model", STRING, "t5")
     yield key("tokenizer.ggml.pre", STRING, "default")
     yield list_key("tokenizer.ggml.tokens", STRING, tokens)

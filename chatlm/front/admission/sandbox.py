@@ -83,7 +83,7 @@ class Sandbox:
         config: of the model that the task is for. ticket: of `bodies`, if other tasks are about them too."""
         give_back = await self.turns.take(client)
         task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
-        return await self.run(give_back, config, task, bodies)
+        return await self.run_to_end(give_back, config, task, bodies)
 
     async def forget(self, ticket: int):
         """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
@@ -92,10 +92,10 @@ class Sandbox:
             give_back()
             return
         config = self.configs[-1]  # of the task that was about this body; any that the process has would do
-        await self.run(give_back, config, SandboxTask("forget", [], config.number), ())
+        await self.run_to_end(give_back, config, SandboxTask("forget", [], config.number), ())
 
-    async def run(self, give_back: Callable[[], None], config: SandboxConfig, task: SandboxTask,
-                   bodies: Seq[bytes | bytearray]):
+    async def run_to_end(self, give_back: Callable[[], None], config: SandboxConfig, task: SandboxTask,
+                         bodies: Seq[bytes | bytearray]):
         """Run a task for whoever has taken the turn, and give the turn back."""
         # the exchange continues even if its client leaves
         exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
@@ -232,7 +232,7 @@ class Sandboxes:
             self.idle.append(sandbox)
             give_back()
         task = SandboxTask(name, [*arguments], config.number)
-        return await sandbox.run(give_all_back, config, task, bodies)
+        return await sandbox.run_to_end(give_all_back, config, task, bodies)
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.all))

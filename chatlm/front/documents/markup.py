@@ -35,8 +35,8 @@ def to_markdown(html: str, reading: Reading, place: str = "") -> str:
     """HTML as Markdown. place: where in its document it is."""
     parse = library("bs4", "HTML").BeautifulSoup
     html = MARKS.sub("", re.sub(r"^\s*<\?xml[^>]*>", "", html))
-    soup = seen(parse(html, "lxml"))
-    whole = seen(parse(html, "html.parser"))
+    soup = without_hidden(parse(html, "lxml"))
+    whole = without_hidden(parse(html, "html.parser"))
     if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # lxml stops where elements nest 256 times
         soup = whole
     if pictures := sum(map(is_picture, soup(["img", "canvas"]))):
@@ -56,7 +56,7 @@ def is_picture(element: Any) -> bool:
     return not {str(element.get(side, "")).strip() for side in ("width", "height")} & {"0", "1"}
 
 
-def seen(soup: Any) -> Any:
+def without_hidden(soup: Any) -> Any:
     """A document without what its reader does not see."""
     for hidden in soup(list(UNSEEN)):
         hidden.decompose()
@@ -218,5 +218,7 @@ def apart(element: Any, text: str) -> str:
 def beside(element: Any, side: str) -> str:
     """The text beside an element."""
     neighbour = getattr(element, side)
-    return "" if neighbour is None else neighbour.get_text()[:1] if side == "next_sibling" else (
-        neighbour.get_text()[-1:])
+    if neighbour is None:
+        return ""
+    text = neighbour.get_text()
+    return text[:1] if side == "next_sibling" else text[-1:]

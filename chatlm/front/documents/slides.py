@@ -114,7 +114,9 @@ def text_of_paragraph(paragraph: Any) -> str:
 
 def sign_of(height: str) -> int:
     number = height.rstrip("%")
-    return 0 if number in ("", "0") else -1 if number.startswith("-") else 1
+    if number in ("", "0"):
+        return 0
+    return -1 if number.startswith("-") else 1
 
 
 def with_scripts(runs: list[tuple[str, int]]) -> str:

@@ -162,8 +162,8 @@ def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
 def read_hf_model(source: ModelSource, settings: Settings) -> StoredModel:
     """The model of a Hugging Face folder: one of nanochat's, or one of a family in the table."""
     refuse_links_out(source.path)
-    if read_json(source.path / "config.json").get("model_type") == "nanochat_generations":
-        from chatlm.worker.weights.formats.nanochat.folder import read_nanochat_folder
+    from chatlm.worker.weights.formats.nanochat.folder import MODEL_TYPE, read_nanochat_folder
+    if read_json(source.path / "config.json").get("model_type") == MODEL_TYPE:
         return read_nanochat_folder(source, settings)
     from chatlm.worker.weights.formats.folder.model import read_folder_model
     return read_folder_model(source, settings)
