@@ -199,12 +199,13 @@ async function describeServer(isMine) {
   const [models, stats] = await Promise.all([jsonOf(request("v1/models", options)), jsonOf(request("stats", options))]);
   if (!isMine()) return;
   if (models ?? stats) state.refusedKey = null;
-  Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
   if (isNews()) state.models = listedModels(models);
   useModel(stats, Boolean(models?.data));
+  if (keepsChats()) await Parts.need("sync");           // when the page says that it is ready, its menu is whole
+  if (!isMine()) return;
+  Object.assign(state, {phase: state.refusedKey === key ? "locked" : "ready", loading: {stage: "", fraction: null}, reached: home});
   Page.render();
   if (state.phase === "ready") waiting.splice(0).forEach(resolve => resolve());
-  if (keepsChats()) Parts.need("sync");
 }
 
 // Whether the server that this page came from keeps chats.
