@@ -31,11 +31,12 @@ const isCall = record({id: isText, name: isText, arguments: isText, result: mayL
   about: mayLack(isText), digest: mayLack(isText), begun: mayLack(isTime), ms: mayLack(Number.isFinite), cut: mayLack(isCount), images: mayLack(listOf(isImage))});
 const isPassage = record({index: isCount, vector_store_id: isText, file_id: isText, filename: isText, page: mayLack(isCount), heading: mayLack(isText), start: isCount});
 const isKnowledge = record({read: mayLack(isCount), of: mayLack(isCount), passages: mayLack(listOf(isPassage)), text: mayLack(isText)});
+const isSearch = record({max_num_results: mayLack(isCount), score_threshold: mayLack(Number.isFinite)});
 const areNamed = listOf(record({id: isText, name: isText}));
 
 // A field is for all, unless it is of one place: `here` stays in this browser, `meanwhile` lasts until an answer has ended. Neither is exported.
 const ALL = {
-  conversations: {title: isText, created: isTime, updated: isTime, pinned: isSwitch, system: isText, parameters: areParameters, model: isText, inTurns: isSwitch, project: isText, stores: areNamed, leaf: isText},
+  conversations: {title: isText, created: isTime, updated: isTime, pinned: isSwitch, system: isText, parameters: areParameters, model: isText, inTurns: isSwitch, project: isText, stores: areNamed, search: isSearch, leaf: isText},
   nodes: {role: value => value === "user" || value === "assistant", content: isText, created: isTime, reasoning: isText, thought: Number.isFinite, model: isText, weights: isText, system: isText,
     parameters: areParameters, seed: isInteger, prefix: listOf(isCount), ids: listOf(isCount), continued: isSwitch, edited: isSwitch, calls: listOf(isCall), calculator: value => Calculator.areCalculations(value),
     timings: areTimings, note: isText, error: isText, remedy: isText, attachments: listOf(record({name: isText, at: isCount, length: isCount})), pictures: listOf(record({name: isText, picture: isPicture})),

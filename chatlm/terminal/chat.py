@@ -553,6 +553,10 @@ class Chat:
         """/know FOLDER: ask its documents; also NAME, off; alone: list collections"""
         await self.knowing.take(value)
 
+    async def slash_passages(self, value: str):
+        """/passages N [LEAST]: read so many of a collection at most; also off"""
+        self.knowing.limit(value)
+
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
         stats = await self.pool.get("stats") if isinstance(self.pool, RemotePool) else self.pool.stats()

@@ -1,4 +1,5 @@
-"""Collections of documents (vector stores) that a chat with a server at --url asks: the command /know."""
+"""Collections of documents (vector stores) that a chat with a server at --url asks: the commands /know and
+/passages."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from urllib.parse import quote
 import aiohttp
 
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
+from chatlm.front.api.knowledge_fields import MOST_RESULTS
 from chatlm.front.knowledge.folder_files import Found, Gone, look, read
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.remote_streams import object_in, refusal, strict_object, whole_body
@@ -33,13 +35,12 @@ class Knowing:
         self.pool = pool
         self.note = note
         self.asked: dict[str, str] = {}  # names of the collections that are asked, by their ids
+        self.search: dict[str, float] = {}  # max_num_results and score_threshold, if the user has set them
 
     async def take(self, value: str):
         """Do what follows /know: a folder, the name of a collection, `off`, or nothing. Raises ValueError or
         ChatServerError if that cannot be done."""
-        if not isinstance(self.pool, RemotePool):
-            raise ValueError("collections are kept by a server with --database and --embedder: "
-                             "`chat --url` talks to one")
+        pool = self._remote
         if value == "off":
             self.asked.clear()
         elif value and Path(value).expanduser().is_dir():
@@ -54,10 +55,38 @@ class Knowing:
         else:
             for store in await self._rows("v1/vector_stores"):
                 self.note(f"{'*' if store['id'] in self.asked else ' '} {store['name']}: {counts_of(store)}")
-        self.pool.knowledge = wanted(self.asked)
+        pool.knowledge = wanted(self.asked, self.search)
         names = ", ".join(self.asked.values())
         self.note(f"The chat asks {names}; /know off ends that." if names else
                   "The chat asks no collection: /know FOLDER or /know NAME")
+
+    def limit(self, value: str):
+        """Do what follows /passages: how many at most, and perhaps their least score; `off`; or nothing.
+        Raises ValueError if that cannot be done."""
+        pool = self._remote
+        most, _, least = value.partition(" ")
+        if value == "off":
+            self.search = {}
+        elif value:
+            if not most.isdecimal() or not 1 <= int(most) <= MOST_RESULTS or least and not is_share(least):
+                raise ValueError(f"/passages N, from 1 to {MOST_RESULTS}; /passages N LEAST, a score from 0 "
+                                 "to 1; /passages off")
+            self.search = {"max_num_results": int(most)}
+            if least:
+                self.search["score_threshold"] = float(least)
+        pool.knowledge = wanted(self.asked, self.search)
+        if self.search:
+            scored = f" with a score of at least {self.search.get('score_threshold', 0):g}"
+            self.note(f"Of collections at most {self.search['max_num_results']} passages{scored} are read.")
+        else:
+            self.note("Of collections as many passages are read as are worth it.")
+
+    @property
+    def _remote(self) -> RemotePool:
+        if not isinstance(self.pool, RemotePool):
+            raise ValueError("collections are kept by a server with --database and --embedder: "
+                             "`chat --url` talks to one")
+        return self.pool
 
     async def _with_files(self, folder: Path) -> dict:
         """The collection with the folder's name, which then has its files as they are now."""
@@ -125,9 +154,17 @@ class Knowing:
         return found
 
 
-def wanted(asked: dict[str, str]) -> dict:
+def wanted(asked: dict[str, str], search: dict[str, float]) -> dict:
     """The member `knowledge` of a body, which is what the page sends too; {} where nothing is asked."""
-    return {"knowledge": {"stores": [*asked]}} if asked else {}
+    return {"knowledge": {"stores": [*asked], **search}} if asked else {}
+
+
+def is_share(text: str) -> bool:
+    """Is it a number from 0 to 1?"""
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def counts_of(store: dict) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from chatlm.terminal.knowing import wanted
-from browsing import button, expect, menu, needs_browser, open_page
+from browsing import ask, button, expect, menu, needs_browser, open_page, reload
 from real_server import server
 
 pytestmark = [needs_browser, pytest.mark.timeout(600)]
@@ -109,7 +109,7 @@ def test_a_chat_asks_the_collection_that_a_hash_chose_and_shows_its_passages(pag
     sent = asked.value.post_data_json["knowledge"]
     assert [*sent] == ["stores", "return_text"] and len(sent["stores"]) == 1
     expect(page.get_by_text("1 of 40 parts were read")).to_be_visible(timeout=60_000)
-    assert asked.value.post_data_json["knowledge"] == wanted({sent["stores"][0]: "manuals"})["knowledge"] | {"return_text": True}      # the page asks again; the terminal does not
+    assert asked.value.post_data_json["knowledge"] == wanted({sent["stores"][0]: "manuals"}, {})["knowledge"] | {"return_text": True}      # the page asks again; the terminal does not
     both = page.get_by_role("button", name="Passage 1, pump.md")
     expect(both).to_have_count(2)       # in the text, and below it; not in code, nor a number without passage
     expect(page.get_by_text("With water [1], not [7] or a[1].")).to_be_visible()
@@ -120,6 +120,31 @@ def test_a_chat_asks_the_collection_that_a_hash_chose_and_shows_its_passages(pag
     button(dialog, "Done").click()
     button(page, "Do not ask manuals").click()
     expect(button(page, "Do not ask manuals")).to_have_count(0)
+
+
+def test_a_chat_says_how_many_passages_it_reads(page, knowing):
+    answered(page, knowing)
+    made(page, "few")
+    dialog = opened(page)
+    dialog.get_by_text("How many passages this chat reads").click()
+    dialog.get_by_label("Passages at most").fill("3")
+    dialog.get_by_label("Least score").fill("0.25")
+    button(dialog, "Done").click()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        ask(page, "What of the pump?")
+    knowledge = asked.value.post_data_json["knowledge"]
+    assert knowledge == wanted(dict.fromkeys(knowledge["stores"]), {"max_num_results": 3, "score_threshold": 0.25})["knowledge"] | {"return_text": True}
+    expect(page.get_by_text("1 of 40 parts were read")).to_be_visible(timeout=60_000)
+    reload(page)
+    dialog = opened(page)
+    dialog.get_by_text("How many passages this chat reads").click()
+    expect(dialog.get_by_label("Passages at most")).to_have_value("3")
+    dialog.get_by_label("Passages at most").fill("99")
+    dialog.get_by_label("Least score").fill("")
+    assert page.evaluate("Chat.current.search") == {"max_num_results": 3, "score_threshold": 0.25}      # a wrong number changes nothing
+    dialog.get_by_label("Passages at most").fill("")
+    dialog.get_by_label("Passages at most").press("Tab")
+    assert page.evaluate("Chat.current.search") == {}
 
 
 def made(page, name):

@@ -23,7 +23,7 @@ GOOD = {
     "knowledge": {"mode": "auto", "read": 1, "of": 4, "words_only": False, "text": "read", "passages": [PASSAGE]}, "timings": {"ttft_ms": 3.5, "finish_reason": "length", "gpu": 0, "measured": None, "drafts": {"ngram": {"drafted": 5, "accepted": 3}}},
     "parameters": {"temperature": 0.5, "stop": ["x"], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "json_object"}, "reasoning_effort": "low"},
     "attachments": [{"name": "a.txt", "at": 3, "length": 9}], "pictures": [{"name": "p.png", "picture": PIXEL}], "stream": {"id": "0" * 32, "next": 4, "begin": 2}, "earlier": {"completion_tokens": 3},
-    "ids": [1, 2], "prefix": [0], "seed": 7, "thought": 300, "remedy": "key", "created": 1e12, "updated": 1e12, "role": "user", "files": [{"name": "a", "text": "b"}], "stores": [{"id": "vs", "name": "n"}], "tools": ["f"],
+    "ids": [1, 2], "prefix": [0], "seed": 7, "thought": 300, "remedy": "key", "created": 1e12, "updated": 1e12, "role": "user", "files": [{"name": "a", "text": "b"}], "stores": [{"id": "vs", "name": "n"}], "search": {"max_num_results": 3, "score_threshold": 0.5}, "tools": ["f"],
     "project": "0" * 32, "pinned": True, "inTurns": False, "continued": True, "edited": True, "starter": False}
 TEXTS = ["content", "reasoning", "model", "weights", "system", "note", "error", "ended", "title", "name", "prompt", "text"]
 GOOD |= dict.fromkeys(TEXTS, "text")

@@ -24,6 +24,10 @@ def url(tmp_path_factory, nanochat_fixtures, default_embedder_path):
         yield at
 
 
+class Passages(str):
+    """What follows /passages."""
+
+
 async def told(url, *values):
     """What /know says, what requests then have, and the collections that the server has."""
     lines = []
@@ -32,7 +36,10 @@ async def told(url, *values):
     try:
         knowing = Knowing(pool, lines.append)
         for value in values:
-            await knowing.take(str(value))
+            if isinstance(value, Passages):
+                knowing.limit(value)
+            else:
+                await knowing.take(str(value))
         request = new_request(Settings(), messages=(Message("user", "Hi"),))
         bodies = [body.get("knowledge") for _, body in pool._routes(request)]
         rows = await knowing._rows("v1/vector_stores")
@@ -70,6 +77,17 @@ async def test_names_off_and_what_is_wrong(url, tmp_path):
         await told(url, "manual")
     with pytest.raises(ValueError, match="`chat --url` talks to one"):
         await Knowing(FakePool(), print).take("manuals")
+
+
+async def test_how_many_passages_are_read(url):
+    said, bodies, stores, _ = await told(url, "manuals", Passages("3 0.25"))
+    assert bodies == [{"stores": [stores["manuals"]], "max_num_results": 3, "score_threshold": 0.25}] * 2
+    assert said.endswith("at most 3 passages with a score of at least 0.25 are read.")
+    said, bodies, _, _ = await told(url, Passages("7"), "manuals", Passages("off"), Passages(""))
+    assert bodies == [{"stores": [stores["manuals"]]}] * 2 and said.endswith("as many passages are read as are worth it.")
+    for wrong in ("0", "51", "x", "3 2", "3 x", "-1", "0.5"):
+        with pytest.raises(ValueError, match="/passages N, from 1 to 50"):
+            await told(url, Passages(wrong))
 
 
 async def test_a_folder_called_as_a_followed_one_makes_its_own(url, tmp_path):

@@ -432,7 +432,7 @@ NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
     "drafted_tokens", "accepted_tokens", *(f"{name}_{source}" for source in DRAFT_SOURCES
                                            for name in ("drafted", "accepted")),
-    "memory_used", "memory_total", "restored_tokens", "restored_bytes",
+    "memory_used", "memory_total", "prompt_token_s", "restored_tokens", "restored_bytes",
     "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 

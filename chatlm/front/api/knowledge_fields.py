@@ -10,6 +10,8 @@ MOST_FILES = 500        # of a new store
 MOST_OF_BATCH = 2_000
 MOST_RESULTS = 50
 LEAST_CHUNK, MOST_CHUNK = 100, 4096  # of a passage of a static strategy
+RESULTS = {"type": "integer", "minimum": 1, "maximum": MOST_RESULTS}
+SCORE = {"type": "number", "minimum": 0, "maximum": 1}
 A_NAME = {"type": "string", "maxLength": 256}
 ATTRIBUTES_SCHEMA = {
     "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
@@ -56,7 +58,7 @@ QUERY = FieldType("a string, or a list of 1 to 8 strings", {"anyOf": [
 RANKING = FieldType(
     'an object with a ranker ("none", "auto" or "default-2024-11-15") and a score_threshold from 0 to 1',
     object_schema([], ranker={"enum": ["none", "auto", "default-2024-11-15"]},
-                  score_threshold={"type": "number", "minimum": 0, "maximum": 1}))
+                  score_threshold=SCORE))
 WEIGHT = {"type": "number", "minimum": 0}
 RANKING_OF_TOOL = FieldType(
     RANKING.allowed + ", and perhaps hybrid_search, an object with an embedding_weight and a text_weight of "
@@ -69,19 +71,23 @@ FILTERS = FieldType('an object, {"type": "eq" and so on, "key", "value"}, or {"t
 MOST_STORES = 8
 KNOWLEDGE_TYPE = FieldType(
     f'an object with stores, a list of 1 to {MOST_STORES} ids of vector stores, and perhaps a mode: "auto", '
-    '"search" or "whole", and return_text, a boolean',
+    f'"search" or "whole", max_num_results, from 1 to {MOST_RESULTS}, score_threshold, from 0 to 1, and '
+    "return_text, a boolean",
     object_schema(["stores"], stores=list_schema(A_TEXT, minItems=1, maxItems=MOST_STORES),
-                  mode={"enum": ["auto", "search", "whole", None]}, return_text={"type": "boolean"}))
+                  mode={"enum": ["auto", "search", "whole", None]}, return_text={"type": "boolean"},
+                  max_num_results=RESULTS, score_threshold=SCORE))
 KNOWLEDGE_OF_CHAT = Field(
     "knowledge", KNOWLEDGE_TYPE, "vector stores that the answer is to be found in. The model reads the "
-    "passages that fit the last question (search), or all of them (whole); auto is whole if that fits")
+    "passages that fit the last question (search), or all of them (whole); auto is whole if that fits and is "
+    "read fast. By default it reads as many passages as are worth it")
 # of the tool file_search
 SEARCHED_STORES = Field(
     "vector_store_ids", FieldType(f"a list of 1 to {MOST_STORES} ids of vector stores",
                                   list_schema(A_TEXT, minItems=1, maxItems=MOST_STORES)),
     "what is searched", required=True)
 FILE_SEARCH_OPTIONS = (
-    SEARCHED_STORES, Field("max_num_results", FieldType("an integer", {"type": "integer"}), "passages (8)", 1,
+    SEARCHED_STORES, Field("max_num_results", FieldType("an integer", {"type": "integer"}),
+                           "passages (as many as are worth reading, at most 8)", 1,
                            MOST_RESULTS),
     Field("filters", FILTERS, "which files: by their attributes"),
     Field("ranking_options", RANKING_OF_TOOL, "as in a search; hybrid_search has the weights of what the "

@@ -168,6 +168,8 @@ SOME_PICTURES = Rule(f"a list of at most {MOST_PICTURES} of {{name, picture}}, a
                      "{name, file}", are_pictures, RECORD_BYTES)
 SOME_FILES = Rule("a list of {name, text}", list_of(with_members(name=is_text, text=is_text)), RECORD_BYTES)
 SOME_KNOWLEDGE = Rule("{read, of, passages}, as answers have it", is_knowledge, TEXT_BYTES)
+A_SEARCH = Rule("{max_num_results, score_threshold}", with_members(
+    max_num_results=may_lack(is_count), score_threshold=may_lack(is_number)), LINE_BYTES)
 SOME_TOOLS = Rule("a list of names", list_of(is_text), LINE_BYTES)
 SOME_STORES = Rule("a list of {id, name}", list_of(with_members(id=is_text, name=is_text)))
 # Those of static/fields.js: a page relies on what they are. A field that is not listed is not kept: `leaf`,
@@ -175,7 +177,7 @@ SOME_STORES = Rule("a list of {id, name}", list_of(with_members(id=is_text, name
 FIELDS: dict[str, dict[str, Rule]] = {
     CHAT: {"created": A_TIME, "updated": A_TIME, "title": A_LINE, "pinned": A_SWITCH, "system": A_TEXT,
            "parameters": SOME_PARAMETERS, "model": A_LINE, "inTurns": A_SWITCH, "project": AN_ID_RULE,
-           "stores": SOME_STORES},
+           "stores": SOME_STORES, "search": A_SEARCH},
     NODE: {"created": A_TIME, "conversation": AN_ID_RULE, "parent": AN_ID_RULE, "role": A_ROLE,
            "content": A_TEXT, "reasoning": A_TEXT, "model": A_LINE, "weights": A_LINE, "system": A_TEXT,
            "parameters": SOME_PARAMETERS, "seed": AN_INTEGER, "prefix": SOME_IDS, "ids": SOME_IDS,

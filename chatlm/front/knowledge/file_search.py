@@ -18,7 +18,7 @@ from chatlm.front.api.knowledge_fields import MOST_QUERIES, QUERIES
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.prompting import (
-    LEAST_TOKENS, MOST_PASSAGES, SHARE, GivenPassage, counter, each_once, fitting_parts, room_in,
+    LEAST_TOKENS, MOST_PASSAGES, SHARE, GivenPassage, counter, each_once, fitting_parts, least_score, room_in,
     sources_of, used_stores)
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
@@ -126,7 +126,8 @@ def terms_of(options: Mapping[str, Any]) -> Terms:
     """How an entry of `tools` wants the search to be done."""
     ranking = options.get("ranking_options", {})
     weights = ranking.get("hybrid_search") or {}
-    return Terms(options.get("max_num_results", MOST_PASSAGES), None, ranking.get("score_threshold", 0.0),
+    most = options.get("max_num_results")
+    return Terms(most or MOST_PASSAGES, None, least_score(most, ranking.get("score_threshold")),
                  ranking.get("ranker") != "none", weights.get("embedding_weight", 1.0),
                  weights.get("text_weight", 1.0))
 

@@ -40,11 +40,15 @@ Count = Callable[[str], int]  # the tokens of a text
 SHARE = 4                  # at most this part of the context, 1/4, is given to read
 ANSWER_SHARE = 8           # and this part stays free for the answer, unless max_tokens is less
 WHOLE_TOKENS = 8_000       # of whole documents, at most
+READ_S = 8.0               # and so many as are read within about this time, unless a number is asked for
+FAST_TOKENS = 256          # always
+USUAL_TOKENS = 1_024       # while it is not known how fast the model reads
 SEVERAL = 4                # an embedder may count so many times the tokens that a model does
 MOST_PASSAGES = 8
 LEAST_TOKENS = 32          # of a passage that is cut to fit
 FRAME_TOKENS = 48          # that a chat template may write around a text
 NAME_CHARACTERS = 200
+MEMBERS = "stores", "mode", "max_num_results", "score_threshold", "return_text"
 PASSAGES = ("Passages of documents, which may help to answer the question below. Cite a passage that you use "
             "by its number, like [1].")
 DOCUMENTS = ("Documents, which may help to answer questions. Their passages are numbered. Cite a passage "
@@ -110,9 +114,9 @@ class Prompting:
         asked = parsed.added.get("knowledge")
         if asked is None:
             return parsed
-        if others := [*asked.keys() - {"stores", "mode", "return_text"}]:
+        if others := [*asked.keys() - {*MEMBERS}]:
             raise invalid("knowledge", f"knowledge has no member {min(others)[:NAME_CHARACTERS]}, only "
-                                       "stores, mode and return_text")
+                                       f"{', '.join(MEMBERS)}")
         names = await self._stores(asked["stores"], caller)
         prompts = pool.admission.prompts
         request = parsed.request
@@ -120,13 +124,17 @@ class Prompting:
         assert prompts  # the body was read for a model that is known
         room = await room_in(request, messages, caller.client, prompts)
         mode = asked.get("mode") or "auto"
-        given = None if mode == "search" else await self._whole([*names], room, prompts, caller.client)
+        fast = min(room, read_in_time(pool.prompt_token_s))
+        most = min(WHOLE_TOKENS, room if mode == "whole" else fast)
+        given = None if mode == "search" else await self._whole([*names], most, prompts, caller.client)
         if mode == "whole" and given is None:
-            most = min(WHOLE_TOKENS, room)
             raise no_room("their whole documents have more", most)
         if given is None:
             asker = Asker(caller.client, caller.owner, request.low_priority, request.params.temporary)
-            given = await self._found([*names], messages, room, prompts, asker)
+            number = asked.get("max_num_results")
+            least = least_score(number, asked.get("score_threshold"))
+            terms = Terms(number or MOST_PASSAGES, threshold=least)
+            given = await self._found([*names], messages, room if number else fast, prompts, asker, terms)
         if not given.parts:
             await self._stores(asked["stores"], caller)  # perhaps one was deleted meanwhile
         if given.words_only:
@@ -143,9 +151,8 @@ class Prompting:
         return await self.store.run(partial(used_stores, wanted=wanted, owner=caller.texts,
                                             param="knowledge.stores"), client=caller.client)
 
-    async def _whole(self, numbers: Seq[int], room: int, prompts: PromptMaker, client: str) -> Given | None:
-        """All that stores have; None if that does not fit."""
-        most = min(WHOLE_TOKENS, room)
+    async def _whole(self, numbers: Seq[int], most: int, prompts: PromptMaker, client: str) -> Given | None:
+        """All that stores have; None if these are more than so many tokens."""
         hits = await self.search.whole(numbers, SEVERAL * WHOLE_TOKENS, client)
         if hits is None:
             return None
@@ -158,13 +165,13 @@ class Prompting:
         return Given("whole", parts, len(parts)) if is_whole else None
 
     async def _found(self, numbers: Seq[int], messages: Seq[Message], room: int, prompts: PromptMaker,
-                     asker: Asker) -> Given:
+                     asker: Asker, terms: Terms) -> Given:
         """The passages that fit the last question, or this after the one before it."""
         questions = questions_in(messages)
         if not questions:
             raise invalid("messages", "knowledge is searched for the last question, but no message of the "
                                       "user has a text")
-        found = await self.search.find(numbers, questions, asker, Terms(MOST_PASSAGES))
+        found = await self.search.find(numbers, questions, asker, terms)
         hits = each_once(found.hits)
         parts = await prompts.run(lambda: fitting_parts(hits, room, counter(prompts)),
                                   sum(len(hit.text) for hit in hits))
@@ -187,6 +194,20 @@ def used_stores(connection: sqlite3.Connection, wanted: Seq[str], owner: str, pa
         stores.note_use(connection, store, now)
         found[store.number] = store.id
     return dict(sorted(found.items()))
+
+
+def read_in_time(token_s: float) -> int:
+    """How many tokens a model reads in about READ_S. token_s: how long it takes for one; 0.0: not known. It
+    is a power of two, so that the same question gets the same passages although measured times differ."""
+    if not token_s:
+        return USUAL_TOKENS
+    return max(FAST_TOKENS, 2 ** round(math.log2(READ_S / token_s)))
+
+
+def least_score(most: int | None, threshold: float | None) -> float | None:
+    """`Terms.threshold` for a client that has asked for so many passages and a threshold, or for neither
+    (None): then it is given those that are worth reading."""
+    return threshold if threshold is not None or not most else 0.0
 
 
 def counter(prompts: PromptMaker) -> Count:

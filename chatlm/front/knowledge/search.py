@@ -43,6 +43,7 @@ RERANKED = 30     # passages that a reranker reads
 RERANK_S = 5.0    # and the longest that it is waited for
 SEARCH_READ_S = 5.0  # the longest that the database is read at a time
 MOST_WHOLE = 2_000   # passages that are given to read as a whole
+FEW = 8           # of so few passages none is left out
 CHECKED_FILES = 64   # between two looks at the time, while files are filtered
 LISTED_CHARACTERS = 4 << 20  # of attributes, as JSON, that are kept in memory: they take five times as much
 ROW_CHARACTERS = 40          # that a file counts besides these
@@ -78,7 +79,7 @@ class Terms(NamedTuple):
 
     limit: int = 10
     filter: Filter | None = None
-    threshold: float = 0.0       # hits have at least this score
+    threshold: float | None = 0.0  # hits have at least this score; None: those that are worth reading
     rerank: bool = True
     vector_weight: float = 1.0   # of the two lists, when they are joined
     words_weight: float = 1.0
@@ -222,7 +223,10 @@ class Search:
         if reranker and order:
             reranked = await self._reranked(order[:max(RERANKED, terms.limit)], questions, asker)
         hits = reranked or [row.hit(scores[row.passage]) for row in order]
-        hits = [hit for hit in hits if hit.score >= terms.threshold][:terms.limit]
+        if terms.threshold is None:
+            hits = hits[:terms.limit] if words_only else worth_reading(hits, terms.limit)
+        else:
+            hits = [hit for hit in hits if hit.score >= terms.threshold][:terms.limit]
         return Found(hits, words_only, reranked is not None, before.passages)
 
     async def whole(self, stores: Seq[int], most_tokens: int, client: str,
@@ -355,6 +359,18 @@ def whole_of(reading: Reading, stores: Seq[int], most_tokens: int, wanted: Filte
         hits += [Row(*row).hit(1.0) for row in connection.execute(
             f"{ROWS} AND p.file = ? ORDER BY p.place", (file.number,))]
     return hits
+
+
+def worth_reading(hits: Seq[Hit], limit: int) -> list[Hit]:
+    """Of so many hits the first, and those whose score is at least half way from a common one to the best:
+    from the middle one of the LISTED first hits, which hardly fits the question. So models read nothing that
+    is far less near, whatever an embedder's scores are like (bench/knowledge_quality.py measures it)."""
+    scores = sorted(hit.score for hit in hits[:LISTED])
+    if len(scores) <= FEW:
+        return [*hits[:limit]]
+    best = max(hit.score for hit in hits[:limit])
+    least = (scores[len(scores) // 2] + best) / 2
+    return [hit for index, hit in enumerate(hits[:limit]) if index == 0 or hit.score >= least]
 
 
 def join(lists: Seq[tuple[float, Seq[int]]],

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapter_folders import AdapterFiles, adapters_below, base_of, is_other_base
+from chatlm.common.hub.better import MEMORY_RATE
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
+from chatlm.front.pool.preferred import by_preference
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import shown_bytes
 from chatlm.front.pool.folder_scanner import FolderScanner
@@ -50,6 +52,13 @@ class FolderWatch:
             model = await self._resolve(entry, files)
             if model:
                 self.registry.add(model)
+
+    async def prefer(self):
+        """Sort the models, so that the best to chat with answers requests that name none. What is added
+        later comes after them: no request is answered by another model because of it."""
+        await asyncio.to_thread(MEMORY_RATE.measure)
+        mine = sorted(self._mine.values(), key=by_preference(MEMORY_RATE))
+        self.registry.models.sort(key=lambda model: mine.index(model) + 1 if model in mine else 0)
 
     async def run(self):
         await self.scanner.run(self.update)

@@ -133,6 +133,7 @@ class ManyModels:
         check_served(self.registry.models)
         if watch:
             watch.name_models()
+            await watch.prefer()
         for model in self.registry.models:
             self.serve(model)
         self.run("scheduling models", self.residency.run)

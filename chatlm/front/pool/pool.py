@@ -298,6 +298,11 @@ class WorkerPool:
         return self.supervisor.card.context_length
 
     @property
+    def prompt_token_s(self) -> float:
+        """How long a token of a prompt takes to read, on the slowest worker; 0.0 before any was measured."""
+        return max(worker.gauges["prompt_token_s"] or 0.0 for worker in self.workers)
+
+    @property
     def own_sampling(self) -> tuple[dict, str]:
         return self.supervisor.card.sampling, self.supervisor.card.sampling_origin
 

@@ -7,6 +7,8 @@ import urllib.request
 import openai
 import pytest
 
+from chatlm.front.knowledge.prompting import read_in_time
+from chatlm.front.knowledge.search import Hit, worth_reading
 from real_server import children_of_role, server
 from shared_servers import KEYS
 
@@ -73,6 +75,48 @@ def test_passages_are_searched_where_documents_do_not_fit(client, book):
     assert known["passages"][0]["start"] == BOOK.index(b"# Chapter 17\n")
 
 
+def test_as_many_passages_are_read_as_are_worth_it_or_as_are_asked_for(client, book):
+    store, _ = book
+    question = "To which island did 17 ships sail?"
+    worth = ask(client, [store], question, mode="search").knowledge["passages"]
+
+    def read(**search):
+        return ask(client, [store], question, extra_body={"knowledge": {"stores": [store], "mode": "search", **search}}).knowledge["passages"]
+    eight = read(score_threshold=0)
+    assert 1 <= len(worth) < len(eight) == 8
+    left_out = [each for each in eight if each["start"] not in {one["start"] for one in worth}]
+    assert max(each["score"] for each in left_out) < min(each["score"] for each in worth[1:] or worth)
+    assert read(max_num_results=8) == eight and len(read(max_num_results=12)) == 12
+    least = sorted(each["score"] for each in eight)[5]
+    assert [each["score"] >= least for each in read(score_threshold=least)] == [True] * 3
+    assert len(read(max_num_results=2, score_threshold=least)) == 2
+
+
+@pytest.mark.parametrize("scores, read", [
+    ([0.9, 0.8, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1], [0, 1]),
+    ([0.3, 0.9, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1], [0, 1]),               # the first by ranks stays
+    ([0.89, 0.88, 0.81, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8], [0, 1]),            # an embedder that finds all alike
+    ([0.5] * 20, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ([0.9, 0.1, 0.1], [0, 1, 2]),                                          # there are so few that all are read
+    ([], []),
+])
+def test_what_is_far_less_near_than_the_best_is_not_worth_reading(scores, read):
+    hits = [Hit(number, 1, "file-a", "a.md", {}, number, "", 0, None, "x", score) for number, score in enumerate(scores)]
+    assert [hit.passage for hit in worth_reading(hits, 8)] == read
+
+
+def test_the_budget_follows_the_speed_of_prompts_and_not_its_noise():
+    assert [read_in_time(each) for each in (0.0, 1e-6, 0.0005, 0.0108, 0.0204, 5.0)] == [1024, 2**23, 16384, 1024, 512, 256]
+    assert read_in_time(0.019) == read_in_time(0.021)
+
+
+def test_the_speed_of_prompts_is_measured(knowing_server, client, zoo):
+    ask(client, [zoo[0]], "What do cats eat?")
+    with urllib.request.urlopen(urllib.request.Request(knowing_server.url + "/stats", headers={"Authorization": f"Bearer {KEYS[0]}"})) as response:
+        workers = json.load(response)["workers"]
+    assert all(0 < worker["prompt_token_s"] < 1 for worker in workers)
+
+
 def test_a_question_that_follows_is_searched_with_the_one_before_it(client, book):
     store, _ = book
     known = ask(client, [store], "Tell me about chapter 17.", {"role": "assistant", "content": "Yes."},
@@ -134,7 +178,9 @@ def test_the_native_route_says_it_in_a_frame_of_its_own(client, zoo):
     ({"stores": ["a"] * 9}, 400, "1 to 8"),
     ({"stores": "vs_a"}, 400, "a list"),
     ({"stores": ["a"], "mode": "all"}, 400, '"auto"'),
-    ({"stores": ["a"], "mods": "whole"}, 400, "knowledge has no member mods, only stores, mode and return_text"),
+    ({"stores": ["a"], "mods": "whole"}, 400, "knowledge has no member mods, only stores, mode, max_num_results, score_threshold, return_text"),
+    ({"stores": ["a"], "max_num_results": 0}, 400, "max_num_results, from 1 to 50"),
+    ({"stores": ["a"], "score_threshold": 1.5}, 400, "score_threshold, from 0 to 1"),
     ([], 400, "knowledge"),
 ])
 def test_a_wrong_value_is_named(client, knowledge, status, why):

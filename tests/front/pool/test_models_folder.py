@@ -9,8 +9,10 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.hub.better import MemoryRate
 from chatlm.common.hub.folder import find_models, folders_below
 from chatlm.front.pool.many import FolderWatch, many_models
+from chatlm.front.pool.preferred import by_preference
 from fake_pool import serving
 from forked import DYING
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
@@ -88,6 +90,47 @@ async def test_latest_follows_the_steps_of_a_folder(start_folder, nanochat_fixtu
         await until(lambda: len(names()) == 2)
         await until(lambda: models.registry.find("d4@latest").name == f"nanochat-d4-sft@{step}")
         assert (await ask(client, url, "d4@latest"))[0] == 200
+
+
+async def test_the_best_model_to_chat_with_answers_where_none_is_named(start_folder, nanochat_fixtures, base_checkpoint, default_model_path, default_embedder_path,
+                                                                       client, tmp_path):
+    """Not the first by name: here that is one for vectors, then a base model and a smaller one. A later one changes nothing."""
+    folder = tmp_path / "models"
+    shutil.copytree(default_embedder_path, folder / "a-vectors")
+    shutil.copytree(base_checkpoint, folder / "b-base")
+    shutil.copytree(nanochat_fixtures / "gen5", folder / "c-small")
+    os.link(default_model_path, folder / "d-larger.gguf")
+    models = await start_folder()
+    assert [Path(model.entry.path).relative_to(folder).parts[0] for model in models.registry.models] == ["d-larger.gguf", "c-small", "b-base", "a-vectors"]
+    async with serving(models, models.settings) as url:
+        async def default():
+            async with client.get(url + "/v1/models") as response:
+                return [model["id"] for model in (await response.json())["data"] if model.get("default")]
+        assert await default() == ["d-larger"] and (await ask(client, url, ""))[1]["model"] == "d-larger"
+        os.link(default_model_path, folder / "a-later.gguf")
+        await until(lambda: len(models.registry.models) == 5)
+        assert await default() == ["d-larger"]
+        (folder / "d-larger.gguf").unlink()
+        models.find("d-larger").model.unload()
+        await until(lambda: len(models.registry.models) == 4)
+        assert (await ask(client, url, ""))[1]["model"] == models.find("").name == models.registry.models[0].name
+
+
+@pytest.mark.parametrize("rate, first", [(0.0, "32b"), (600e9, "32b"), (40e9, "1b"), (2e9, "1b")])
+async def test_a_model_that_is_too_slow_here_is_not_the_best(start_folder, tmp_path, rate, first):
+    """By the size of what a token reads: 32, 16 and 1 GB."""
+    folder = tmp_path / "models"
+    for name in ("16b", "1b", "32b"):
+        write_gguf(folder / f"{name}.gguf", random_llama(), LLAMA_NUMBERS)
+    models = (await start_folder()).registry.models
+    for model in models:
+        model.pool.memory.own_size = int(Path(model.entry.path).stem[:-1]) << 30
+    machine = MemoryRate()
+    machine.bytes_per_s = rate
+    ordered = [model.name for model in sorted(models, key=by_preference(machine))]
+    assert ordered[0] == first
+    if rate == 2e9:
+        assert ordered == ["1b", "16b", "32b"]      # all are slow
 
 
 async def test_a_replaced_file_stays_the_default(start_folder, nanochat_fixtures, client, tmp_path):
