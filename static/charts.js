@@ -10,7 +10,12 @@ const LOOKS = [{colour: "--accent", dash: []}, {colour: "--amber", dash: [6, 4]}
 
 const axisOf = more => ({stroke: () => resolved("--soft"), font: FONT, grid: {stroke: () => resolved("--line"), width: 1}, ticks: {show: false}, ...more});
 const sizeOf = box => ({width: box.clientWidth || 300, height: box.clientHeight || 120, legend: {show: false}, cursor: {show: false}});
-const axisOfValues = write => axisOf({size: (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length)), space: 34, values: (_, ticks) => ticks.map(write)});
+const axisOfValues = write => axisOf({size: (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length)), space: 34, values: (_, ticks) => labelled(ticks, write)});
+// No two labels are the same. `write` gets a value and the distance of two.
+function labelled(ticks, write) {
+  const texts = ticks.map(at => write(at, ticks[1] - ticks[0]));
+  return texts.map((text, i) => texts.indexOf(text) === i ? text : "");
+}
 const empty = lines => Array.from({length: 1 + lines}, () => []);
 
 // A chart over time in a `figure` with a caption and a box of the class "chart". `lines`: how many. Returns uPlot's object, whose `setData`
@@ -46,13 +51,13 @@ const AXIS_PX = 75;               // about the width of the axis of values and t
 function makeStepChart(box, {write, looks, onDraw}) {
   const line = ({colour, dash}) => ({stroke: () => resolved(colour), dash, width: 1.5, spanGaps: true, points: {show: false}});
   const widened = (_, low, high) => { const room = (high - low || Math.abs(high) || 1) / 8; return [low - room, high + room]; };
-  const {layout} = box.shown, isPlain = layout.isPlain;
+  const {layout, scales} = box.shown, isPlain = layout.isPlain;
   const places = isPlain ? {incrs: WHOLE, values: (_, ticks) => ticks.map(at => labelOf(box.shown.layout.parts[0], at))} :
     {splits: plot => ticksOf(plot, box.shown.layout).map(({at}) => at), values: plot => ticksOf(plot, box.shown.layout).map(({text}) => text)};
   return new uPlot({...sizeOf(box), padding: [isPlain ? 8 : 22, isPlain ? 28 : 8, 0, 0],
-    hooks: {drawClear: [plot => drawStages(plot, box.shown)], draw: [plot => drawMarks(plot, box.shown), onDraw]},
+    hooks: {drawClear: [plot => drawStages(plot, box.shown, write)], draw: [plot => drawMarks(plot, box.shown), onDraw]},
     scales: {x: {time: false, range: (plot, low, high) => isPlain ? widened(plot, low, high) : [0, 1]}, y: {range: widened}},
-    axes: [axisOf({size: 24, space: 90, ...places}), axisOfValues(write)], series: [{}, ...looks.map(look => line(LOOKS[look]))]}, empty(looks.length), box);
+    axes: [axisOf({size: 24, space: 90, ...places}), scales ? axisOf({size: 12, values: () => [], grid: {show: false}}) : axisOfValues(write)], series: [{}, ...looks.map(look => line(LOOKS[look]))]}, empty(looks.length), box);
 }
 
 // The labels below all parts of the axis. Where those of two parts would touch, the one that is not alone in its part goes.
@@ -89,15 +94,16 @@ function ticksIn(part, width) {
   return values.map(value => ({at: Curves.placeIn(part, value), text: labelOf(part, value)}));
 }
 
-// A band for each stage, with its name.
-function drawStages({ctx, bbox}, {layout}) {
+// A band for each stage, with its name; and with its highest and lowest value, where it has a scale of its own.
+function drawStages({ctx, bbox}, {layout, scales}, write) {
   if (layout.isPlain) return;
   const ratio = devicePixelRatio, left = place => bbox.left + place * bbox.width;
   ctx.save();
   ctx.font = FONT.replace("11", String(11 * ratio));
   ctx.textBaseline = "bottom";
   ctx.textAlign = "left";
-  for (const [i, {stage, by, from, width}] of layout.parts.entries()) {
+  for (const [i, part] of layout.parts.entries()) {
+    const {stage, by, from, width} = part;
     if (i % 2) {
       ctx.fillStyle = resolved("--sunken");
       ctx.fillRect(left(from), bbox.top, width * bbox.width, bbox.height);
@@ -105,6 +111,9 @@ function drawStages({ctx, bbox}, {layout}) {
     ctx.fillStyle = resolved("--soft");
     ctx.fillRect(left(from), bbox.top - 16 * ratio, ratio, bbox.height + 16 * ratio);
     ctx.fillText(by === "tokens" ? TEXT.stageByTokens(stage) : stage, left(from) + 5 * ratio, bbox.top - 3 * ratio);
+    const {low, high} = scales?.get(part) ?? {};
+    const ends = low < high ? [[high, bbox.top + 14 * ratio], [low, bbox.top + bbox.height - 2 * ratio]] : low === high ? [[low, bbox.top + bbox.height / 2 - 6 * ratio]] : [];
+    for (const [value, bottom] of ends) ctx.fillText(write(value), left(from) + 5 * ratio, bottom);
   }
   ctx.restore();
 }

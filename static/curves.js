@@ -1,13 +1,15 @@
 // Curves of training runs: where their steps lie along the axis, which curves a metric has, and what stands beside a step's value.
 //
 // The stages of a lineage lie one after the other, each with a scale of its own: it has far more steps in base than in RL. A curve is one metric
-// of one run, that is of one stage, so no line joins two stages. Two lineages share the scales, stage by stage.
+// of one run, that is of one stage, so no line joins two stages. Two lineages share the scales, stage by stage. Where one scale of values would
+// flatten the curves of a stage, since another stage has far other values, each stage has one of its own too.
 "use strict";
 
 const Curves = (() => {
 
 const STAGES = ["base", "mid", "sft", "chat", "rl"];     // in order of training
 const LEAST_SHARE = 0.35;         // of the widest stage's width, for a stage with few steps
+const FLAT = 0.25;                // of the chart's height, below which a stage's curves are flat
 const PAD = 0.07;                 // of a stage's width, before its first step and behind its last
 
 const placeOfStage = stage => STAGES.indexOf(stage) < 0 ? STAGES.length : STAGES.indexOf(stage);
@@ -41,7 +43,7 @@ function layOut(views, axis) {
     const part = byStage.get(stageOf(step)), value = part.by === "tokens" ? step.metrics.tokens : step.step;
     return isPlain ? value : placeIn(part, value);
   };
-  return {isPlain, parts, placeOf};
+  return {isPlain, parts, placeOf, partOf: step => byStage.get(stageOf(step))};
 }
 
 // Where a step or a number of tokens lies in a part, from 0 at the begin of the first part to 1 at the end of the last.
@@ -50,20 +52,33 @@ const placeIn = ({low, high, from, width}, value) => from + width * (high > low 
 // Can any part of the axis be drawn by tokens?
 const knowsTokens = views => layOut(views, "tokens").parts.some(({by}) => by === "tokens");
 
-// The curves of a metric: {points: [{step, x, y, look, isStale}], looks: a curve's look each, data: [places, values of a curve ...]}. `look`: of the first or the second view.
+// The curves of a metric: {points: [{step, x, y, value, look, isStale}], looks: a curve's look each, data: [places, heights of a curve ...], scales}.
+// `look`: of the first or the second view. `y` is the value, or with `scales`, {low, high} of each stage, its place between these from 0 to 1.
 function curvesOf(views, metric, layout) {
-  const points = [], looks = [], columns = [];
+  const points = [], looks = [], columns = [], scales = scalesOf(views.flat().filter(step => metricOf(step, metric) !== undefined), metric, layout);
+  const heightOf = (step, value) => {
+    const {low, high} = scales?.get(layout.partOf(step)) ?? {low: 0, high: 1};
+    return high > low ? (value - low) / (high - low) : 0.5;
+  };
   for (const [look, steps] of views.entries()) {
     const known = steps.filter(step => metricOf(step, metric) !== undefined);
     for (const run of unique(known.map(step => step.run))) {
-      const own = known.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: metricOf(step, metric), isStale: step.stale.includes(metric)}));
+      const own = known.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: heightOf(step, metricOf(step, metric)), value: metricOf(step, metric), isStale: step.stale.includes(metric)}));
       points.push(...own);
       looks.push(look);
       columns.push(new Map(own.map(({x, y}) => [x, y])));
     }
   }
   const places = unique(points.map(({x}) => x)).sort((a, b) => a - b);
-  return {points, looks, data: [places, ...columns.map(column => places.map(x => column.get(x) ?? null))]};
+  return {points, looks, data: [places, ...columns.map(column => places.map(x => column.get(x) ?? null))], scales};
+}
+
+// {low, high} of the values of each part, if in one scale those of a part would be flat; else null.
+function scalesOf(steps, metric, {parts, partOf}) {
+  const rangeOf = some => some.map(step => metricOf(step, metric)).reduce(({low, high}, value) => ({low: Math.min(low, value), high: Math.max(high, value)}), {low: Infinity, high: -Infinity});
+  const all = rangeOf(steps), scales = new Map(parts.map(part => [part, rangeOf(steps.filter(step => partOf(step) === part))]));
+  const isFlat = ({low, high}) => high > low && high - low < FLAT * (all.high - all.low);
+  return parts.length > 1 && [...scales.values()].some(isFlat) ? scales : null;
 }
 
 return Object.freeze({layOut, placeIn, knowsTokens, of: curvesOf, metricOf, placeOfStage});

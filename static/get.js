@@ -245,7 +245,7 @@ function renderGet() {
 
 Parts.register({
   strings: {
-    lookingNow: "Looking…", aboutBytes: size => `about ${size}`, seeFiles: "see its files", fitsBest: "fits best here", fitBestHere: "Fits best here", expected: speed => `about ${speed < 10 ? speed.toFixed(1) : number(Math.round(speed))} tok/s`,
+    lookingNow: "Looking…", aboutBytes: size => `about ${size}`, seeFiles: "see its files", fitsBest: "fits best here", fitBestHere: "Fits best here", expected: speed => `about ${Parts.roughly(speed)} tok/s`,
     dismissNamed: name => `Dismiss ${name}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
     isGated: "its makers ask for an agreement", partHere: size => `${size} of it are here`, partOnly: "a part of it is here",
     getAbout: ({memory, disk, models_disk: most}) => [`A model may take ${TEXT.bytes(memory)} of memory`, `${TEXT.bytes(disk)} are free on the disk`, most === null ? "" : `downloaded models may take ${TEXT.bytes(most)} (--models-disk)`].filter(Boolean).join(" · "),

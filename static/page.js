@@ -75,7 +75,7 @@ const offersBetter = () => Server.model.better !== undefined && !Settings.prefer
 function betterModel({better, betterSpeed}) {
   const name = better.split("/").at(-1).replace(/(-GGUF)?:.*/i, ""), done = act => () => { Settings.change({betterSeen: true}); act(); render(); };
   return element("div", {className: "notice better"}, element("span", {textContent: TEXT.demonstration}),
-    element("button", {type: "button", className: "icon plain i-export", textContent: name ? TEXT.getBetter(name, betterSpeed) : TEXT.getAnother,
+    element("button", {type: "button", className: "icon plain i-get", textContent: name ? TEXT.getBetter(name, betterSpeed) : TEXT.getAnother,
       onclick: done(() => Views.openGet())}),
     iconButton(TEXT.dismiss, "close", done(() => Composer.focusAfterClick())));
 }
@@ -179,7 +179,7 @@ function moveInMenu(event, buttons) {
 
 let answered = Promise.resolve();  // the last question
 
-// Asks in a dialog, once earlier questions are answered. Resolves to whether the reader agrees.
+// Asks in a dialog, once earlier questions are answered; without `no` it only tells. Resolves to whether the reader agrees.
 const confirmed = (...question) => answered = answered.then(() => askInDialog(...question));
 
 function askInDialog(title, body, no, yes, deletes = false) {
@@ -187,6 +187,7 @@ function askInDialog(title, body, no, yes, deletes = false) {
   dialog.classList.toggle("deletes", deletes);
   $("ask-body").replaceChildren(...body);
   for (const [name, text] of [["title", title], ["no", no], ["yes", yes]]) $(`ask-${name}`).textContent = text;
+  $("ask-no").hidden = !no;
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(resolve => { dialog.onclose = () => resolve(dialog.returnValue === "yes"); });

@@ -9,6 +9,8 @@ const Parts = (() => {
 // texts ----------------------------------------------------------------------------------------------------------------
 
 const number = value => new Intl.NumberFormat(undefined, {maximumFractionDigits: 1}).format(value);
+// A measured figure: its decimals say nothing from 10 on.
+const roughly = value => value < 9.95 ? value.toFixed(1) : number(Math.round(value));
 const plural = (count, one, many) => `${number(count)} ${count === 1 ? one : many}`;
 
 // Those that several scripts or other programs need. Each script registers the rest of its texts itself.
@@ -172,6 +174,6 @@ function inOrder() {
 
 return Object.freeze({
   all, register, bindAll, alone, libraries, need, late,
-  TEXT, number, plural, folded, $, element, changeChildren, button, iconButton, onEnter, fitHeight, setText, wait, newest, inOrder, composing, touch, mouse, narrow,
+  TEXT, number, roughly, plural, folded, $, element, changeChildren, button, iconButton, onEnter, fitHeight, setText, wait, newest, inOrder, composing, touch, mouse, narrow,
 });
 })();

@@ -17,7 +17,8 @@ const FIRST = ["val_bpb", "core_metric", "train_loss", "reward"];            // 
 const LESS_IS_BETTER = [BITS, "val_bpb", "min_val_bpb", "own_val_bpb", "train_loss"];
 const MOST_SPOKEN = 40;           // points of a curve that its label has; the table has all
 
-const write = value => Math.abs(value) < 1000 ? value.toFixed(3) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
+// `gap`: to another value that is to be told from it.
+const write = (value, gap = 1) => Math.abs(value) < 1000 ? value.toFixed(Math.max(3, Math.ceil(-Math.log10(gap)))) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
 const isScored = step => Curves.metricOf(step, BITS) !== undefined;
 const hasValue = step => Curves.metricOf(step, shownRun.metric) !== undefined;
 const isGone = step => step.state === "removed";
@@ -292,7 +293,7 @@ function figureOf(metric) {
 }
 
 function drawMetric(metric, box, layout) {
-  const {charts} = shownRun, curves = Curves.of(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
+  const {charts} = shownRun, curves = Curves.of(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain, Boolean(curves.scales)]);
   if (charts.has(metric) && charts.get(metric).kind !== kind) charts.get(metric).plot.destroy();
   box.shown = {...curves, layout};
   if (charts.get(metric)?.kind !== kind) charts.set(metric, madeChart(metric, box, curves, kind));
@@ -319,8 +320,8 @@ function removeChart(metric) {
 function spoken({points}, {isPlain}, metric) {
   const named = ({step}) => isPlain && !shownRun.other ? number(step.step) : step.id;
   if (points.length <= MOST_SPOKEN) return points.map(point => `${named(point)}: ${written(point.step, metric)}`).join(", ");
-  const sorted = points.toSorted((a, b) => a.y - b.y);
-  return TEXT.manyPoints(points.length, ...[points[0], points.at(-1), sorted[0], sorted.at(-1)].map(point => `${named(point)}: ${write(point.y)}`));
+  const sorted = points.toSorted((a, b) => a.value - b.value);
+  return TEXT.manyPoints(points.length, ...[points[0], points.at(-1), sorted[0], sorted.at(-1)].map(point => `${named(point)}: ${write(point.value)}`));
 }
 
 // The step whose point is nearest to the mouse along the axis; of those above each other, the nearest one.

@@ -363,7 +363,7 @@ Parts.register({
     });
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, Server.lookAtModels);
   },
-  menu: () => [...(Server.model.base ? [Chat.current.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
+  menu: () => [...(Server.model.base ? [Chat.current.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "list", () => talkInTurns(true)]] : []),
     [TEXT.prompts, "prompt", () => Prompts.open()], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();

@@ -8,7 +8,7 @@
 
 const Sync = (() => {
 
-const {TEXT, element, wait, newest} = Parts;
+const {TEXT, $, element, wait, newest} = Parts;
 
 const KIND = {projects: "project", prompts: "prompt", conversations: "chat", nodes: "node"}, STORED_AS = Object.fromEntries(Object.entries(KIND).map(([kind, name]) => [name, kind]));
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
@@ -74,7 +74,7 @@ const ask = (path, body, options = {}) => body
 function turnOn(space = state.space || newSpace()) {
   Object.assign(state, {on: true, space, problem: ""});
   save();
-  begin();
+  return begin();
 }
 
 function turnOff() {
@@ -401,12 +401,41 @@ const link = () => `${location.origin}${location.pathname}#join/${state.space}`;
 
 async function open() {
   if (!state.on) {
-    if (await Page.confirmed(TEXT.syncTitle, [paragraph(TEXT.syncOffer)], TEXT.syncNo, TEXT.syncYes)) turnOn();
-    return;
+    if (!await Page.confirmed(TEXT.syncTitle, [paragraph(TEXT.syncOffer)], TEXT.syncNo, TEXT.syncYes)) return;
+    await turnOn();
   }
+  showLink();
+}
+
+// The link for another device, to copy and as a QR code.
+async function showLink() {
+  await Parts.need("qrcode");
   const told = state.problem ? TEXT.syncProblem(state.problem) : unsent.size ? TEXT.syncLeft(unsent.size) : TEXT.syncAll;
-  const shown = element("p", {}, element("code", {id: "sync-link", textContent: link()}));
-  if (await Page.confirmed(TEXT.syncTitle, [paragraph(told), paragraph(TEXT.syncLink), shown], TEXT.syncStay, TEXT.syncStop, true)) turnOff();
+  const copy = element("button", {type: "button", className: "plain", textContent: TEXT.syncCopy, onclick: () => Turns.copyText(link(), copy)});
+  const stop = element("button", {type: "button", className: "plain", textContent: TEXT.syncStop, onclick: () => { turnOff(); $("ask-dialog").close(); }});
+  Page.confirmed(TEXT.syncTitle, [
+    paragraph(told), paragraph(TEXT.syncLink), element("p", {}, element("code", {id: "sync-link", textContent: link()})), element("div", {className: "line"}, copy),
+    ...isOfThisComputer() ? [element("p", {className: "alert", textContent: TEXT.syncHere(location.host)})] : typeof qrcode === "function" ? [codeOf(link())] : [],
+    element("div", {className: "line"}, stop)], "", TEXT.done);
+}
+
+// No other device reaches this address.
+const isOfThisComputer = () => /^(localhost|.*\.localhost|127\..*|\[::1\]|0\.0\.0\.0)$/.test(location.hostname);
+
+// A QR code, black on white for any camera.
+function codeOf(text) {
+  const code = qrcode(0, "M");
+  code.addData(text);
+  code.make();
+  const count = code.getModuleCount(), rows = [...Array(count).keys()], made = name => document.createElementNS("http://www.w3.org/2000/svg", name);
+  const svg = made("svg"), path = made("path");
+  path.setAttribute("d", rows.flatMap(y => rows.filter(x => code.isDark(y, x)).map(x => `M${x + 4} ${y + 4}h1v1h-1z`)).join(""));
+  svg.setAttribute("viewBox", `0 0 ${count + 8} ${count + 8}`);
+  svg.setAttribute("class", "qr");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", TEXT.syncCode);
+  svg.append(path);
+  return svg;
 }
 
 const paragraph = text => element("p", {textContent: text});
@@ -429,12 +458,13 @@ Parts.register({
     devices: "Chats on all your devices", syncTitle: "Chats on all your devices",
     syncOffer: "Keep the chats of this browser on this server, so that your other devices have them too? Who runs the server can read them.",
     syncJoin: "Use the chats of your other device in this browser? Those that are here are added to them.",
-    syncNo: "Not now", syncYes: "Keep them", syncStay: "Go on", syncStop: "Stop keeping them",
+    syncNo: "Not now", syncYes: "Keep them", syncStop: "Stop keeping them", syncCopy: "Copy the link", syncCode: "QR code of the link",
+    syncHere: host => `${host} is an address of this computer alone: on another device the link leads nowhere. Open this page here by the address under which others reach the server, then this shows their link.`,
     syncAll: "All chats of this browser are on the server.", syncLeft: count => `${count} messages and chats are still to be sent.`,
     syncProblem: why => `The server cannot be reached or does not take them: ${why}`,
     syncLink: "Open this link on another device. Whoever has it has your chats.", syncBadLink: "This link to another device is not complete.",
   },
-  menu: () => Server.keepsChats ? [[TEXT.devices, "server", () => open()]] : [],
+  menu: () => Server.keepsChats ? [[TEXT.devices, "devices", () => open()]] : [],
   bind() {
     load();
     if (state.on) begin();

@@ -450,7 +450,7 @@ async function copyTypes(texts, clicked) {
     await navigator.clipboard.write([new ClipboardItem(Object.fromEntries(blobs))]);
   } catch (error) {                                      // plain http from another machine has no clipboard API
     const field = element("textarea", {value: " ", className: "unseen"});
-    document.body.append(field);
+    (clicked.closest("dialog") ?? document.body).append(field);      // outside of an open dialog nothing can be selected
     field.select();
     document.addEventListener("copy", event => {
       for (const [type, text] of Object.entries(texts)) event.clipboardData.setData(type, text);
@@ -483,7 +483,7 @@ Parts.register({
     loadingModel: (name, share) => `Loading ${name}${share ? `, ${Math.floor(100 * share)}\u00a0%` : "…"}`,
     reading: share => `Reading the prompt, ${Math.floor(100 * share)}\u00a0%`, thinkingNow: "Thinking", writing: "Writing",
     resumed: "Resumed", inOtherTab: "Another tab is receiving this answer…",
-    speed: speed => `${speed.toFixed(1)} tok/s`, aboutSpeed: speed => `about ${speed.toFixed(1)} tok/s`,
+    speed: speed => `${Parts.roughly(speed)} tok/s`, aboutSpeed: speed => `about ${Parts.roughly(speed)} tok/s`,
     firstToken: ms => `first token after ${ms < 999.5 ? `${Math.round(ms)} ms` : TEXT.seconds(ms / 1000)}`, tokens: count => plural(count, "token", "tokens"),
     seconds: seconds => `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`, worker: gpu => `worker ${gpu}`,
     nothing: "The model gave no answer.", thoughtNothing: "The model thought about it but gave no answer.",

@@ -35,12 +35,12 @@ Parts.register({
 });
 
 Parts.register({
-  menu: () => Server.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
+  menu: () => Server.model.ours ? [[TEXT.serverStatus, "gauge", () => openStatus()]] : [],
   view: {hash: "#server", open: () => openStatus()},
 });
 
 Parts.register({
-  menu: () => Server.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
+  menu: () => Server.model.ours ? [[TEXT.getModel, "get", () => openGet()]] : [],
   view: {hash: "#get", open: () => openGet()},
 });
 

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from browsing import (ask, button, chats, expect, expect_answered, menu, message_box, needs_browser, open_page, questions, said)
-from shared_chats import join, keep, link_of
+from real_server import server
+from shared_chats import choose, join, keep, link_of
 
 pytestmark = needs_browser
 
@@ -312,3 +313,35 @@ def test_an_answer_that_goes_on_is_written_though_its_page_has_gone(devices):
     laptop.wait_for_function("before => Chat.path.at(-1).timings?.completion_tokens > 3 && !Chat.path.at(-1).stream", arg=before)
     assert laptop.evaluate("Chat.path.at(-1).content").startswith(before)
     assert laptop.evaluate("[Chat.path.length, Chat.nodes.size]") == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def named(nanochat_fixtures, tmp_path_factory):
+    """A server that is reached by a name, too."""
+    database = tmp_path_factory.mktemp("named") / "store.db"
+    with server(nanochat_fixtures / "gen5", f"--database={database}", "--allowed-host=box.test") as (_, url):
+        yield url + "/"
+
+
+def test_the_link_is_shown_at_once_and_can_be_copied(devices, named):
+    """By an address of this computer alone it says so; by another it has a QR code."""
+    phone, laptop = devices
+    for page, url in ((phone, named), (laptop, re.sub("//[^:]*", "//box.test", named))):
+        open_page(page, url)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        dialog = choose(page)
+        button(dialog, "Keep them").click()
+        link = dialog.locator("#sync-link").inner_text()
+        assert re.fullmatch(re.escape(url) + "#join/[A-Za-z0-9_-]{22,64}", link)
+        expect(dialog.locator("button.primary")).to_have_text("Done")
+        button(dialog, "Copy the link").click()
+        page.wait_for_function("async text => await navigator.clipboard.readText() === text", arg=link) if page is phone else None
+    expect(phone.get_by_text("is an address of this computer alone")).to_be_visible()
+    expect(phone.get_by_role("img", name="QR code of the link")).to_have_count(0)
+    expect(laptop.get_by_text("is an address of this computer alone")).to_have_count(0)
+    expect(laptop.get_by_role("img", name="QR code of the link")).to_be_visible()
+    drawn = laptop.locator(".qr path").get_attribute("d")
+    corners = [(x, y) for x, y in ((4, 4), (10, 4), (4, 10), (7, 7), (5, 5)) if f"M{x} {y}h1v1h-1z" in drawn]
+    assert corners == [(4, 4), (10, 4), (4, 10), (7, 7)]        # a finder pattern: its ring, its middle, and what is light between them
+    button(laptop.get_by_role("dialog", name="Chats on all your devices"), "Stop keeping them").click()
+    expect(choose(laptop).get_by_role("button", name="Keep them")).to_be_visible()

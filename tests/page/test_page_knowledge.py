@@ -249,3 +249,9 @@ def test_a_passage_of_a_pdf_is_opened_under_its_page(page, start, marked):
         ["pump.pdf · page 2", "page 1", "page 2"])
     expect(dialog.locator("mark")).to_have_text([marked] if marked else [])
     expect(dialog.get_by_text("the passage is no longer in it")).to_have_count(0 if marked else 1)
+
+
+def test_each_entry_of_the_menu_has_an_icon_of_its_own(page):
+    button(page, "Menu").click()
+    icons = page.evaluate("[...document.querySelectorAll('header .menu button')].map(({className}) => className.match(/i-[a-z]+/)[0])")
+    assert len(icons) > 8 and len({*icons}) == len(icons), icons

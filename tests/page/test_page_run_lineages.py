@@ -122,6 +122,35 @@ def test_loss_and_reward_have_their_own_charts(page, stand_in, runs):
     expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d4-sft@200")
 
 
+def test_a_stage_with_far_other_values_flattens_no_other(page, stand_in, runs):
+    """Then each stage has a scale of its own, with its ends beside it; the values stay what they are."""
+    steps = {"base": {500: 1.02, 1000: 0.98, 2000: 0.95}, "sft": {100: 0.32, 200: 0.31}}
+    for stage, values in steps.items():
+        for step, value in values.items():
+            runs.add("d8", stage, step, val_bpb=value)
+    stand_in.several = runs.models()
+    opened(page, stand_in, "#run/d8")
+    height = page.evaluate("Run.shown.charts.get('val_bpb').plot.over.clientHeight")
+    for stage, values in steps.items():
+        tops = [spot(page, "val_bpb", f"d8-{stage}@{step}")[1] for step in values]
+        assert tops == sorted(tops) and tops[-1] - tops[0] > height / 2
+    expect(curve(page)).to_have_attribute("aria-label", re.compile("d8-base@500: 1.020, .*d8-sft@200: 0.310"))
+    page.mouse.move(*spot(page, "val_bpb", "d8-sft@100"))
+    expect(curve(page).locator(".tip")).to_contain_text("0.320")
+    opened(page, stand_in, "#run/d6")                         # 0.98 to 0.5: one scale
+    assert page.evaluate("Run.shown.charts.get('val_bpb').box.shown.scales") is None
+
+
+@pytest.mark.parametrize("values", [[0.8001, 0.8002, 0.8004], [12345.1, 12345.4, 12345.9], [1.5, 1.5, 1.5], [3, 2, 1]])
+def test_labels_of_values_differ(page, stand_in, runs, values):
+    for number, value in enumerate(values, 1):
+        runs.add("d9", "base", number * 100, val_bpb=value)
+    stand_in.several = runs.models()
+    opened(page, stand_in, "#run/d9")
+    texts = [text for text in page.evaluate("Run.shown.charts.get('val_bpb').plot.axes[1]._values") if text]
+    assert texts and len({*texts}) == len(texts), texts
+
+
 def test_a_stage_alone_has_the_address_of_its_run(page, stand_in, runs):
     opened(page, stand_in, "#run/d4-sft")
     expect(page.get_by_role("heading", name="Training run d4-sft")).to_be_visible()

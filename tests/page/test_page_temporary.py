@@ -36,6 +36,7 @@ def keep(page):
     menu(page, "Chats on all your devices")
     dialog = page.get_by_role("dialog", name="Chats on all your devices")
     button(dialog, "Keep them").click()
+    button(dialog, "Done").click()
     expect(dialog).to_be_hidden()
 
 
@@ -78,7 +79,7 @@ def test_words_are_in_no_profile_and_on_no_server(browser, kept, tmp_path):
         keep(page)
         ask(page, SECRET)
         expect_answered(page)
-        page.wait_for_function("Store.flushing === null")
+        page.wait_for_function("() => Store.flushing === null")       # a bare expression needs eval, which the page forbids
         page.wait_for_function("() => Store.get('nodes', Chat.path[0].id).then(node => Boolean(node?.rev))")      # the server has it
 
     profile(browser, tmp_path / "usual", url, say)

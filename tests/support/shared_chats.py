@@ -3,21 +3,23 @@
 from browsing import button, expect, menu
 
 
-def choose(page, name):
+def choose(page):
     menu(page, "Chats on all your devices")
     return page.get_by_role("dialog", name="Chats on all your devices")
 
 
 def keep(page):
-    dialog = choose(page, "Chats on all your devices")
+    dialog = choose(page)
     button(dialog, "Keep them").click()
+    expect(dialog.locator("#sync-link")).to_be_visible()
+    button(dialog, "Done").click()
     expect(dialog).to_be_hidden()
 
 
 def link_of(page):
-    dialog = choose(page, "Chats on all your devices")
+    dialog = choose(page)
     link = dialog.locator("#sync-link").inner_text()
-    button(dialog, "Go on").click()
+    button(dialog, "Done").click()
     return link
 
 

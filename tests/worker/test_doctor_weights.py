@@ -241,7 +241,7 @@ def test_speed_is_tried_or_estimated(default_file, monkeypatch):
     assert tried.facts["measured"] and tried.facts["tokens_per_s"] > 0
     monkeypatch.setattr(fit, "TRIED_BYTES", 0)
     [estimated] = diagnose(default_file, only=["speed"]).findings
-    assert not estimated.facts["measured"] and "estimated: a token reads 0.10 GB" in estimated.what
+    assert not estimated.facts["measured"] and "estimated: a token reads 96.6 MB" in estimated.what
 
 
 def test_floats_are_advised_to_be_quantized(tmp_path):

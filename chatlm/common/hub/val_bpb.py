@@ -80,8 +80,9 @@ class LossComparison(NamedTuple):
 
     @property
     def agreement(self) -> str:
-        apart = self.tolerance / self.theirs
-        return f"our forward agrees with the one that trained it to {apart:.2%}: {self.numbers}"
+        apart, allowed = abs(self.ours - self.theirs) / self.theirs, self.tolerance / self.theirs
+        return (f"our forward agrees with the one that trained it: {self.numbers}, {apart:.2%} apart, where "
+                f"{allowed:.2%} is chance")
 
     @property
     def sentence(self) -> str:

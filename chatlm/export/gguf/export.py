@@ -14,6 +14,7 @@ import numpy
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
+from chatlm.common.memory import shown_bytes
 from chatlm.common.new_files import refuse_inputs
 from chatlm.common.records import record
 from chatlm.export.gguf import encoding
@@ -45,7 +46,7 @@ class ExportResult(NamedTuple):
     def lines(self) -> Iterator[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.types.items())
         bits = 8 * self.n_bytes / max(self.weights, 1)
-        yield (f"{visible(str(self.path))}: {self.n_bytes / 1e9:,.2f} GB, {bits:.2f} bits for each of "
+        yield (f"{visible(str(self.path))}: {shown_bytes(self.n_bytes)}, {bits:.2f} bits for each of "
                f"{self.weights / 1e6:,.1f} million weights ({kinds})")
 
 

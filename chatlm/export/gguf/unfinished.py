@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, visible
+from chatlm.common.memory import shown_bytes
 from chatlm.common.new_files import create, not_ours, replace_with, take_up
 
 with suppress(ImportError):  # Windows has none; there nothing is locked
@@ -148,8 +149,8 @@ class UnfinishedFile:
                 free = os.statvfs(self.part)
                 has = os.fstat(self.file).st_blocks * 512
                 if free.f_bavail * free.f_frsize + has < size:
-                    raise OSError(errno.ENOSPC, f"no room for the file's {size / 1e9:,.2f} GB: "
-                                                f"{free.f_bavail * free.f_frsize / 1e9:,.2f} GB are free")
+                    raise OSError(errno.ENOSPC, f"no room for the file's {shown_bytes(size)}: "
+                                                f"{shown_bytes(free.f_bavail * free.f_frsize)} are free")
 
     def write(self, data: bytes | memoryview):
         view = memoryview(data).cast("B")

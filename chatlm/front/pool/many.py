@@ -17,13 +17,14 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Ov
 from chatlm.common.hub.adapter_folders import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
+from chatlm.common.memory import shown_bytes
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue, OpeningProgress
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases
 from chatlm.front.pool.names import DEFAULT_NAMES, default_among, is_among
 from chatlm.front.pool.opener import Opener
-from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
+from chatlm.front.pool.residency import NoRoom, Residency
 from chatlm.front.pool.run_watch import RunWatch
 
 if TYPE_CHECKING:

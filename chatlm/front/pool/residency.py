@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
+from chatlm.common.memory import shown_bytes
 from chatlm.front.pool.worker import CacheState
 
 if TYPE_CHECKING:
@@ -384,7 +385,3 @@ class Residency:
         dispatcher = share.pool.dispatcher
         busy = dispatcher.busy
         return busy, not dispatcher.jobs, share.taken_s if dispatcher.jobs else dispatcher.use.last_s
-
-
-def shown_bytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.memory import available_memory
+from chatlm.common.memory import available_memory, shown_bytes
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
@@ -67,10 +67,6 @@ class FitPlan(NamedTuple):
         return most if self.memory.without_cache + self.cache(most) <= free else 1024 * low
 
 
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
-
-
 def check_fit(examined: ExaminedModel) -> Findings:
     """Memory: weights, and a sequence of several lengths, against what is free here."""
     model = examined.model
@@ -80,29 +76,31 @@ def check_fit(examined: ExaminedModel) -> Findings:
     taken = plan.memory.without_cache
     most = model.context_length
     if model.architecture.of_texts:
-        yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
+        yield note(f"takes {shown_bytes(taken)}, of {shown_bytes(free)} that are free", bytes=taken,
+                   free=free)
         return
     lighter = [*lighter_flags(examined, plan)]
     contexts = sorted({min(context, most) for context in (*CONTEXTS, most)})
     needed = {context: taken + plan.cache(context) for context in contexts}
     if taken > free:
-        yield error(f"the weights and buffers take {gigabytes(taken)}, and {gigabytes(free)} are free here",
+        yield error(f"the weights and buffers take {shown_bytes(taken)}, and {shown_bytes(free)} are free "
+                    "here",
                     advice=" or ".join(text for text, fits in lighter if fits <= free)
                     or "it needs a larger machine, or a file with fewer bits a weight", bytes=taken,
                     free=free)
         return
-    words = ", ".join(f"{gigabytes(size)} with a context of {context:,}"
+    words = ", ".join(f"{shown_bytes(size)} with a context of {context:,}"
                       f"{' (its own)' if context == most else ''}" for context, size in needed.items())
     if needed[most] <= free:
-        yield note(f"takes {words}; {gigabytes(free)} are free here", needed=dict_of(needed), free=free)
+        yield note(f"takes {words}; {shown_bytes(free)} are free here", needed=dict_of(needed), free=free)
         return
     fitting = plan.longest(free, most)
     advice = [f"--context-length {fitting}"] * (fitting > 0)
     if settings.kv_cache_dtype == "auto" and (half := with_cache(examined, "q8_0")):
         advice.append(f"--kv-cache-dtype q8_0 ({half.longest(free, most):,} tokens fit)")
-    advice += [f"{text} ({gigabytes(size)} less)" for text, size in
+    advice += [f"{text} ({shown_bytes(size)} less)" for text, size in
                ((text, taken - size) for text, size in lighter if "--quantize" in text)]
-    yield note(f"takes {words}, and {gigabytes(free)} are free here: about {fitting:,} tokens fit",
+    yield note(f"takes {words}, and {shown_bytes(free)} are free here: about {fitting:,} tokens fit",
                advice=" or ".join(advice), needed=dict_of(needed), free=free, longest=fitting)
 
 
@@ -150,7 +148,8 @@ def check_speed(examined: ExaminedModel) -> Findings:
         bandwidth = read_bandwidth(examined.threads)
         speed = bandwidth / read
         yield note(f"about {speed:,.1f} tokens per second for one answer, estimated: a token reads "
-                   f"{gigabytes(read)}, and {examined.threads} threads read {gigabytes(bandwidth)} a second",
+                   f"{shown_bytes(read)}, and {examined.threads} threads read {shown_bytes(bandwidth)} a "
+                   "second",
                    advice=advice, tokens_per_s=round(speed, 2), measured=False)
     else:
         began = time.monotonic()

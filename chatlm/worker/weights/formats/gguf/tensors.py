@@ -15,6 +15,7 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import require_library
+from chatlm.common.memory import shown_bytes
 from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import as_kind, contiguous, floats, item_bytes, joined
@@ -196,6 +197,6 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
     if packed:
         reason = "types that have no kernels here become Q8_0, and TQ1_0 takes 2 bits a weight"
         if small < 0.9 * held:
-            smaller = f"; a file of type Q4_K_M would take about {small / 1e9:,.2f} GB"
-    return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory: "
+            smaller = f"; a file of type Q4_K_M would take about {shown_bytes(small)}"
+    return (f"The file's {shown_bytes(on_disk)} of weights take {shown_bytes(held)} in memory: "
             f"{reason}{smaller}")
