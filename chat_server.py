@@ -189,6 +189,7 @@ from chatlm.common.processes.launch import torchrun
 from chatlm.common.processes.start import end_worker_ahead
 from chatlm.common.standard_streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.held import measured_loop
 from chatlm.front.pool.local_devices import check_nice, niceness
 
 
@@ -215,7 +216,7 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
             return run(settings, program)
 
     try:
-        status = run_loop(start)
+        status = run_loop(start, measured_loop)
         return status
     finally:
         if ranks:  # let the other ranks end too; this imports torch

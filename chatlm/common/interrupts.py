@@ -6,9 +6,14 @@ process at once. Python's own handler would show where the imports were."""
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
 
 Result = TypeVar("Result")
 
@@ -40,12 +45,16 @@ def held_interrupts() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def run_loop(make: Callable[[], Awaitable[Result]]) -> Result:
-    """Run what `make` returns in an event loop. Until the loop runs, Ctrl-C waits: it would come where the
-    loop is half made, or where nobody awaits what was made. No thread may run yet, for it would get it."""
+def run_loop(make: Callable[[], Awaitable[Result]], new_loop: Callable[[], AbstractEventLoop]) -> Result:
+    """Run what `make` returns in an event loop (before Python 3.11 in Python's own). Until the loop runs,
+    Ctrl-C waits: it would come where the loop is half made, or where nobody awaits what was made. No thread
+    may run yet, for it would get it."""
     import asyncio  # here: what starts the first worker, before all else, imports this module
     with masked_interrupts():
-        return asyncio.run(with_interrupts(make()))
+        if sys.version_info < (3, 11):
+            return asyncio.run(with_interrupts(make()))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            return runner.run(with_interrupts(make()))
 
 
 async def with_interrupts(made: Awaitable[Result]) -> Result:

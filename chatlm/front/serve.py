@@ -17,6 +17,7 @@ from chatlm.common.program import other_program, program_root
 from chatlm.front.aio import first_of, stop_signals, supervised
 from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
 from chatlm.front.front import create_app, routes_with
+from chatlm.front.held import MeasuredThreads
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import free_memory, make_pool
 from chatlm.front.server.access import listen_on, server_urls
@@ -64,6 +65,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
 
     Raises ConfigError if the server cannot start."""
     toolbox = toolbox_of(settings)
+    asyncio.get_running_loop().set_default_executor(MeasuredThreads(None, "threads"))
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
@@ -21,6 +20,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
 from chatlm.front.admission.infill_prompts import InfillMaker, infill_size
 from chatlm.front.admission.retrieval_prompts import RetrievalMaker, check_count, check_task, task_for
+from chatlm.front.held import MeasuredThreads
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Message, Picture, Request, Vision
@@ -310,7 +310,7 @@ def cut_points(roles: Seq[str]) -> list[int]:
     return [*turn_starts(roles), *steps]
 
 
-LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")  # one at a time: each takes a lot of memory
+LONG_TEXTS = MeasuredThreads(1, "tokenizer")  # one at a time: each takes a lot of memory
 
 
 async def run_in_thread_if_long(work: Callable[[], Any], size: float):

@@ -24,7 +24,7 @@ from chatlm.front.knowledge.asking import Asker, Asking
 from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
-from chatlm.front.server.metrics import Durations
+from chatlm.front.held import Durations
 from chatlm.front.store.readers import Readers
 
 if TYPE_CHECKING:

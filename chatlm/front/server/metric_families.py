@@ -10,6 +10,7 @@ from aiohttp import web
 
 from chatlm.common.errors import ConfigError, RequestError, require_library
 from chatlm.common.messages.requests import DRAFT_SOURCES
+from chatlm.front.held import HELD
 from chatlm.front.server.metrics import histogram
 
 if TYPE_CHECKING:
@@ -151,6 +152,14 @@ class MetricFamilies:
         yield histogram(
             self.families, "request_duration", "time from a request to its end",
             [([reason], durations) for reason, durations in metrics.whole.items()], labels=["finish_reason"])
+        yield histogram(
+            self.families, "held", "processor time for which the loop or a thread was held at a stretch",
+            HELD.rows(), labels=["what"])
+        busy = self.families.GaugeMetricFamily(
+            "chat_server_busy_threads", "threads that work now", labels=["what"])
+        for name, count in sorted(HELD.busy.items()):
+            busy.add_metric([name], count)
+        yield busy
         counter = self.families.CounterMetricFamily
         for name, doc, labels, counts in (
                 ("requests", "requests by how they ended", ["finish_reason"],

@@ -4,40 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Seq
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.front.held import Durations
 from chatlm.front.server.watching import Watcher
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.ledger import Ledger
-
-
-class Durations:
-    """A histogram: how many durations were at most as long as each bound, and their sum."""
-
-    BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
-                math.inf)
-
-    def __init__(self):
-        self.counts = [0] * len(self.BOUNDS_S)
-        self.sum_s = 0.0
-
-    def observe(self, duration_s: float, count: int = 1):
-        """Note that something took this long, `count` times."""
-        self.counts[bisect_left(self.BOUNDS_S, duration_s)] += count
-        self.sum_s += duration_s * count
-
-    def buckets(self) -> list[tuple[float, float]]:
-        """(Upper bound in seconds, how many were at most that), for each bound."""
-        return [*zip(self.BOUNDS_S, map(float, accumulate(self.counts)))]
 
 
 def histogram(families: Any, name: str, doc: str, rows: Seq[tuple[Seq[str], Durations]],

@@ -9,7 +9,6 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 from chatlm.common.errors import Overloaded
 from chatlm.common.log import log
+from chatlm.front.held import MeasuredThreads
 from chatlm.front.turns import Turns
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Readers:
     def __init__(self, database: Path, name: str, threads: int = 2):
         self.database = database.absolute()
         self.turns = Turns(threads)
-        self.pool = ThreadPoolExecutor(threads, name)
+        self.pool = MeasuredThreads(threads, name)
         self.running = set[Reading]()
 
     async def run(self, work: Callable[[Reading], T], client: str, seconds: float) -> T:
