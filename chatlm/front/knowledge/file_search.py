@@ -18,8 +18,8 @@ from chatlm.front.api.knowledge_fields import MOST_QUERIES, QUERIES
 from chatlm.front.knowledge.asking import Asker
 from chatlm.front.knowledge.filters import read_filter
 from chatlm.front.knowledge.prompting import (
-    LEAST_TOKENS, MOST_PASSAGES, SHARE, GivenPassage, counter, each_once, fitting_parts, least_score, room_in,
-    sources_of, used_stores)
+    CITE, LEAST_TOKENS, MOST_PASSAGES, SHARE, GivenPassage, counter, each_once, fitting_parts, least_score,
+    room_in, sources_of, used_stores)
 from chatlm.front.knowledge.search import Terms
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.tools.results import ToolResult
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 
 TYPE = "file_search"
-FOUND = ("Passages of documents that were found. Now answer the question with them. Cite a passage that you "
-         "use by its number, like [1].")
+FOUND = f"Passages of documents that were found. {CITE}"
 NOTHING = "Nothing was found in the documents."
 NOTHING_ELSE = "Nothing else was found. Now answer the question with the passages above."
 NO_ROOM = "Passages were found, but the conversation is too long to show them."

@@ -40,7 +40,7 @@ Count = Callable[[str], int]  # the tokens of a text
 SHARE = 4                  # at most this part of the context, 1/4, is given to read
 ANSWER_SHARE = 8           # and this part stays free for the answer, unless max_tokens is less
 WHOLE_TOKENS = 8_000       # of whole documents, at most
-READ_S = 8.0               # and so many as are read within about this time, unless a number is asked for
+READING_S = 8.0               # and so many as are read within about this time, unless a number is asked for
 FAST_TOKENS = 256          # always
 USUAL_TOKENS = 1_024       # while it is not known how fast the model reads
 SEVERAL = 4                # an embedder may count so many times the tokens that a model does
@@ -49,10 +49,11 @@ LEAST_TOKENS = 32          # of a passage that is cut to fit
 FRAME_TOKENS = 48          # that a chat template may write around a text
 NAME_CHARACTERS = 200
 MEMBERS = "stores", "mode", "max_num_results", "score_threshold", "return_text"
-PASSAGES = ("Passages of documents, which may help to answer the question below. Cite a passage that you use "
-            "by its number, like [1].")
-DOCUMENTS = ("Documents, which may help to answer questions. Their passages are numbered. Cite a passage "
-             "that you use by its number, like [1].")
+# Asked for citations alone, a model of 0.5B answers with numbers alone (bench/RESULTS.md)
+CITE = ("Answer the question truthfully and completely. After each statement cite its passage by its number, "
+        "like [1].")
+PASSAGES = f"Passages of documents, which may help to answer the question below. {CITE}"
+DOCUMENTS = f"Documents, which may help to answer questions. Their passages are numbered. {CITE}"
 
 
 class GivenPassage(NamedTuple):
@@ -197,11 +198,11 @@ def used_stores(connection: sqlite3.Connection, wanted: Seq[str], owner: str, pa
 
 
 def read_in_time(token_s: float) -> int:
-    """How many tokens a model reads in about READ_S. token_s: how long it takes for one; 0.0: not known. It
-    is a power of two, so that the same question gets the same passages although measured times differ."""
+    """How many tokens a model reads in about READING_S. token_s: how long it takes for one; 0.0: not known.
+    It is a power of two, so that the same question gets the same passages although measured times differ."""
     if not token_s:
         return USUAL_TOKENS
-    return max(FAST_TOKENS, 2 ** round(math.log2(READ_S / token_s)))
+    return max(FAST_TOKENS, 2 ** round(math.log2(READING_S / token_s)))
 
 
 def least_score(most: int | None, threshold: float | None) -> float | None:

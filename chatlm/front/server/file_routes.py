@@ -8,9 +8,10 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -164,20 +165,18 @@ class FileRoutes:
         return response
 
 
-def requests_of(data: bytes, first: int) -> list[NumberedLine]:
+def requests_of(data: bytes, first: int) -> Iterator[NumberedLine]:
     """The lines that are not blank; `first` is the number of the first line. Blank ones cost no more than the
     search for what is none."""
-    found = list[NumberedLine]()
     start = 0
     number = first
     while inked := INK.search(data, start):
         begin = data.rfind(b"\n", start, inked.start()) + 1 or start
         end = data.find(b"\n", inked.start()) + 1 or len(data)
         number += data.count(b"\n", start, begin)
-        found.append(NumberedLine(number, data[begin:end]))
+        yield NumberedLine(number, data[begin:end])
         start = end
         number += 1
-    return found
 
 
 class Upload:
@@ -348,20 +347,23 @@ class Upload:
             yield chunk
 
     async def _take(self, data: bytes):
-        """Check and store the requests in these whole lines."""
-        lines = requests_of(data, self.number + 1)
+        """Check and store the requests in these whole lines, a few at a time: they may have two bytes
+        each."""
+        requests = requests_of(data, self.number + 1)
         self.number += data.count(b"\n") + (not data.endswith(b"\n"))
+        while lines := [*islice(requests, file_rows.PART_LINES)]:
+            await self._take_some(lines)
+
+    async def _take_some(self, lines: Seq[NumberedLine]):
         self.requests += len(lines)
         if self.requests > LIMITS.batch_lines:
             raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
                                status=413, code="too_many_lines", param="file")
         found = await self.intake.check_lines(
             self.caller, [line._replace(text=line.text.strip()) for line in lines])
-        for line, checked in zip(lines, found):
-            self.rows.append(self._row(line, checked))
-            if len(self.rows) >= file_rows.PART_LINES:
-                await self._store()
-        if sum(len(each.text) for each in self.rows) > file_rows.PART_BYTES:
+        self.rows += map(self._row, lines, found)
+        size = sum(len(each.text) for each in self.rows)
+        if len(self.rows) >= file_rows.PART_LINES or size > file_rows.PART_BYTES:
             await self._store()
         await asyncio.sleep(0)  # others get a turn
 

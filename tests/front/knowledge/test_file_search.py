@@ -405,7 +405,7 @@ async def test_passages_take_a_quarter_of_the_context_over_all_calls(serve):
     """A letter is a token here, of 4,096."""
     place = await serve(SEARCHED, calls(("knowledge__file_search", {"queries": ["pump 2", "pump"]})),
                         calls(("knowledge__file_search", {"queries": ["pump 3", "pump"]})), "x")
-    store, _ = place.made([(f"pump {number} " + "y" * 400, []) for number in range(8)] + [("z", [])] * 30)
+    store, _ = place.made([(f"pump {number} " + "y" * 350, []) for number in range(8)] + [("z", [])] * 30)
     body = await place.ask(tool=place.tool(store), include=["file_search_call.results"])
     found = [len(item["results"]) for item in body["output"][:3]]
     told = [content for role, content in place.sent[2] if role == "tool"]

@@ -124,7 +124,7 @@ def test_blank_lines_are_those_of_a_plain_split():
         data = b"".join(dice.choice((b"\n", b"\n", b" ", b"\r\n", b"\t", b"\x0b\x0c", b"a", b"{}", b"\x1c", b"\xa0", b"\0")) for _ in range(dice.randrange(1, 30)))
         plain = [line + b"\n" for line in data.split(b"\n")]
         plain[-1] = plain[-1][:-1]
-        assert requests_of(data, 7) == [(number, line) for number, line in enumerate(plain, 7) if line.strip()]
+        assert [*requests_of(data, 7)] == [(number, line) for number, line in enumerate(plain, 7) if line.strip()]
 
 
 def test_blank_lines_are_counted_and_never_stored(model, tmp_path):
