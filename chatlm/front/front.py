@@ -87,7 +87,7 @@ class Front:
         self.page = PageFiles(page_files())
         self.readiness = Readiness(catalogue)
         self.recordings = Recordings()
-        self.metrics = Metrics(catalogue, self.ledger)
+        self.metrics = Metrics(catalogue, self.ledger, intake.budget)
         self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
         for annex in self.wanted:

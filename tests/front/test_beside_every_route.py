@@ -2,7 +2,7 @@
 
 The routes are those of the program's table, so a new one is in this test by itself. To each the first key sends bodies that are dear to read, and those that are
 dear in its own way (DEAREST); the second key's small requests run beside. What is asserted are causes, not clocks: the processor time for which the event
-loop and the store's thread were held at a stretch (chatlm/front/held.py), no 5xx, that the second key gets what it gets alone, that threads are free again, also
+loop and the store's thread were held at a stretch (chatlm/front/held.py), no 5xx, that the second key gets what it gets alone, that threads and memory are free again, also
 after clients that have left, and that SIGTERM ends the server."""
 
 import http.client
@@ -292,5 +292,6 @@ def test_nothing_is_left_of_clients_that_have_left_and_a_signal_ends_it(place):
         assert time.monotonic() < ends, busy()
         time.sleep(0.1)         # between two questions to a process of its own
     assert key.json("GET", "/stats")["queue_depth"] == 0
+    assert "\nchat_server_held_bytes 0.0\n" in key.metrics()
     process.terminate()
     assert process.wait(60) == 0

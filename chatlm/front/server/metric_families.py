@@ -160,6 +160,9 @@ class MetricFamilies:
         for name, count in sorted(HELD.busy.items()):
             busy.add_metric([name], count)
         yield busy
+        yield self.families.GaugeMetricFamily(
+            "chat_server_held_bytes", "bytes of large bodies and of whole answers that are held now",
+            metrics.budget.used)
         counter = self.families.CounterMetricFamily
         for name, doc, labels, counts in (
                 ("requests", "requests by how they ended", ["finish_reason"],

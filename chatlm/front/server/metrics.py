@@ -16,6 +16,7 @@ from chatlm.front.server.watching import Watcher
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
     from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.intake.budget import Budget
     from chatlm.front.server.ledger import Ledger
 
 
@@ -38,9 +39,10 @@ class Metrics:
 
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, catalogue: Catalogue, ledger: Ledger):
+    def __init__(self, catalogue: Catalogue, ledger: Ledger, budget: Budget):
         self.catalogue = catalogue
         self.ledger = ledger
+        self.budget = budget
         self.ttft = Durations()
         self.itl = Durations()
         self.queue = Durations()

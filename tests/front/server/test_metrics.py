@@ -7,8 +7,10 @@ import sys
 import prometheus_client
 from prometheus_client import metrics_core
 
+from chatlm.front.held import Durations
+from chatlm.front.intake.budget import Budget
 from chatlm.front.server.metric_families import MetricFamilies
-from chatlm.front.server.metrics import Durations, Metrics
+from chatlm.front.server.metrics import Metrics
 
 
 def text_of(families):
@@ -32,7 +34,7 @@ def of_the_library():
 def test_a_scrape_reads_as_if_the_library_had_counted():
     prometheus_client.disable_created_metrics()
     registry, histogram, counter = of_the_library()
-    metrics, dice = Metrics(None, None), random.Random(7)
+    metrics, dice = Metrics(None, None, Budget(1 << 20)), random.Random(7)
     bounds = [bound for bound in Durations.BOUNDS_S if bound < 1000]
     for duration in [0.0, *bounds, 4096.0, *(2 ** dice.uniform(-12, 10) for _ in range(200))]:
         reason = dice.choice(["stop", "length"])

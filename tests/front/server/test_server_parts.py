@@ -111,7 +111,7 @@ async def test_the_log_notes_row_and_id_of_a_request(caplog, taken):
 
     caplog.set_level("INFO")
     response = SimpleNamespace(status=200, prepared=False, headers={})
-    metrics = Metrics(None, None)
+    metrics = Metrics(None, None, None)
     access_log = AccessLog(RouteTable(ROUTES), taken.__contains__, metrics)
     await access_log.log(Arriving("/api/tags", "/api/tags", **{"X-Request-Id": "mine"}), handler)
     assert (response.headers["X-Request-Id"] == "mine") is (not taken) and "/api/tags 200" in caplog.text

@@ -17,7 +17,7 @@ def sample(at, value=0.0, time=None):
 
 
 def test_too_many_samples_are_merged_in_pairs():
-    kept = History(None, Metrics(None, None))
+    kept = History(None, Metrics(None, None, None))
     now_s, week_s = 0.0, 7 * 86400
     while now_s < week_s:
         now_s += kept.interval_s

@@ -118,7 +118,7 @@ async def test_all_watchers_see_a_failure_and_the_end():
 
 async def test_what_a_watcher_refuses_ends_the_answer_and_is_no_failure_of_it():
     """So /metrics counts an answer that its budget ends as cancelled, as before."""
-    seen, metrics = [], Metrics(None, None)
+    seen, metrics = [], Metrics(None, None, None)
     watchers = [AnswerTimes(metrics, 1), Witness(seen, refuses=EVENTS[1])]
     stream = watched(events_of(seen, *EVENTS), watchers)
     with pytest.raises(Overloaded, match="no more"):
@@ -132,7 +132,7 @@ async def test_what_a_watcher_refuses_ends_the_answer_and_is_no_failure_of_it():
     (Overloaded("full"), "refused"), (RequestError("bad"), "refused"), (OSError("ours"), "error"),
     (RequestError("stopped", status=499, code="cancelled"), "cancelled"), (None, "cancelled")])
 async def test_the_reason_of_an_end_is_counted(error, reason):
-    metrics = Metrics(None, None)
+    metrics = Metrics(None, None, None)
     stream = watched(events_of([], *EVENTS, then=error), [AnswerTimes(metrics, 1)])
     with contextlib.suppress(Exception):
         async for _ in stream:
