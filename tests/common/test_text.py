@@ -223,6 +223,14 @@ def test_templates_are_sandboxed():
         compile_chat_template("{% for %}")
 
 
+@pytest.mark.parametrize("name", ["self", "messages", "tools", "bos_token", "add_generation_prompt", "loop", "args", "kwargs", "", "a b"])
+def test_no_name_of_a_client_s_variable_breaks_a_template(name):
+    """Nor does it replace what the template gets from other fields."""
+    tokenizer = templated("{{ bos_token }}{{ messages[0].content }}{% if tools %}tools{% endif %}{{ city }}")
+    render = lambda **variables: tokenizer.decode(tokenizer.render([Message("user", "hi")], options={"chat_template_kwargs": variables}))
+    assert render(**{name: "other", "city": "Rome"}) == render(city="Rome") != render()
+
+
 def test_a_model_without_a_template_says_so():
     tokenizer = open_tokenizer(gguf_text("x.gguf", small_gguf_metadata("gpt-2")))
     assert not tokenizer.has_chat_template

@@ -271,9 +271,14 @@ def compile_chat_template(source: str):
         raise ConfigError(f"the model's chat template cannot be compiled: {error_text(error)}") from None
 
 
+# Variables of a template that are the request's own fields: `chat_template_kwargs` cannot set them
+PROMPT_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+
+
 def fill_template(template, arguments: dict) -> str:
     try:
-        return template.render(**arguments)
+        return template.render(arguments)  # a client names some: as keywords, `self` could not be one
     except MemoryError:
         raise
     except Exception as error:  # from jinja, raise_exception or the template's code; nested too deeply

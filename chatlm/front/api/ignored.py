@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
+from chatlm.common.text.tokenizer import PROMPT_VARIABLES
 from chatlm.front.api.fields import value_at
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def idle_fields(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Kn
 
 
 def idle_variables(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
-    """The variables in `chat_template_kwargs` that the template does not name."""
+    """The variables in `chat_template_kwargs` that the template does not name, or that it has from other
+    fields."""
     for name in body.get("chat_template_kwargs") or {}:
         is_in_template = re.search(rf"\b{re.escape(name)}\b", known.template)
-        if name != "thinking_budget" and not is_in_template:
+        if name in PROMPT_VARIABLES or name != "thinking_budget" and not is_in_template:
             yield f"chat_template_kwargs.{name}"

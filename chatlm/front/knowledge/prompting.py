@@ -40,7 +40,7 @@ Count = Callable[[str], int]  # the tokens of a text
 SHARE = 4                  # at most this part of the context, 1/4, is given to read
 ANSWER_SHARE = 8           # and this part stays free for the answer, unless max_tokens is less
 WHOLE_TOKENS = 8_000       # of whole documents, at most
-READING_S = 8.0               # and so many as are read within about this time, unless a number is asked for
+PASSAGES_S = 8.0           # and so many as are read within about this time, unless a number is asked for
 FAST_TOKENS = 256          # always
 USUAL_TOKENS = 1_024       # while it is not known how fast the model reads
 SEVERAL = 4                # an embedder may count so many times the tokens that a model does
@@ -198,11 +198,11 @@ def used_stores(connection: sqlite3.Connection, wanted: Seq[str], owner: str, pa
 
 
 def read_in_time(token_s: float) -> int:
-    """How many tokens a model reads in about READING_S. token_s: how long it takes for one; 0.0: not known.
+    """How many tokens a model reads in about PASSAGES_S. token_s: how long it takes for one; 0.0: not known.
     It is a power of two, so that the same question gets the same passages although measured times differ."""
     if not token_s:
         return USUAL_TOKENS
-    return max(FAST_TOKENS, 2 ** round(math.log2(READING_S / token_s)))
+    return max(FAST_TOKENS, 2 ** round(math.log2(PASSAGES_S / token_s)))
 
 
 def least_score(most: int | None, threshold: float | None) -> float | None:

@@ -146,6 +146,8 @@ class Store:
         """Lock the file against other servers, and let only this user read it."""
         if not self.path.parent.is_dir():
             self.path.parent.mkdir(parents=True, mode=0o700)
+        if link := self._link_beside():
+            raise self._unusable(f"its {link} is a link, so all was left as it is")
         self.lock = self._open_lock()
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +165,7 @@ class Store:
             raise
 
     def _open_lock(self) -> BinaryIO:
-        return open(os.open(self._beside("-lock"), PRIVATE, 0o600), "r+b")
+        return open(os.open(self._beside("-lock"), PRIVATE | os.O_NOFOLLOW, 0o600), "r+b")
 
     def _check_header(self, file: BinaryIO):
         """Raise ConfigError unless the file is empty or one of ours. We look before SQLite opens it, because
@@ -261,6 +263,10 @@ class Store:
     def _beside(self, ending: str) -> Path:
         return self.absolute.with_name(self.absolute.name + ending)
 
+    def _link_beside(self) -> str | None:
+        """Which of the files beside the database is a link: it would lock, change or write another file."""
+        return next((ending for ending in ("-lock", *BESIDE) if self._beside(ending).is_symlink()), None)
+
     def _place(self, ending: str) -> tuple[int, int] | None:
         """Which file has a name now."""
         with suppress(OSError):
@@ -273,6 +279,8 @@ class Store:
         OperationalError if what is committed now would be lost."""
         if self._place("") != self.places[""]:
             raise self.library.OperationalError(REPLACED)
+        if link := self._link_beside():
+            raise self.library.OperationalError(f"its {link} was replaced by a link: remove it")
         try:
             if self._place("-lock") != self.places["-lock"]:
                 self._lock_again()

@@ -117,6 +117,8 @@ MEMBERS = [     # (route, what is added to the body, the members that are named)
      ["stream_options.continuous_usage_stats"]),
     ("/v1/chat/completions", {"chat_template_kwargs": {"city": "Rome", "river": "Tiber"}},
      ["chat_template_kwargs.river"]),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"messages": [], "city": "Rome", "add_generation_prompt": False}},
+     ["chat_template_kwargs.messages", "chat_template_kwargs.add_generation_prompt"]),
     ("/v1/responses", {"reasoning": {"effort": "low", "summary": "auto"}}, ["reasoning.summary"]),
     ("/v1/responses", {"text": {"verbosity": "low"}}, ["text.verbosity"]),
     ("/v1/messages", {"output_config": {"effort": "low", "style": "x"}}, ["output_config.style"]),

@@ -295,6 +295,43 @@ def test_an_unusable_store_is_refused_in_one_line(tmp_path, what):
     assert (path.read_bytes() if regular else None) == before
 
 
+@pytest.mark.parametrize("ending", ["-lock", "-wal", "-shm"])
+@pytest.mark.parametrize("target", ["there", "missing"])
+async def test_a_link_beside_a_store_changes_no_other_file(tmp_path, ending, target):
+    """Whoever may make files beside it makes the server neither lock, open nor create a file elsewhere."""
+    other = tmp_path / target
+    if target == "there":
+        other.write_bytes(b"precious")
+        other.chmod(0o644)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f"a.db{ending}").symlink_to(other)
+    assert f"its {ending} is a link" in await refusal(folder / "a.db")
+    assert [each.name for each in folder.iterdir()] == [f"a.db{ending}"]
+    assert other.exists() == (target == "there")
+    if other.exists():
+        assert other.read_bytes() == b"precious" and stat.S_IMODE(other.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("ending", ["-lock", "-wal", "-shm"])
+async def test_a_link_put_beside_an_open_store_is_not_followed(tmp_path, ending, caplog):
+    """Nothing is committed until it has gone; then the store goes on."""
+    other, beside = tmp_path / "other", tmp_path / f"a.db{ending}"
+    other.write_bytes(b"precious")
+    store = opened(tmp_path / "a.db")
+    await store.run(add("one"))
+    beside.unlink()
+    beside.symlink_to(other)
+    with pytest.raises(Overloaded):
+        await store.run(add("two"))
+    assert "replaced by a link" in caplog.text
+    assert other.read_bytes() == b"precious"
+    beside.unlink()
+    await store.run(add("three"))
+    await store.close()
+    assert names(tmp_path / "a.db") == ["one", "three"]
+
+
 def test_a_damaged_large_store_ends_the_server(tmp_path, nanochat_fixtures):
     """A large store is checked while the server runs."""
     path = tmp_path / "a.db"
