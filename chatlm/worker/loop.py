@@ -62,14 +62,13 @@ class WorkerLoop:
         idle = self.engine.idle
         warms_up = idle and self.warm_up.is_due
         restores = idle and not warms_up and self.engine.restores_ahead
-        at_rest = idle and not warms_up and not restores and not self.inbox.adapters.folders
-        checks = at_rest and self.idle_check.is_due
-        if restores:
+        checks = idle and self._may_check(warms_up, restores)
+        if checks:
+            messages = self._wait_for_check()
+        elif restores:
             messages = self._restore_ahead()
         elif warms_up and self.warm_up.rests:
             messages = self.channel.receive(wait=True, patience_s=self.warm_up.REST_S)
-        elif checks:
-            messages = self._wait_for_check()
         else:
             messages = self._receive(wait=idle and not warms_up)
         for message in messages:
@@ -99,6 +98,16 @@ class WorkerLoop:
             return messages
         ahead.more()
         return self.channel.receive(wait=ahead.waits, patience_s=ahead.WAIT_S)
+
+    def _may_check(self, warms_up: bool, restores: bool) -> bool:
+        """Is the engine to be checked before it does anything else? What rests may do so for hours if
+        requests keep coming, so a check whose time has come goes first."""
+        if self.inbox.adapters.folders:
+            return False
+        if warms_up or restores:
+            rests = self.warm_up.rests if warms_up else self.engine.keeper and self.engine.keeper.ahead.rests
+            return bool(rests) and self.idle_check.wait_s == 0
+        return self.idle_check.is_due
 
     def _wait_for_check(self) -> list:
         """The messages that have come by the time when the engine is to be checked."""

@@ -203,3 +203,14 @@ def test_an_idle_worker_tells_the_front_and_serves_on(engine, monkeypatch, caplo
     assert sum("broken invariant" in line for line in caplog.messages) == 1
     assert len([event for _, event in front.events if isinstance(event, Ended)]) == 2
     assert broken
+
+
+@torch.inference_mode()
+def test_a_check_does_not_wait_for_a_warm_up_that_rests(engine, monkeypatch):
+    """It rests as long as requests keep coming."""
+    monkeypatch.setattr(IdleCheck, "EVERY_S", 0.0)
+    monkeypatch.setattr(type(engine.answers), "may_be_faster", True)
+    front = Front(*(asks(name) for name in "rst"))
+    with pytest.raises(EOFError):
+        WorkerLoop(front, engine, CONFIG).run()
+    assert front.sent[-1].gauges["integrity_checks"] >= 3
