@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import RanksFailed
 from chatlm.common.log import log
 from chatlm.common.memory import give_memory_back
-from chatlm.common.messages.protocol import Ready
+from chatlm.common.messages.protocol import Ping, Ready
 from chatlm.common.messages.requests import Failed
 from chatlm.worker.device import lack_of_gpu_memory
 from chatlm.worker.engine.drawn import failure_text
+from chatlm.worker.engine.idle_check import IdleCheck
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.reports import Reports
 from chatlm.worker.engine.warm_up import WarmUp
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 class WorkerLoop:
     """Turn after turn: the messages of the front, then a step, whose events are sent while the next one is
-    computed. While nobody asks for anything the worker warms up and restores stored prefixes, then sleeps
-    until a message comes."""
+    computed. While nobody asks for anything the worker warms up, restores stored prefixes and checks its
+    engine's counts, then sleeps until a message comes."""
 
     ADAPTER_LOOK_S = 0.05  # between two looks at adapters that are being read, while nothing is computed
     MAX_FAILURES = 3       # failed steps in a row that a worker survives; after one more it is replaced
@@ -39,7 +40,8 @@ class WorkerLoop:
         self.config = config
         self.warm_up = warm_up or WarmUp(engine)
         self.holds_leftovers = self.warm_up.is_due  # memory that only loading needed
-        self.gauges = Gauges(engine)
+        self.idle_check = IdleCheck(engine)
+        self.gauges = Gauges(engine, self.idle_check)
         self.inbox = Inbox(engine, channel.send)
         interval_s = config.settings.stream_interval / 1000
         self.reports = Reports(channel, engine, self.gauges.read, interval_s)
@@ -60,7 +62,10 @@ class WorkerLoop:
         idle = self.engine.idle
         warms_up = idle and self.warm_up.is_due
         restores = idle and not warms_up and self.engine.restores_ahead
-        if restores:
+        checks = idle and self._may_check(warms_up, restores)
+        if checks:
+            messages = self._wait_for_check()
+        elif restores:
             messages = self._restore_ahead()
         elif warms_up and self.warm_up.rests:
             messages = self.channel.receive(wait=True, patience_s=self.warm_up.REST_S)
@@ -68,6 +73,12 @@ class WorkerLoop:
             messages = self._receive(wait=idle and not warms_up)
         for message in messages:
             self.inbox.obey(message)
+        if checks and not messages:
+            self._check_more()
+            return
+        self.idle_check.interrupt()
+        if any(not isinstance(message, Ping) for message in messages):
+            self.idle_check.note_work()
         if self.engine.busy:
             self.warm_up.skip()  # what was asked warms up as well
         elif warms_up and not messages:
@@ -87,6 +98,26 @@ class WorkerLoop:
             return messages
         ahead.more()
         return self.channel.receive(wait=ahead.waits, patience_s=ahead.WAIT_S)
+
+    def _may_check(self, warms_up: bool, restores: bool) -> bool:
+        """Is the engine to be checked before it does anything else? What rests may do so for hours if
+        requests keep coming, so a check whose time has come goes first."""
+        if self.inbox.adapters.folders:
+            return False
+        if warms_up or restores:
+            rests = self.warm_up.rests if warms_up else self.engine.keeper and self.engine.keeper.ahead.rests
+            return bool(rests) and self.idle_check.wait_s == 0
+        return self.idle_check.is_due
+
+    def _wait_for_check(self) -> list:
+        """The messages that have come by the time when the engine is to be checked."""
+        wait_s = self.idle_check.wait_s
+        return self.channel.receive(wait=bool(wait_s), patience_s=wait_s)
+
+    def _check_more(self):
+        """Look at a part of the engine, unless it is too early, and tell the front once all was seen."""
+        if not self.idle_check.wait_s and self.idle_check.more():
+            self.reports.send()
 
     def _receive(self, wait: bool) -> list:
         """The messages that have come; if there are none, `wait` for one, or for an adapter to be read."""

@@ -124,6 +124,7 @@ def test_a_warm_up_waits_for_the_next_answer(engine, monkeypatch):
     monkeypatch.setattr(type(engine.answers), "may_be_faster", property(lambda answers: not asked[3:]))
     monkeypatch.setattr(engine.answers, "make_faster", lambda: asked.append("made"))
     worker = WorkerLoop(Front(), engine, CONFIG, warm_up)
+    worker.idle_check.is_due = False       # it would come first
 
     def receive(wait, patience_s=None):
         asked.append((wait, patience_s))

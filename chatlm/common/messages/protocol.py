@@ -427,13 +427,19 @@ SANDBOX_PIPE = Pipe(SandboxConfig, SandboxTask, Body, Begun, SandboxResult, Refu
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
 
+# What a worker checks while it is idle, and the gauge of how much of it was wrong
+BROKEN_INVARIANTS = {name: f"broken_{name}" for name in (
+    "answers", "pages", "prefixes", "states", "adapters", "drafts", "pictures")}
+OF_ALL_PROCESSES = "integrity_checks", *BROKEN_INVARIANTS.values()  # gauges that outlast a worker's process
+
 NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
     "drafted_tokens", "accepted_tokens", *(f"{name}_{source}" for source in DRAFT_SOURCES
                                            for name in ("drafted", "accepted")),
     "memory_used", "memory_total", "prompt_token_s", "restored_tokens", "restored_bytes",
-    "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
+    "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s",
+    *OF_ALL_PROCESSES), 0) | {"utilization": None}
 
 
 @record

@@ -7,7 +7,7 @@ import enum
 import subprocess
 import time
 import typing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,8 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError, without_folders
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
-    Ping, Stepped, WorkerConfig)
+    NO_GAUGES, OF_ALL_PROCESSES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer,
+    NewPrompt, NewRequest, Ping, Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
     Usage, Embedding, Ended, Failed, Finished, PartSays, Piece, PromptProgress, PromptScores,
     ThinkingEnds)
@@ -299,6 +299,7 @@ class Worker:
         self.process: Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges: Mapping[str, float | None] = NO_GAUGES
+        self.counted = Counter[str]()        # of earlier processes: see OF_ALL_PROCESSES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
         self.error = ""                      # why its process ended, if the process or the front knows
@@ -423,6 +424,7 @@ class Worker:
         """Reset everything that its process knew, once it has ended. Returns the jobs that it held."""
         jobs = list(self.jobs.values())
         self.jobs = {}
+        self.counted += self._counts()
         self.gauges = NO_GAUGES
         self.awaited_s = None
         self.cache = CacheState.HELD
@@ -499,6 +501,10 @@ class Worker:
             if time.monotonic() - self.ready_s > self.STABLE_S:
                 self.crashes_in_row = 0
 
+    def _counts(self) -> Counter[str]:
+        """What this process has counted of what is counted for all processes together."""
+        return Counter({name: int(self.gauges.get(name) or 0) for name in OF_ALL_PROCESSES})
+
     def stats(self) -> dict:
         since = time.monotonic() - RECENT_S
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
@@ -507,6 +513,7 @@ class Worker:
                 "state": self.state.value, "place": self.place,
                 "problem": self.problem or without_folders(self.cannot_start),
                 "without": [*map(without_folders, self.without)], **self.gauges,
+                **{name: self.counted[name] + count for name, count in self._counts().items()},
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "batch_fill": min(round(len(self.jobs) / self.rows, 3), 1.0)}

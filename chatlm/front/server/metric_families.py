@@ -9,6 +9,7 @@ from typing import Any, TYPE_CHECKING
 from aiohttp import web
 
 from chatlm.common.errors import ConfigError, RequestError, require_library
+from chatlm.common.messages.protocol import BROKEN_INVARIANTS
 from chatlm.common.messages.requests import DRAFT_SOURCES
 from chatlm.front.held import HELD
 from chatlm.front.server.metrics import histogram
@@ -80,6 +81,15 @@ class MetricFamilies:
             unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
             yield families.CounterMetricFamily(f"chat_server_{unit}", doc,
                                                sum(worker.get(name) or 0 for worker in workers))
+        yield families.CounterMetricFamily(
+            "chat_server_invariant_checks", "checks of idle workers that came to their end",
+            sum(worker.get("integrity_checks") or 0 for worker in workers))
+        broken = families.CounterMetricFamily(
+            "chat_server_broken_invariants", "what these found wrong: more than 0 is a bug of this program",
+            labels=["what"])
+        for name, key in BROKEN_INVARIANTS.items():
+            broken.add_metric([name], sum(worker.get(key) or 0 for worker in workers))
+        yield broken
         prefixes = stats.get("prefixes", {})
         for name, doc in (("stored_pages", "KV pages that were written to --prefix-store"),
                           ("stored_bytes", "bytes that were")):

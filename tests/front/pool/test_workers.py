@@ -16,6 +16,7 @@ from chatlm.common import core
 from chatlm.common.config import Settings, size
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, lack_of_memory
 from chatlm.common.memory import cgroup_memory
+from chatlm.common.messages.protocol import NO_GAUGES
 from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per_worker
 from chatlm.common.text import load
@@ -26,7 +27,7 @@ from chatlm.front.pool.local_devices import choose_devices
 from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.worker import Worker
 from answers import asked
-from pools import collect, greedy, idle, tiny_settings
+from pools import collect, greedy, idle, played_pool, tiny_settings
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 pytestmark = pytest.mark.timeout(120)
@@ -171,6 +172,17 @@ async def test_unknown_token_ids_are_refused(start_pool):
         with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
             await collect(pool, asked("a", **wrong))
         assert refused.value.param == name
+
+
+def test_what_a_worker_s_processes_found_broken_is_added_up():
+    """A worker that was killed may have found something; the next one begins at 0."""
+    worker = played_pool().workers[0]
+    for found in (2, 0, 1):
+        worker.gauges = NO_GAUGES | {"broken_pages": found, "integrity_checks": 10, "kept_pages": 5}
+        worker.forget_process()
+    assert worker.stats()["broken_pages"] == 3 and worker.stats()["integrity_checks"] == 30 and worker.stats()["kept_pages"] == 0
+    worker.gauges = NO_GAUGES | {"broken_pages": 4, "integrity_checks": 1}
+    assert worker.stats()["broken_pages"] == 7 and worker.stats()["integrity_checks"] == 31
 
 
 async def test_two_requests_with_one_id_are_refused(start_pool):

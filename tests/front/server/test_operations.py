@@ -20,6 +20,7 @@ import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import CalmLog, JsonLines, ProgressDisplay, TextLines, tell
+from chatlm.common.messages.protocol import BROKEN_INVARIANTS
 from chatlm.common.messages.requests import Finished
 from chatlm.common.program import program_root
 from chatlm.front.pool.catalogue import Catalogue
@@ -94,7 +95,7 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
     pool = FakePool()
     worker = {"state": "ready", "running": 3, "restarts": 2, "crashes_in_row": 0, "kv_pages_used": 10, "kv_pages_total": 64, "gpu_id": 0,
               "device": "cuda:0", "memory_used": 5 << 30, "memory_total": 80 << 30, "utilization": 0.75, "batch_fill": 0.5,
-              "preemptions": 7, "drafted_lookup": 9, "accepted_lookup": 8, "drafted_forced": 3}
+              "preemptions": 7, "drafted_lookup": 9, "accepted_lookup": 8, "drafted_forced": 3, "integrity_checks": 12, "broken_pages": 2}
     dead = worker | {"state": "dead", "restarts": 1, "crashes_in_row": 4, "gpu_id": 1, "device": "cuda:1", "utilization": None}
     pool.stats = lambda: {"total_workers": 2, "available_workers": 0, "busy_workers": 1, "queue_depth": 5, "delayed_answers": 0, "workers": [worker, dead]}
     async with serving(pool) as url:
@@ -106,6 +107,8 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
           for name in ("memory_used", "memory_total", "utilization", "batch_fill", "preemptions_total")}
     assert of == {"memory_used": {0: 5 << 30, 1: 5 << 30}, "memory_total": {0: 80 << 30, 1: 80 << 30}, "utilization": {0: 0.75, 1: None},
                   "batch_fill": {0: 0.5, 1: 0.5}, "preemptions_total": {0: 7, 1: 7}}
+    assert shown["chat_server_invariant_checks_total"] == 24
+    assert {name: shown[f'chat_server_broken_invariants_total{{what="{name}"}}'] for name in BROKEN_INVARIANTS} == dict.fromkeys(BROKEN_INVARIANTS, 0) | {"pages": 4}
     drafts = {(name, source): shown[f'chat_server_worker_{name}_tokens_total{{device="cuda:1",source="{source}",worker="1"}}']
               for name in ("drafted", "accepted") for source in ("lookup", "forced", "mtp", "model")}
     assert {key: value for key, value in drafts.items() if value} == {

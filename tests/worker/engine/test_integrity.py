@@ -265,7 +265,7 @@ def test_engines_are_checked_after_each_test(engine):
 @torch.inference_mode()
 @pytest.mark.parametrize("switch, checks", [("1", True), ("", False), (None, False)])
 def test_an_idle_worker_checks_itself_if_asked(folders, monkeypatch, caplog, switch, checks):
-    """A worker checks itself whenever it is idle, if that is switched on."""
+    """A worker checks itself each time that it becomes idle, and ends if something is wrong, if that is switched on."""
     monkeypatch.setenv("CHAT_SERVER_CHECK_INTEGRITY", switch) if switch is not None else monkeypatch.delenv("CHAT_SERVER_CHECK_INTEGRITY", False)
     caplog.set_level("INFO")
     engine = make_engine(folders["llama"], num_pages=100, max_batch=4)
@@ -280,4 +280,4 @@ def test_an_idle_worker_checks_itself_if_asked(folders, monkeypatch, caplog, swi
     with pytest.raises(IntegrityError if checks else EOFError, match="nobody holds it" if checks else None):
         WorkerLoop(front, engine, CONFIG).run()
     assert len(front.batches) == (1 if checks else 0)
-    assert len(front.sent) == (2 if checks else 4)         # the front has heard of the answers that ended
+    assert len(front.sent) == (3 if checks else 5)         # the front has heard of the answers that ended
