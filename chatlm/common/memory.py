@@ -166,8 +166,3 @@ def limit_memory(more: int):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
-
-
-def shown_bytes(count: float) -> str:
-    """For people: 2.41 GB, 31.4 MB, 0.2 MB."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

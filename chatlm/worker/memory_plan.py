@@ -11,7 +11,8 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapter_folders import bytes_of_adapters
-from chatlm.common.memory import available_memory, shown_bytes
+from chatlm.common.memory import available_memory
+from chatlm.common.sizes import shown_bytes
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.device import gpu_memory
 from chatlm.worker.engine.kvcache import PagePool, longest_context

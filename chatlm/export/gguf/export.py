@@ -14,7 +14,7 @@ import numpy
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
-from chatlm.common.memory import shown_bytes
+from chatlm.common.sizes import shown_bytes
 from chatlm.common.new_files import refuse_inputs
 from chatlm.common.records import record
 from chatlm.export.gguf import encoding

@@ -12,7 +12,7 @@ from chatlm.common.hub.adapter_folders import AdapterFiles, adapters_below, base
 from chatlm.common.hub.better import MEMORY_RATE
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
-from chatlm.common.memory import shown_bytes
+from chatlm.common.sizes import shown_bytes
 from chatlm.front.pool.preferred import by_preference
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.folder_scanner import FolderScanner

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
-from chatlm.common.memory import shown_bytes
+from chatlm.common.sizes import shown_bytes
 from chatlm.front.pool.worker import CacheState
 
 if TYPE_CHECKING:

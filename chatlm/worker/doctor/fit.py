@@ -13,7 +13,8 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.memory import available_memory, shown_bytes
+from chatlm.common.memory import available_memory
+from chatlm.common.sizes import shown_bytes
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
