@@ -193,6 +193,9 @@ function askInDialog(title, body, no, yes, deletes = false) {
   return new Promise(resolve => { dialog.onclose = () => resolve(dialog.returnValue === "yes"); });
 }
 
+// Closes the dialog as if the reader had not agreed.
+const closeQuestion = () => $("ask-dialog").close();
+
 // Enter in a field does what the field is for. `data-enter`, of the field or of what is around it, names the button of that; else the form is submitted,
 // as browsers do by themselves.
 function enterIn(event) {
@@ -307,7 +310,7 @@ Parts.register({
 
 return Object.freeze({
   get started() { return started; }, start,
-  render, announce, follow, stopFollowing, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed,
+  render, announce, follow, stopFollowing, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, closeQuestion,
 });
 })();
 

@@ -8,7 +8,7 @@
 
 const Sync = (() => {
 
-const {TEXT, $, element, wait, newest} = Parts;
+const {TEXT, element, wait, newest} = Parts;
 
 const KIND = {projects: "project", prompts: "prompt", conversations: "chat", nodes: "node"}, STORED_AS = Object.fromEntries(Object.entries(KIND).map(([kind, name]) => [name, kind]));
 const OWN = ["id", "leaf", "running", "revision", "rev", "unsent"];     // fields that stay here
@@ -412,7 +412,7 @@ async function showLink() {
   await Parts.need("qrcode");
   const told = state.problem ? TEXT.syncProblem(state.problem) : unsent.size ? TEXT.syncLeft(unsent.size) : TEXT.syncAll;
   const copy = element("button", {type: "button", className: "plain", textContent: TEXT.syncCopy, onclick: () => Turns.copyText(link(), copy)});
-  const stop = element("button", {type: "button", className: "plain", textContent: TEXT.syncStop, onclick: () => { turnOff(); $("ask-dialog").close(); }});
+  const stop = element("button", {type: "button", className: "plain", textContent: TEXT.syncStop, onclick: () => { turnOff(); Page.closeQuestion(); }});
   Page.confirmed(TEXT.syncTitle, [
     paragraph(told), paragraph(TEXT.syncLink), element("p", {}, element("code", {id: "sync-link", textContent: link()})), element("div", {className: "line"}, copy),
     ...isOfThisComputer() ? [element("p", {className: "alert", textContent: TEXT.syncHere(location.host)})] : typeof qrcode === "function" ? [codeOf(link())] : [],

@@ -201,9 +201,9 @@ def test_a_template_is_tried_only_once(text, monkeypatch):
     whole = compile_chat_template(TEMPLATES["no results"])
 
     class Counted:
-        def render(self, **arguments):
+        def render(self, *arguments):
             next(filled)
-            return whole.render(**arguments)
+            return whole.render(*arguments)
     tokenizer.template = Counted()
     prompt(tokenizer, [asked()])
     first = next(filled)

@@ -30,7 +30,7 @@ def owner_of(script):
 
 
 OWNERS = {owner: script for script in SCRIPTS if (owner := owner_of(script))}
-LIBRARIES = {"marked", "DOMPurify", "hljs", "katex", "uPlot"}       # vendor/
+LIBRARIES = {"marked", "DOMPurify", "hljs", "katex", "uPlot", "qrcode"}       # vendor/
 OWN_PROPERTIES = """() => {
     const frame = document.body.appendChild(document.createElement("iframe")), blank = new Set(Object.getOwnPropertyNames(frame.contentWindow));
     frame.remove();

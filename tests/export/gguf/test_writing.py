@@ -168,7 +168,7 @@ def small_disk(folder, kilobytes):
 
 def test_a_full_disk_is_said_before_anything_is_written(model, tmp_path):
     with small_disk(tmp_path / "disk", 64) as disk:
-        with pytest.raises(ConfigError, match="no room for the file's .* GB are free") as refused:
+        with pytest.raises(ConfigError, match="no room for the file's .* MB are free") as refused:
             export_gguf(source_of(model), disk / "out.gguf", type="F32")
         assert "\n" not in str(refused.value)
         assert not (disk / "out.gguf").exists()
