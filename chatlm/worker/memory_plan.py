@@ -12,7 +12,6 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapter_folders import bytes_of_adapters
 from chatlm.common.memory import available_memory
-from chatlm.common.sizes import shown_bytes
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.device import gpu_memory
 from chatlm.worker.engine.kvcache import PagePool, longest_context
@@ -301,7 +300,7 @@ class MemoryPlan(NamedTuple):
                                                    f"({self.token_bytes:,} bytes a token)"))
         if self.prefixes:
             parts.append(("prefixes", self.prefixes, ""))
-        return " + ".join(f"{name} {shown_bytes(nbytes)}{more}" for name, nbytes, more in parts)
+        return " + ".join(f"{name} {nbytes / 1e9:,.2f} GB{more}" for name, nbytes, more in parts)
 
     def _states_line(self, num_pages: int) -> str:
         if not self.state_bytes:

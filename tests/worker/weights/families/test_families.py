@@ -402,7 +402,7 @@ def test_a_line_says_first_whether_the_model_fits(default_model_path, caplog, mo
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     assert "adapters" not in line
     one = random_adapter(tmp_path / "one", 30, SMOLLM2, rank=16)
-    assert " + adapters 21.0 MB + drafts 33.6 MB + activations " in built(caplog, default_model_path, 4 << 30, monkeypatch, adapter=(f"one={one}",))[2]
+    assert " + adapters 0.02 GB + drafts 0.03 GB + activations " in built(caplog, default_model_path, 4 << 30, monkeypatch, adapter=(f"one={one}",))[2]
     if decode_core():
         assert 0.97 < plan.weights / held < 1.03
     assert plan.activations == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
