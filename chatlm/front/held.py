@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import selectors
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -38,34 +39,45 @@ class Durations:
         return [*zip(self.BOUNDS_S, map(float, accumulate(self.counts)))]
 
 
-class Held:
-    """What is held, by its name."""
+class Holds:
+    """How long what is shared was held each time, by its name. All threads note theirs here."""
 
     def __init__(self):
+        self.lock = threading.Lock()
         self.times: dict[str, Durations] = {}
         self.busy = Counter[str]()  # threads that work now
 
     def observe(self, name: str, seconds: float):
-        if name not in self.times:
-            self.times[name] = Durations()
-        self.times[name].observe(seconds)
+        with self.lock:
+            if name not in self.times:
+                self.times[name] = Durations()
+            self.times[name].observe(seconds)
 
     @contextmanager
     def by(self, name: str) -> Iterator[None]:
         """This thread holds it in this block."""
-        self.busy[name] += 1
+        self._add_busy(name, 1)
         began_s = time.thread_time()
         try:
             yield
         finally:
-            self.busy[name] -= 1
+            self._add_busy(name, -1)
             self.observe(name, time.thread_time() - began_s)
 
+    def _add_busy(self, name: str, change: int):
+        with self.lock:
+            self.busy[name] += change
+
     def rows(self) -> list[tuple[Seq[str], Durations]]:
-        return [([name], times) for name, times in sorted(self.times.items())]
+        with self.lock:
+            return [([name], times) for name, times in sorted(self.times.items())]
+
+    def busy_rows(self) -> list[tuple[Seq[str], int]]:
+        with self.lock:
+            return [([name], count) for name, count in sorted(self.busy.items())]
 
 
-HELD = Held()  # of this process
+HOLDS = Holds()  # of this process
 
 
 class LoopSelector(selectors.DefaultSelector):
@@ -75,7 +87,7 @@ class LoopSelector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if self.began_s is not None:
-            HELD.observe("loop", time.thread_time() - self.began_s)
+            HOLDS.observe("loop", time.thread_time() - self.began_s)
         try:
             return super().select(timeout)
         finally:
@@ -96,6 +108,6 @@ class MeasuredThreads(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def measured() -> Any:
-            with HELD.by(self.name):
+            with HOLDS.by(self.name):
                 return fn(*args, **kwargs)
         return super().submit(measured)

@@ -11,7 +11,7 @@ from aiohttp import web
 from chatlm.common.errors import ConfigError, RequestError, require_library
 from chatlm.common.messages.protocol import BROKEN_INVARIANTS
 from chatlm.common.messages.requests import DRAFT_SOURCES
-from chatlm.front.held import HELD
+from chatlm.front.held import HOLDS
 from chatlm.front.server.metrics import histogram
 
 if TYPE_CHECKING:
@@ -164,11 +164,11 @@ class MetricFamilies:
             [([reason], durations) for reason, durations in metrics.whole.items()], labels=["finish_reason"])
         yield histogram(
             self.families, "held", "processor time for which the loop or a thread was held at a stretch",
-            HELD.rows(), labels=["what"])
+            HOLDS.rows(), labels=["what"])
         busy = self.families.GaugeMetricFamily(
             "chat_server_busy_threads", "threads that work now", labels=["what"])
-        for name, count in sorted(HELD.busy.items()):
-            busy.add_metric([name], count)
+        for values, count in HOLDS.busy_rows():
+            busy.add_metric(values, count)
         yield busy
         yield self.families.GaugeMetricFamily(
             "chat_server_held_bytes", "bytes of large bodies and of whole answers that are held now",

@@ -25,7 +25,7 @@ from chatlm.common.config import DATABASE
 from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
-from chatlm.front.held import HELD
+from chatlm.front.held import HOLDS
 from chatlm.front.store.schema import STEPS, Step
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class Store:
     def _serve(self):
         """Run as the store's thread, until None comes and all work is done."""
         while self._receive():
-            with HELD.by("store"):
+            with HOLDS.by("store"):
                 self._transact()
 
     def _receive(self) -> bool:
