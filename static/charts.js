@@ -11,12 +11,13 @@ const LOOKS = [{colour: "--accent", dash: []}, {colour: "--amber", dash: [6, 4]}
 const axisOf = more => ({stroke: () => resolved("--soft"), font: FONT, grid: {stroke: () => resolved("--line"), width: 1}, ticks: {show: false}, ...more});
 const sizeOf = box => ({width: box.clientWidth || 300, height: box.clientHeight || 120, legend: {show: false}, cursor: {show: false}});
 const axisOfValues = write => axisOf({size: (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length)), space: 34, values: (_, ticks) => labelled(ticks, write)});
+const empty = lines => Array.from({length: 1 + lines}, () => []);
+
 // No two labels are the same. `write` gets a value and the distance of two.
 function labelled(ticks, write) {
   const texts = ticks.map(at => write(at, ticks[1] - ticks[0]));
   return texts.map((text, i) => texts.indexOf(text) === i ? text : "");
 }
-const empty = lines => Array.from({length: 1 + lines}, () => []);
 
 // A chart over time in a `figure` with a caption and a box of the class "chart". `lines`: how many. Returns uPlot's object, whose `setData`
 // takes [places, values of a line ...].
@@ -113,7 +114,7 @@ function drawStages({ctx, bbox}, {layout, scales}, write) {
     ctx.fillText(by === "tokens" ? TEXT.stageByTokens(stage) : stage, left(from) + 5 * ratio, bbox.top - 3 * ratio);
     const {low, high} = scales?.get(part) ?? {};
     const ends = low < high ? [[high, bbox.top + 14 * ratio], [low, bbox.top + bbox.height - 2 * ratio]] : low === high ? [[low, bbox.top + bbox.height / 2 - 6 * ratio]] : [];
-    for (const [value, bottom] of ends) ctx.fillText(write(value), left(from) + 5 * ratio, bottom);
+    for (const [value, bottom] of ends) ctx.fillText(write(value, high - low || 1), left(from) + 5 * ratio, bottom);
   }
   ctx.restore();
 }

@@ -55,15 +55,15 @@ const knowsTokens = views => layOut(views, "tokens").parts.some(({by}) => by ===
 // The curves of a metric: {points: [{step, x, y, value, look, isStale}], looks: a curve's look each, data: [places, heights of a curve ...], scales}.
 // `look`: of the first or the second view. `y` is the value, or with `scales`, {low, high} of each stage, its place between these from 0 to 1.
 function curvesOf(views, metric, layout) {
-  const points = [], looks = [], columns = [], scales = scalesOf(views.flat().filter(step => metricOf(step, metric) !== undefined), metric, layout);
+  const points = [], looks = [], columns = [], known = views.map(steps => steps.filter(step => metricOf(step, metric) !== undefined));
+  const scales = scalesOf(known.flat(), metric, layout);
   const heightOf = (step, value) => {
     const {low, high} = scales?.get(layout.partOf(step)) ?? {low: 0, high: 1};
     return high > low ? (value - low) / (high - low) : 0.5;
   };
-  for (const [look, steps] of views.entries()) {
-    const known = steps.filter(step => metricOf(step, metric) !== undefined);
-    for (const run of unique(known.map(step => step.run))) {
-      const own = known.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: heightOf(step, metricOf(step, metric)), value: metricOf(step, metric), isStale: step.stale.includes(metric)}));
+  for (const [look, steps] of known.entries()) {
+    for (const run of unique(steps.map(step => step.run))) {
+      const own = steps.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: heightOf(step, metricOf(step, metric)), value: metricOf(step, metric), isStale: step.stale.includes(metric)}));
       points.push(...own);
       looks.push(look);
       columns.push(new Map(own.map(({x, y}) => [x, y])));

@@ -11,15 +11,10 @@ from collections.abc import Iterable, Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatlm.common.gguf_values import ARRAY, BOOL, F32, I32, STRING, U32
+
 MAGIC = b"E5S1"
 ALIGNED = 32                # of each tensor in a GGUF file, in bytes
-# GGUF's numbers of types
-U32 = 4
-I32 = 5
-F32 = 6
-BOOL = 7
-STRING = 8
-ARRAY = 9
 PACKED = {U32: "<I", F32: "<f", BOOL: "<?", I32: "<i"}
 FLOATS, Q4_0 = 0, 2         # GGUF's numbers of formats, of F32 and of Q4_0
 Q4_0_BYTES = 18             # of 32 weights

@@ -8,18 +8,12 @@ from typing import NamedTuple
 
 import numpy
 
+from chatlm.common.gguf_values import ARRAY, BOOL, F32, I32, STRING, U32
 from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 
 VERSION = 3
 ALIGNMENT = 32
-# the types of values
-U32 = 4
-I32 = 5
-F32 = 6
-BOOL = 7
-STRING = 8
-ARRAY = 9
 
 
 class Value(bytes):

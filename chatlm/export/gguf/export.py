@@ -14,9 +14,9 @@ import numpy
 from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
-from chatlm.common.sizes import shown_bytes
 from chatlm.common.new_files import refuse_inputs
 from chatlm.common.records import record
+from chatlm.common.sizes import shown_bytes
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
 from chatlm.export.gguf.mixes import EMBEDDINGS, FLOATS, NEED_IMPORTANCE, Mix, TypeRules, mix_of

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, visible
-from chatlm.common.sizes import shown_bytes
 from chatlm.common.new_files import create, not_ours, replace_with, take_up
+from chatlm.common.sizes import shown_bytes
 
 with suppress(ImportError):  # Windows has none; there nothing is locked
     import fcntl

@@ -20,11 +20,11 @@ from typing import NamedTuple, TYPE_CHECKING, TypeVar
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.common.messages.vectors import Scan
+from chatlm.front.held import Durations
 from chatlm.front.knowledge.asking import Asker, Asking
 from chatlm.front.knowledge.embedding import Embedders
 from chatlm.front.knowledge.scan import VectorScanner
 from chatlm.front.knowledge.words import Ranked, ranked, telling_words, words_of
-from chatlm.front.held import Durations
 from chatlm.front.store.readers import Readers
 
 if TYPE_CHECKING:
@@ -364,7 +364,7 @@ def whole_of(reading: Reading, stores: Seq[int], most_tokens: int, wanted: Filte
 def worth_reading(hits: Seq[Hit], limit: int) -> list[Hit]:
     """Of so many hits the first, and those whose score is at least half way from a common one to the best:
     from the middle one of the LISTED first hits, which hardly fits the question. So models read nothing that
-    is far less near, whatever an embedder's scores are like (bench/knowledge_quality.py measures it)."""
+    is far less near, whatever an embedder's scores are like (bench/RESULTS.md)."""
     scores = sorted(hit.score for hit in hits[:LISTED])
     if len(scores) <= FEW:
         return [*hits[:limit]]

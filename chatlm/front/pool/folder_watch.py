@@ -13,9 +13,9 @@ from chatlm.common.hub.better import MEMORY_RATE
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
 from chatlm.common.sizes import shown_bytes
-from chatlm.front.pool.preferred import by_preference
-from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.folder_scanner import FolderScanner
+from chatlm.front.pool.names import accepted_names, is_among
+from chatlm.front.pool.preferred import by_preference
 
 if TYPE_CHECKING:
     from chatlm.common.config import ModelEntry
@@ -57,8 +57,9 @@ class FolderWatch:
         """Sort the models, so that the best to chat with answers requests that name none. What is added
         later comes after them: no request is answered by another model because of it."""
         await asyncio.to_thread(MEMORY_RATE.measure)
-        mine = sorted(self._mine.values(), key=by_preference(MEMORY_RATE))
-        self.registry.models.sort(key=lambda model: mine.index(model) + 1 if model in mine else 0)
+        models = self.registry.models
+        mine = sorted((model for model in models if model.stamp), key=by_preference(MEMORY_RATE))
+        models[:] = [*(model for model in models if not model.stamp), *mine]
 
     async def run(self):
         await self.scanner.run(self.update)

@@ -17,8 +17,8 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Ov
 from chatlm.common.hub.adapter_folders import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
-from chatlm.common.sizes import shown_bytes
 from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.sizes import shown_bytes
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue, OpeningProgress
 from chatlm.front.pool.folder_watch import FolderWatch, matching_bases

@@ -1,4 +1,4 @@
-"""Which models of a folder people want to chat with first."""
+"""What models are for, and which of a folder people want to chat with first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from chatlm.common.hub.better import FAST_ENOUGH
 
 if TYPE_CHECKING:
     from chatlm.common.hub.better import MemoryRate
+    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.models import ServedModel
-    from chatlm.front.pool.pool import WorkerPool
+
+
+KINDS = "chat", "text", "embedding", "rerank"  # those that people chat with first
 
 
 def by_preference(rate: MemoryRate) -> Callable[[ServedModel], tuple]:
@@ -20,21 +23,19 @@ def by_preference(rate: MemoryRate) -> Callable[[ServedModel], tuple]:
     slow."""
     def key(model: ServedModel) -> tuple:
         pool = model.pool
-        if not pool:
-            return (len(USES),)
+        if not pool or not pool.tokenizer:
+            return (len(KINDS),)
         speed = None
         if not pool.workers[0].device.startswith("cuda"):
             speed = rate.expected_speed(model.name, model.bytes)
         slow = speed is not None and speed < FAST_ENOUGH
         size = model.bytes if slow else -model.bytes
-        return USES.index(use_of(pool)), slow, size, -int(pool.checkpoint.get("step") or 0)
+        return KINDS.index(kind_of(pool.tokenizer)), slow, size, -int(pool.checkpoint.get("step") or 0)
     return key
 
 
-USES = "chat", "texts", "vectors"
-
-
-def use_of(pool: WorkerPool) -> str:
-    if pool.tokenizer and pool.tokenizer.spec.embedder:
-        return "vectors"
-    return "texts" if pool.continues_texts or not pool.chats else "chat"
+def kind_of(tokenizer: Tokenizer) -> str:
+    """What a model is for. A base checkpoint is for texts, although it has a chat template too."""
+    if embedder := tokenizer.spec.embedder:
+        return "rerank" if embedder.pooling == "rank" else "embedding"
+    return "text" if tokenizer.continues_texts else "chat"

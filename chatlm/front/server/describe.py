@@ -22,6 +22,7 @@ from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, default_sampling
+from chatlm.front.pool.preferred import kind_of
 from chatlm.front.server.anthropic_models import (
     A_PAGE, PAGE_QUERY, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
@@ -56,13 +57,6 @@ def listed_body(seen: Seq[ModelOrAdapter]) -> dict:
     """The response of /v1/models."""
     default = default_among(seen)
     return {"object": "list", "data": [model_body(served, served == default) for served in seen]}
-
-
-def kind_of(tokenizer: Tokenizer) -> str:
-    """What a model is for. A base checkpoint is for texts, although it has a chat template too."""
-    if embedder := tokenizer.spec.embedder:
-        return "rerank" if embedder.pooling == "rank" else "embedding"
-    return "text" if tokenizer.continues_texts else "chat"
 
 
 def abilities(tokenizer: Tokenizer) -> dict[str, bool]:

@@ -116,8 +116,8 @@ def are_at_rest(refs: Seq[int], free: Seq[int], cached: Collection[int]) -> bool
     if any(refs) or len(listed) < len(free) or len(free) + len(cached) != len(refs):
         return False
     numbers = range(len(refs))
-    ends = [end(each) for each in (free, cached) if each for end in (min, max)]
-    return listed.isdisjoint(cached) and all(number in numbers for number in ends)
+    are_known = all(min(each) in numbers and max(each) in numbers for each in (free, cached) if each)
+    return are_known and listed.isdisjoint(cached)
 
 
 def page_faults(pool: PagePool, tables: Iterable[tuple[str, Seq[int]]]) -> list[str]:
@@ -254,8 +254,10 @@ def draft_faults(engine: Engine) -> list[str]:
     """Faults of what is remembered of answers that are drafted for."""
     faults = [f"answer {sequence.work.id} has ended, but is still drafted for"
               for sequence in engine.drafting.records if sequence.finished]
-    return faults + [f"answer {sequence.work.id} has ended, but a draft model still watches it"
-                     for model in engine.draft_models for sequence in model.watched if sequence.finished]
+    for model in engine.draft_models:
+        faults += [f"answer {sequence.work.id} has ended, but a draft model still watches it"
+                   for sequence in model.watched if sequence.finished]
+    return faults
 
 
 def picture_faults(pictures: Pictures, queue: RunQueue) -> list[str]:

@@ -11,6 +11,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import opened, truncated
+from chatlm.common.gguf_values import ARRAY, STRING
 from chatlm.worker.arrays.gguf_types import (
     BITNET_TYPE, NUMBERED, OF_FORKS, REPACKED, ROWS, GgufType, block_of)
 from chatlm.worker.weights.formats.gguf.layouts import kinds_of
@@ -18,9 +19,6 @@ from chatlm.worker.weights.formats.gguf.texts import LENGTH, Texts, ends_of_stri
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
-# types of values
-STRING = 8
-ARRAY = 9
 NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 SHORT_LIST = 1000

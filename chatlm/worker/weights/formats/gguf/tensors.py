@@ -15,8 +15,8 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import require_library
-from chatlm.common.sizes import shown_bytes
 from chatlm.common.records import record
+from chatlm.common.sizes import shown_bytes
 from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import as_kind, contiguous, floats, item_bytes, joined
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
