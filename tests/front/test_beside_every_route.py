@@ -9,9 +9,11 @@ import http.client
 import json
 import re
 import socket
+import sqlite3
 import threading
 import time
 import urllib.parse
+from contextlib import closing
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import pytest
 
 from chatlm.common.config import LIMITS
 from chatlm.front.front import ROUTES
+from chatlm.front.store.quota import used_bytes
 from nightly import WHOLE
 from real_server import server
 from sent_bodies import BASE
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[2]
 MOST_S = 0.25               # of the processor, at a stretch; a bound of the histogram
 SIZE = 15 << 20 if WHOLE else 1 << 20
+PAGES_BYTES = 256 << 10     # of the database, that a few rows may take: a vector store has tables of its own
 SPACE = "S" * 22
 FILE = b"# Tea\n\n" + b"Green tea is made of leaves. " * 40
 
@@ -163,6 +167,16 @@ def held_longer(metrics, what):
     return float(counts["+Inf"]) - float(counts[str(MOST_S)]) if counts else 0.0
 
 
+def kept(database):
+    """(bytes that the database's pages take, bytes that count for each owner, owners of all rows)."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        def all_of(query):
+            return connection.execute(query).fetchall()
+        tables = [name for name, in all_of("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%owner TEXT%'")]
+        owners = {owner for table in tables for owner, in all_of(f"SELECT DISTINCT owner FROM {table}")}
+        return used_bytes(connection), dict(all_of("SELECT owner, bytes FROM holdings")), owners
+
+
 BOUNDS = [row.split("|")[1:-1] for row in (ROOT / "SECURITY.md").read_text().partition("## What bounds each route")[2].partition("## Limits")[0].split("\n") if row.startswith("| `")]
 
 
@@ -185,7 +199,7 @@ def place(nanochat_fixtures, default_embedder_path, tmp_path_factory):
     (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"fake": logging_tools(folder) | {"alwaysAllow": ["*"]}}}))
     flags = "--mcp-config", folder / "mcp.json", *(f"--api-key={key}" for key in KEYS)
     with server(nanochat_fixtures / "gen5", "--embedder", default_embedder_path, f"--database={folder / 'k.db'}", *flags) as (process, url):
-        yield process, url
+        yield process, url, folder / "k.db"
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +274,11 @@ class Beside:
 
 @pytest.mark.parametrize("route", sorted(ROUTES, key=lambda route: route.method == "DELETE"), ids=lambda route: f"{route.method} {route.path}")
 def test_a_key_holds_no_other(place, names, route):
-    _, url = place
+    _, url, database = place
     key = Key(url, KEYS[0])
     path = filled(route.path, names)
     wrong = []
-    before = key.metrics()
+    before, (took, counted, _) = key.metrics(), kept(database)
     with Beside(url) as other:
         told = []
         for sent in dear(route, names):
@@ -277,12 +291,15 @@ def test_a_key_holds_no_other(place, names, route):
     held = {what: held_longer(after, what) - held_longer(before, what) for what in ("loop", "store")}
     assert held == {"loop": 0, "store": 0}, told
     assert not wrong
+    takes, counts, owners = kept(database)
+    assert owners == counts.keys() and len(owners) == 1       # nothing is the second key's
+    assert takes - took <= 4 * max(sum(counts.values()) - sum(counted.values()), 0) + PAGES_BYTES
     assert {path: {status for status, _ in seen} for path, seen in other.seen.items()} == {path: {200} for _, path, _ in Beside.SMALL}
     assert all(len(seen) == 1 for seen in other.seen.values()), other.seen
 
 
 def test_nothing_is_left_of_clients_that_have_left_and_a_signal_ends_it(place):
-    process, url = place
+    process, url, _ = place
     key = Key(url, KEYS[1])
 
     def busy():

@@ -97,8 +97,10 @@ def file_of_owner(connection: sqlite3.Connection, name: str, owner: str, param: 
 def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[LineRow]):
     connection.executemany("INSERT INTO lines (file, number, text, custom_id, url, model, problem) "
                            "VALUES (?, ?, ?, ?, ?, ?, ?)", [(file, *row) for row in rows])
-    connection.execute("UPDATE files SET bytes = bytes + ?, requests = requests + ? WHERE id = ?",
-                       (sum(len(row.text) for row in rows), sum(row.asks for row in rows), file))
+    connection.execute(
+        "UPDATE files SET bytes = bytes + ?, requests = requests + ?, line_count = line_count + ? "
+        "WHERE id = ?",
+        (sum(len(row.text) for row in rows), sum(row.asks for row in rows), len(rows), file))
 
 
 def longest_line(connection: sqlite3.Connection, file: int) -> Parts[int]:

@@ -205,7 +205,7 @@ LISTED = "".join((
     noting("items", "DELETE ON items", "'items ' || OLD.conversation", "OLD.name", "OLD.id",
            "FROM conversations WHERE id = OLD.conversation AND deleted = 0")))
 # What a row counts for its owner, besides the rows that belong to it
-HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
+HELD = {"files": "({row}.state < 2) * ({row}.bytes + 128 * {row}.line_count + 512)",
         "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
                    "+ LENGTH(CAST(IFNULL({row}.problems, '') AS BLOB))",
         "responses": "(1 - {row}.deleted) * ({row}.bytes + 512)",
@@ -214,12 +214,18 @@ HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
 
 def counted(table: str, size: str) -> str:
     """Count the rows of a table for their `owner`, and what becomes of them. size: of `{row}`, in bytes."""
-    old = size.format(row="OLD")
-    new = size.format(row="NEW")
     there = size.format(row=table)
     return f"""
 INSERT INTO holdings (owner, bytes) SELECT owner, SUM({there}) FROM {table} WHERE true GROUP BY owner
     ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
+""" + counting(table, size)
+
+
+def counting(table: str, size: str) -> str:
+    """Triggers that count what becomes of the rows of a table from now on."""
+    old = size.format(row="OLD")
+    new = size.format(row="NEW")
+    return f"""
 CREATE TRIGGER {table}_added AFTER INSERT ON {table} BEGIN
     INSERT INTO holdings (owner, bytes) VALUES (NEW.owner, {new})
         ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
@@ -233,10 +239,17 @@ END;
 """
 
 
-HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
+FIRST_HELD = HELD | {"files": "({row}.state < 2) * ({row}.bytes + 512)"}
+HOLDINGS = "".join(counted(table, size) for table, size in FIRST_HELD.items())
+# A line of two bytes takes twenty times as much, so its row counts too
+ROWS_OF_LINES = "".join((
+    "ALTER TABLE files ADD COLUMN line_count INTEGER NOT NULL DEFAULT 0;",
+    *(f"DROP TRIGGER files_{what};" for what in ("added", "changed", "removed")),
+    counting("files", HELD["files"]),
+    "UPDATE files SET line_count = (SELECT COUNT(*) FROM lines WHERE file = files.id);"))
 # Statements, or what does a piece of the work and returns whether there is more
 Step = str | Callable[[Any], bool]
 # Only the end may be changed once a release has had it. The tables of annexes have steps of their own
 STEPS: tuple[Step, ...] = (
     FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept, NAMES, name_kept, APPROVALS, VERSIONS,
-    MAKERS_AND_SPACES, GONE + LISTED)
+    MAKERS_AND_SPACES, GONE + LISTED, ROWS_OF_LINES)

@@ -165,7 +165,7 @@ def test_small_parts_are_sent_together_in_order(seed):
 
 
 RECOUNT = {
-    "files": "SELECT owner, bytes + 512 FROM files WHERE state < 2",
+    "files": "SELECT owner, bytes + 512 + 128 * (SELECT COUNT(*) FROM lines WHERE file = files.id) FROM files WHERE state < 2",
     "batches": "SELECT owner, 512 + LENGTH(CAST(IFNULL(metadata, '') AS BLOB)) + LENGTH(CAST(IFNULL(problems, '') AS BLOB)) FROM batches",
     "responses": "SELECT owner, 512 + (SELECT SUM(LENGTH(body) + 256) FROM parts WHERE response = responses.id) FROM responses WHERE NOT deleted",
     "conversations": "SELECT owner, 512 + LENGTH(CAST(metadata AS BLOB)) + (SELECT IFNULL(SUM(LENGTH(body) + 256), 0) FROM items WHERE conversation = conversations.id) "
