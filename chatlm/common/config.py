@@ -9,13 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_operators
-from chatlm.common.records import record
 
 
 N = TypeVar("N", int, float)
@@ -38,7 +37,7 @@ FOLDERS_CLIENT = "--knowledge"  # who embeds their files, in the ledger
 PACKED_BLOCK = 32               # values of a head that share a scale in q8_0 pages
 
 
-@record
+@dataclass(frozen=True)
 class Limits:
     """All limits on requests, in one place. Characters are Unicode code points."""
 
@@ -290,7 +289,7 @@ def flag(default: V, parse: Callable[[str], object] | None, help: str,
     return field(default=default, metadata={"flag": row})
 
 
-@record
+@dataclass(frozen=True)
 class ModelEntry:
     """One of several models to serve: a MODEL on the command line, a [[models]] table in --config, or one
     that --models found."""
@@ -305,7 +304,7 @@ class ModelEntry:
     changes: dict = field(default_factory=dict)  # its own values of fields of `Settings`
 
 
-@record
+@dataclass(frozen=True)
 class Settings:
     """The values of all flags, the command and the names of all commands, one or several MODELs, the hashed
     API keys, and, once a model is loaded, its own sampling parameters and where they come from."""

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_small
 from chatlm.common.hub.nanochat_checkpoints import checkpoint_at, part_of, read_meta
 from chatlm.common.hub.recorded_metrics import written_beside
-from chatlm.common.records import record
 
 METRICS = {  # what nanochat has written -> its row in the card
     "tokens": "tokens of training", "train_loss": "loss of training", "reward": "reward",
@@ -47,7 +47,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 
 
-@record
+@dataclass(frozen=True)
 class Card:
     """What a card says."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     import numpy
@@ -26,7 +25,7 @@ class Weights(NamedTuple):
     read: Callable[[], Iterator[numpy.ndarray]]
 
 
-@record
+@dataclass(frozen=True)
 class HubModel:
     """What goes into the folder, but its model card."""
 

@@ -8,12 +8,11 @@ checker refuses one that the room does not have."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.common.commands import Command
-from chatlm.common.records import record
 from chatlm.front.api.additions import AddedField, Addition, ServerTool
 from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
@@ -69,7 +68,7 @@ async def nothing(room: Any):
     pass
 
 
-@record
+@dataclass(frozen=True)
 class Annex(Generic[T]):
     """What the core can do without. T: its room, the object that has the handlers of its routes."""
 

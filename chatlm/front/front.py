@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
@@ -17,7 +17,6 @@ from aiohttp import web
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
-from chatlm.common.records import record
 from chatlm.front.annexes import (
     ANNEXES, Annex, additions_of, budgets_of, usage_writer_of, with_parts)
 from chatlm.front.api.additions import Additions
@@ -403,7 +402,7 @@ STATE_ROUTES: tuple[Route[Front], ...] = (
 )
 
 
-@record
+@dataclass(frozen=True)
 class RoomRoutes(Generic[T]):
     """The routes of one room of the core, and how to find it: the object whose methods handle them. The type
     checker refuses handlers that are methods of another class."""

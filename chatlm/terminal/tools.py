@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, shown
 from chatlm.common.jsontext import as_json
 from chatlm.common.messages.requests import Message
-from chatlm.common.records import record
 from chatlm.front.aio import interruptible
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.readers import (
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 SHORT = (Message("user", "Hi"),)  # a prompt in which tools are counted
 
 
-@record
+@dataclass(frozen=True)
 class ChatTool:
     """A tool as the user and the model see it."""
 

@@ -7,10 +7,9 @@ only a request asks for is imported when the first one does, in a thread, while 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
-from chatlm.common.records import record
 from chatlm.worker.engine.part import EngineParts, LatePart, MissingPart
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def of_no_answer(work: Assignment) -> bool:
     return False
 
 
-@record
+@dataclass(frozen=True)
 class PartRow(Generic[T]):
     """What the engine can do without. T: the part."""
 

@@ -518,7 +518,6 @@ CALLS = {
 LOADS = {"torch", "numpy", "np", "yaml"}  # whose `load` may run code
 FLAGS = {"allow_pickle": True, "trust_remote_code": True, "weights_only": False, "shell": True}
 RUNS_CODE = {  # (module of chatlm, what) -> why it may
-    ("common/records.py", "exec"): "makes __init__ of our own records, from names in this program",
     ("common/bundle.py", "marshal"): "packs our own modules as code, compiled by a Python that it starts",
     ("common/unpack.py", "exec_module"): "loads the compiled core once its SHA-256, owner and mode are right",
     ("common/errors.py", "import_module"): "libraries that this program names",

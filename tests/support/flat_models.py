@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.experts import Experts, Router
@@ -19,7 +18,7 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 EPS = 1e-5
 
 
-@record
+@dataclass(frozen=True)
 class ModelSpec:
     vocab_size: int                   # V
     layers: int                       # L

@@ -8,12 +8,12 @@ import functools
 import json
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Run, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import columns_of
 from chatlm.worker.model.blocks.layer import Layer
@@ -47,7 +47,7 @@ def as_argument(value):
     return ctypes.c_int64(value) if isinstance(value, int) else (ctypes.c_int64 * len(value))(*value)
 
 
-@record
+@dataclass(frozen=True)
 class Leak(Mixer):
     """mix_out h, where h_t = d * h_{t-1} + (1 - d) * (mix_in x)_t and d is `decay`. Its state is h."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence as Seq
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from chatlm.common.config import ADAPTER_NAME
@@ -12,13 +13,12 @@ from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat_checkpoints import object_in
 from chatlm.common.hub.stamps import ADAPTER_FILES, FoundFiles, adapter_stamp
-from chatlm.common.records import record
 
 CONFIG, WEIGHTS = ADAPTER_FILES
 HUGE_PAGE = 2 << 20
 
 
-@record
+@dataclass(frozen=True)
 class AdapterFiles(FoundFiles):
     """An adapter below a folder."""
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +18,6 @@ from chatlm.common.hub.repository import ENCODER, SPLIT_GGUF
 from chatlm.common.hub.nanochat_checkpoints import checkpoints_in, step_of
 from chatlm.common.hub.stamps import FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=FoundFiles)
 
 
-@record
+@dataclass(frozen=True)
 class ModelFiles(FoundFiles):
     """A model below a folder."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 
 from chatlm.common.config import Settings
@@ -15,13 +16,12 @@ from chatlm.common.hub.nanochat_checkpoints import (
 from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainers import foreign, is_build_nanogpt
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, is_litgpt
-from chatlm.common.records import record
 
 MOST_DEPTH = 4  # folders below the watched one: experiments/<experiment>/<tag>/<stage>
 CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
 
 
-@record
+@dataclass(frozen=True)
 class CheckpointFiles(FoundFiles):
     """A checkpoint as its files are now, complete or not."""
 

@@ -6,6 +6,7 @@ import glob
 import re
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.repository import TOKENIZERS, mmproj_for
 from chatlm.common.hub.nanochat_checkpoints import meta_of, nanochat_tokenizers, step_of
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -37,7 +37,7 @@ LITGPT_FILES = LITGPT_CONFIG, LITGPT_FILE, "prompt_style.yaml"
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
-@record
+@dataclass(frozen=True)
 class FoundFiles:
     """A model, a checkpoint or an adapter below a folder, as a scan finds it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from chatlm.common.messages.requests import (
     TextSpec, WorkerEvent)
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.common.messages.wire import Pipe, wire_message
-from chatlm.common.records import record
 
 
 class DraftTerms(NamedTuple):
@@ -442,7 +441,7 @@ NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     *OF_ALL_PROCESSES), 0) | {"utilization": None}
 
 
-@record
+@dataclass(frozen=True)
 class Known:
     """All that is needed of the server to read a request body."""
 
@@ -464,7 +463,7 @@ class KeptItem(NamedTuple):
     body: bytes  # JSON, without its id
 
 
-@record
+@dataclass(frozen=True)
 class ParsedBody:
     """The parsed body of a route that answers: the request, and how to write the answer."""
 

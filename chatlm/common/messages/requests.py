@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
-from chatlm.common.records import record
 
 
 class Picture(NamedTuple):
@@ -21,7 +20,7 @@ class Picture(NamedTuple):
     digest: bytes  # 16 bytes over size and pixels, see chatlm/common/vision/pictures.py: `picture`
 
 
-@record
+@dataclass(frozen=True)
 class Message:
     """A turn of a conversation."""
 
@@ -35,7 +34,7 @@ class Message:
     tools: tuple[dict, ...] = ()  # functions that the model learns of here; shown after the content
 
 
-@record
+@dataclass(frozen=True)
 class HistoryForm:
     """How earlier calls and their results are given to a chat template (see common/text/history_forms.py).
 
@@ -115,7 +114,7 @@ class Embedder(NamedTuple):
     pools_prompt: bool = True      # are the tokens of a prompt pooled too? It is read in either case
 
 
-@record
+@dataclass(frozen=True)
 class TextSpec:
     """All that is needed to render and tokenize, as plain data read once from the model. `payload` is
     tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
@@ -140,7 +139,7 @@ class TextSpec:
 OWN = {"own": True}  # marks a sampling parameter that a model's files may set
 
 
-@record
+@dataclass(frozen=True)
 class SamplingParams:
     """How to draw tokens; a parameter has one name everywhere. Off: top_k 0, top_p 1, min_p 0. Temperature 0
     is greedy."""
@@ -192,7 +191,7 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
     return values
 
 
-@record
+@dataclass(frozen=True)
 class ModelSource:
     """The files of a model, and a description of what was chosen and what else was available."""
 
@@ -224,7 +223,7 @@ class ModelFacts(NamedTuple):
         return self.quantization or self.weights.upper()
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerParams:
     """The parameters of each answer to a request. In a worker the answers share one of these."""
 
@@ -268,7 +267,7 @@ class AnswerParams:
                                         # their names: of JSON
 
 
-@record
+@dataclass(frozen=True)
 class Infill:
     """What surrounds a gap that the answer fills in, as texts and token ids. A prompt of the request is what
     comes last before it."""
@@ -280,7 +279,7 @@ class Infill:
     cut: bool = False              # shorten what does not fit, instead of refusing it
 
 
-@record
+@dataclass(frozen=True)
 class Retrieval:
     """How a request puts its prompts, which are texts, to a model that embeds or ranks them."""
 
@@ -294,7 +293,7 @@ class Retrieval:
 NEW_DOCUMENT: tuple[int, ...] = ()  # a prompt of which nothing is given: see Tokenizer.document_start
 
 
-@record
+@dataclass(frozen=True)
 class Request:
     """A client's request, parsed and checked: either `messages` or `prompts` is set."""
 
@@ -339,7 +338,7 @@ class Request:
         return what if self.messages is None else "messages"
 
 
-@record
+@dataclass(frozen=True)
 class DraftCounts:
     """Numbers of tokens, by the source of the drafts that they were in."""
 
@@ -360,7 +359,7 @@ class DraftCounts:
 DRAFT_SOURCES = tuple(field.name for field in fields(DraftCounts))
 
 
-@record
+@dataclass(frozen=True)
 class Usage:
     """How many tokens an answer took. A worker counts the tokens of its own work; the front counts prompt and
     answer, which it knows as a whole."""
@@ -386,7 +385,7 @@ class Usage:
         return self.accepted.total
 
 
-@record
+@dataclass(frozen=True)
 class Accepted:
     """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
 
@@ -503,7 +502,7 @@ class Failed(NamedTuple):
 WorkerEvent = PromptProgress | PromptScores | Piece | Embedding | PartSays | ThinkingEnds | Ended | Failed
 
 
-@record
+@dataclass(frozen=True)
 class Finished:
     """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from chatlm.common.messages.requests import AnswerParams
-from chatlm.common.records import record
 
 
-@record
+@dataclass(frozen=True)
 class CallItem:
     """How a response shows the calls of a tool that the server itself runs, where its API has items of their
     own for them: {"id", "type", "status", and these members, which the tool's results have}."""
@@ -21,7 +20,7 @@ class CallItem:
     asked_for: tuple[str, ...] = ()  # lists of objects, null unless the body's `include` names them
 
 
-@record
+@dataclass(frozen=True)
 class PlannedTool:
     """A tool that the server may call for a request."""
 
@@ -36,7 +35,7 @@ class PlannedTool:
     rounds: int = 0  # in which it may be called; 0: in all
 
 
-@record
+@dataclass(frozen=True)
 class ApprovedCall:
     """A call of an earlier answer, which the client now approves of."""
 
@@ -46,7 +45,7 @@ class ApprovedCall:
     digest: str     # of the tool, when the client was asked
 
 
-@record
+@dataclass(frozen=True)
 class ApprovalMark:
     """What the ids of approval requests are made with, so that the server knows them again."""
 
@@ -54,7 +53,7 @@ class ApprovalMark:
     until_s: int = 0  # until when they can be answered, in seconds since 1970
 
 
-@record
+@dataclass(frozen=True)
 class ToolPlan:
     """The tools that the server itself calls to answer a request, in rounds: the model answers, its calls are
     run, and it answers again."""

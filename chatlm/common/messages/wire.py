@@ -18,21 +18,26 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TYPE_CHECKING, TypeVar
 
-from chatlm.common.records import dataclass_transform, record
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
+else:
+    dataclass_transform = lambda **_: lambda function: function
+
 
 T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True)
 def wire_message(max_bytes: int) -> Callable[[type[T]], type[T]]:
-    """Makes a class a message: a record, which has at most `max_bytes` bytes when packed."""
+    """Makes a class a message: a frozen dataclass, which has at most `max_bytes` bytes when packed."""
     def register(message_type: type[T]) -> type[T]:
         setattr(message_type, "MAX_BYTES", max_bytes)
-        return record(message_type)
+        return dataclass(frozen=True)(message_type)
     return register
 
 

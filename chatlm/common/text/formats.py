@@ -6,11 +6,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.jsontext import as_json
-from chatlm.common.records import record
 from chatlm.common.text.history import (
     as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma, marked_for_harmony,
     no_empty_content)
@@ -56,7 +55,7 @@ def typed(function: Mapping) -> Mapping:
     return {**function, "parameters": {"type": "object", **plain_schema(parameters, SchemaForms(parameters))}}
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CallFormat:
     """How models of some families write function calls.
 

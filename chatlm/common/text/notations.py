@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import shown
 from chatlm.common.jsontext import as_json
-from chatlm.common.records import record
 
 
 BARE = r"[^\s=:,()\[\]{}\"'<>]"  # a character of a name without quotes
 A_NAME = re.compile(rf"(?=.{{1,{LIMITS.parameter_characters}}}\Z){BARE}+(?: {BARE}+)*")
 
 
-@record
+@dataclass(frozen=True)
 class Notation:
     """Lists and objects are those of JSON; names, words, strings and what is between them are its own."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
 
 from chatlm.common.gguf_values import ARRAY, BOOL, F32, I32, STRING, U32
-from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 
 VERSION = 3
@@ -65,7 +65,7 @@ class TensorPlace(NamedTuple):
     n_bytes: int
 
 
-@record
+@dataclass(frozen=True)
 class GgufLayout:
     """A file's header, and the places of its tensors."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
@@ -15,7 +16,6 @@ from chatlm import __version__
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.log import log
 from chatlm.common.new_files import refuse_inputs
-from chatlm.common.records import record
 from chatlm.common.sizes import shown_bytes
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.importance import Importance, read_importance
@@ -107,7 +107,7 @@ def metadata_of(model: ExportModel, type: str, importance: Importance | None) ->
     return pairs
 
 
-@record
+@dataclass(frozen=True)
 class Quantizer:
     """How each tensor of a model becomes bytes of its new type."""
 

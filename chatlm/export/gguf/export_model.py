@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
-from chatlm.common.records import record
 from chatlm.export.gguf.encoding import Value
 from chatlm.export.gguf.mixes import ModelShape, TensorInfo
 
@@ -38,7 +38,7 @@ class ExportTensor(NamedTuple):
         return self.matrix.sizes[1] if len(self.matrix.sizes) > 1 else 1
 
 
-@record
+@dataclass(frozen=True)
 class ExportModel:
     """A model, ready to be written as one file."""
 

@@ -13,7 +13,6 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown, visible
 from chatlm.common.files import opened, read_small
-from chatlm.common.records import record
 from chatlm.export.gguf import encoding
 from chatlm.export.gguf.unfinished import UnfinishedFile, digest_of
 from chatlm.worker.weights.formats.gguf.file import read_gguf_file, readable
@@ -44,7 +43,7 @@ class SquareSums:
         return numpy.where(counts > 0, self.squares / numpy.maximum(counts, 1), 1).astype(numpy.float32)
 
 
-@record
+@dataclass(frozen=True)
 class Importance:
     """What an imatrix file says."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from chatlm.common.errors import ConfigError, did_you_mean
-from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import block_of
 
 FLOATS = "F32", "F16", "BF16"
@@ -93,7 +93,7 @@ def in_first_or_more_of_8(part: int, name: str) -> Choice:
         name if place.is_in_first(part) or place.experts == 8 and place.gets_more else None)
 
 
-@record
+@dataclass(frozen=True)
 class Mix:
     """The types of a file: `main`, and what replaces it for tensors of some kinds."""
 
@@ -206,7 +206,7 @@ class TensorInfo(NamedTuple):
     kind: str               # the type it has now
 
 
-@record
+@dataclass(frozen=True)
 class TypeRules:
     """Gives each tensor of a model its type."""
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid
-from chatlm.common.records import record
 from chatlm.front.api.dialect import Form, may_run_tools
 from chatlm.front.api.fields import Field, parse_fields, within_limit
 from chatlm.front.api.mcp_tools import refuse_in_batches
@@ -29,7 +28,7 @@ T = TypeVar("T")
 MOST_OWN_TOOLS = 16  # of a body
 
 
-@record
+@dataclass(frozen=True)
 class AddedField:
     """A field of an annex, and the kinds of bodies that have it."""
 
@@ -49,7 +48,7 @@ class ToolCall(NamedTuple):
     before: Seq[ToolResult] = ()  # of the answer's earlier calls of this tool
 
 
-@record
+@dataclass(frozen=True)
 class ServerTool(Generic[T]):
     """A tool that the server itself runs, where `tools` of a body has an entry of its type. The model calls
     it as if its annex were a tool server."""
@@ -73,7 +72,7 @@ class ServerTool(Generic[T]):
                 "item": self.item and asdict(self.item)}
 
 
-@record
+@dataclass(frozen=True)
 class Addition:
     """What one annex adds to bodies."""
 

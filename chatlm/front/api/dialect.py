@@ -5,9 +5,9 @@ A dialect is one file in chatlm/front/api/dialects/, imported for the first body
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
@@ -85,7 +85,7 @@ def unstreamed(body: dict) -> dict:
     return body | {"stream": False}
 
 
-@record
+@dataclass(frozen=True)
 class Form:
     """A kind of body that a model answers."""
 
@@ -101,7 +101,7 @@ class Form:
     alone: Callable[[dict], dict] = unstreamed  # a body without what concerns more than its answer
 
 
-@record
+@dataclass(frozen=True)
 class TextForm:
     """A kind of body whose answer is a text that needs no worker."""
 

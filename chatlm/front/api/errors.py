@@ -7,12 +7,12 @@ line of a batch (`failed_answer`)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from chatlm.common import client_words
 from chatlm.common.client_words import SERVER_ERROR, TOO_LONG
 from chatlm.common.errors import ChatServerError, EngineFailure, lack_of_memory
 from chatlm.common.log import log
-from chatlm.common.records import record
 
 
 def public_error(error: BaseException | None) -> ChatServerError:
@@ -67,7 +67,7 @@ def is_plain(error: ChatServerError) -> bool:
     return error.status == 400 and error.code != TOO_LONG
 
 
-@record
+@dataclass(frozen=True)
 class Api:
     """Whose API a route belongs to. Its words of errors are here and not with its dialect: a wrong path or a
     missing key is refused before any dialect is loaded, and several dialects are of one API."""

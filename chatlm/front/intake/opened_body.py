@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from chatlm.common.records import record
 from chatlm.front.api.additions import NOTHING_ADDED, Added
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from chatlm.front.intake.envelope import Envelope
 
 
-@record
+@dataclass(frozen=True)
 class Caller:
     """Who sent a body, and to which route."""
 

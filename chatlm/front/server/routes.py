@@ -5,10 +5,9 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TYPE_CHECKING, TypeVar
 
-from chatlm.common.records import record
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.spoken import fields_of
 from chatlm.front.api.tables import HUB_FIELDS
@@ -33,7 +32,7 @@ def no_fields(pattern: str) -> tuple[Field, ...]:
     return ()
 
 
-@record
+@dataclass(frozen=True)
 class Route(Generic[T]):
     """One route, whose handler is a method of T. Router, access rules, log, errors and /openapi.json are made
     from its row, which stands beside its handler."""

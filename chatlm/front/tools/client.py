@@ -11,12 +11,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from chatlm import __version__
-from chatlm.common.records import record
 from chatlm.front.aio import supervised
 from chatlm.front.tools.foreign import header_properties
 from chatlm.front.tools.http import HttpRefusal, SessionLost, header_value
@@ -41,7 +40,7 @@ TOO_MANY = f"its list has more than {TOOLS:,} tools, or {LIST_BYTES:,} bytes"
 Report = Callable[[float, "float | None", str], None]
 
 
-@record
+@dataclass(frozen=True)
 class Tool:
     """A tool as its server describes it."""
 
@@ -72,7 +71,7 @@ class Tool:
         return self.only_reads or self.hint("idempotentHint", False)
 
 
-@record
+@dataclass(frozen=True)
 class ToolList:
     """What a server has answered to tools/list."""
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from chatlm.common.errors import ConfigError, did_you_mean, shown
-from chatlm.common.records import record
 from chatlm.front.tools.rules import name_begin
 
 FILE_BYTES = 1 << 20
@@ -38,7 +37,7 @@ HTTP_TYPES = ("http", "streamable-http", "streamableHttp")
 A_VARIABLE = re.compile(r"\$\{([^{}]*)(\}?)")
 
 
-@record
+@dataclass(frozen=True)
 class ServerConfig:
     """One tool server: a program that is started here, or a URL that speaks streamable HTTP."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.jsontext import as_json, dump
-from chatlm.common.records import record
 from chatlm.front.tools.client import Tool
 from chatlm.front.tools.config import ServerConfig
 from chatlm.front.tools.rules import model_name
@@ -23,7 +23,7 @@ NO_ROOM = (f"the tools of all servers together are at most {MOST_TOOLS}, with {O
            "hide some with disabledTools")
 
 
-@record
+@dataclass(frozen=True)
 class OfferedTool:
     """A tool as a model and a page see it."""
 

@@ -6,12 +6,11 @@ import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chatlm.common.errors import ChatServerError
 from chatlm.common.jsontext import strict_json, whole_unicode
-from chatlm.common.records import record
 from chatlm.front.tools.transport import ToolError
 
 PICTURES = 8
@@ -21,7 +20,7 @@ TEXT_TYPES = r"text/|application/(json|xml|javascript|yaml|toml)\b|[^;]+\+(json|
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
-@record
+@dataclass(frozen=True)
 class ToolPicture:
     """A picture that a tool has returned."""
 
@@ -38,7 +37,7 @@ class ToolPicture:
         return {"mime_type": self.mime_type, "data": self.data}
 
 
-@record
+@dataclass(frozen=True)
 class ToolResult:
     """What a tool has returned."""
 

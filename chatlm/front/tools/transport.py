@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 from chatlm.common.jsontext import dump
-from chatlm.common.records import record
 
 MESSAGE_BYTES = 4 << 20  # of one message of a tool server
 MOST_SCALARS = 1_000       # of a call
@@ -68,7 +68,7 @@ class Transport(Protocol):
         """End the connection, and the program if there is one."""
 
 
-@record
+@dataclass(frozen=True)
 class CallArguments:
     """The arguments of a call: JSON text, which nobody here reads again, and those that a header can have."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 
+from dataclasses import dataclass
+
 import numpy
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import as_kind, floats
 
 
-@record
+@dataclass(frozen=True)
 class Rope:
     """How the heads of a layer turn by their position (Su et al., "RoFormer", 2021).
 

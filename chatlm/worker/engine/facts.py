@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     from chatlm.worker.arrays.kinds import Device
 
 
-@record
+@dataclass(frozen=True)
 class CacheFacts:
     """The KV cache of this rank."""
 
@@ -28,7 +28,7 @@ class CacheFacts:
         return self.pages * self.page_bytes
 
 
-@record
+@dataclass(frozen=True)
 class StateFacts:
     """The states of layers that keep one for each sequence."""
 
@@ -37,7 +37,7 @@ class StateFacts:
     bytes_each: int  # in all ranks
 
 
-@record
+@dataclass(frozen=True)
 class EngineFacts:
     """See chatlm/worker/card.py: `facts_of`."""
 

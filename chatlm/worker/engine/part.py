@@ -5,10 +5,10 @@ The rows of all parts are in chatlm/worker/parts.py. The engine gets them made, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.common.program import imported_later
-from chatlm.common.records import record
 
 if TYPE_CHECKING:
     import numpy
@@ -109,7 +109,7 @@ class LatePart(Generic[T]):
         return self.loaded
 
 
-@record
+@dataclass(frozen=True)
 class MissingPart:
     """What this engine is without, and what an answer is told that needs it."""
 
@@ -117,7 +117,7 @@ class MissingPart:
     words: str
 
 
-@record
+@dataclass(frozen=True)
 class EngineParts:
     """What an engine is made with. Without any of them it answers plain requests, and drafts only what
     grammars force."""

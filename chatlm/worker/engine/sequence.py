@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
-from chatlm.common.records import record
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.states import HeldStates
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.encoded_pictures import Placeholders
 
 
-@record
+@dataclass(frozen=True)
 class Assignment:
     """One answer to compute, as sent to a worker. It may already have tokens (`resumed_ids`): a worker that
     died had generated them, or its client chose them."""

@@ -8,12 +8,11 @@ import functools
 import importlib
 import typing
 from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, require_library
 from chatlm.common.processes.start import own_threads
-from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import AdapterMatrix, Arrays, Device
 from chatlm.worker.model.pages import KvType
 
@@ -140,7 +139,7 @@ def missing_op(*_, **options):
     raise NotImplementedError("no op was chosen")
 
 
-@record
+@dataclass(frozen=True)
 class Kernels:
     """The op that was chosen for each name. `forward` and the engine use no other ops."""
 

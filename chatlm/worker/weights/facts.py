@@ -5,11 +5,10 @@ A reader fills it in; a family makes a `Model` of it."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.experts import Experts, Router
 from chatlm.worker.model.blocks.feed_forward import FeedForward
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.blocks.norms import AnyNorm
 
 
-@record
+@dataclass(frozen=True)
 class ExpertFacts:
     """Of a model whose layers have experts, all or some of them."""
 
@@ -35,7 +34,7 @@ class ExpertFacts:
     dense_size: int = 0       # width of the feed-forward part of these
 
 
-@record
+@dataclass(frozen=True)
 class Facts:
     """What is not here is in `config`, or follows from the family.
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import rounded_up
 
 
-@record
+@dataclass(frozen=True)
 class HeadNorms:
     """RMS norms of q and k, before or after they turn, of each head or of all heads together; or LayerNorms
     of each head."""
@@ -46,7 +45,7 @@ class HeadNorms:
         return {name: vector(run.size, factor=factor) for name, run in named.items()}
 
 
-@record
+@dataclass(frozen=True)
 class Scores:
     """Which keys a query sees, and how its scores are computed."""
 
@@ -60,7 +59,7 @@ class Scores:
     distances: bool = False  # each head adds a bias to scores, by the bucket of the distance (MPNet)
 
 
-@record
+@dataclass(frozen=True)
 class HeadGates:
     """What heads give is multiplied by an activation of other products of x, which have their own matrix.
 
@@ -78,7 +77,7 @@ class HeadGates:
         s.k.gate(attended, gates, out=attended, activation=self.activation)
 
 
-@record
+@dataclass(frozen=True)
 class ValueEmbed:
     """v + scale * sigmoid(ve_gate x) * an embedding of the token (nanochat)."""
 
@@ -103,7 +102,7 @@ class ValueEmbed:
         return {"value_embed": b.value, "gate": b.gate, "gate_scale": self.scale}
 
 
-@record
+@dataclass(frozen=True)
 class Attention(Block):
     """output(softmax(q k^T / sqrt(D)) v), where q, k, v = qkv norm(x) (Vaswani et al., "Attention is all you
     need", 2017; grouped heads: Ainslie et al., "GQA", 2023).

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import UNGATED, FeedForward, biases_of, columns_of, halves
@@ -15,7 +14,7 @@ from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scra
 from chatlm.worker.model.tensors import rounded_up
 
 
-@record
+@dataclass(frozen=True)
 class Router:
     """Chooses a token's experts and their shares by the logits router x (T, E)."""
 
@@ -53,7 +52,7 @@ class Router:
         return options
 
 
-@record
+@dataclass(frozen=True)
 class Experts(Block):
     """The sum over a token's experts of share * down(act(up x)) (Shazeer et al., "Outrageously large neural
     networks", 2017). An expert that all tokens take may be added (DeepSeekMoE, 2024).
@@ -168,7 +167,7 @@ class Experts(Block):
         return replace(self, width=len(divided["columns"]), shared=shared)
 
 
-@record
+@dataclass(frozen=True)
 class ExpertsBesideDense(Block):
     """norm(dense x) + norm(experts x) (Gemma 4). Dense part, experts and router each have a norm before them.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.blocks.step import BlockStep, Buffer, Scratch
@@ -31,7 +30,7 @@ class Extra:
         return self
 
 
-@record
+@dataclass(frozen=True)
 class Lambdas(Extra):
     """x = resid_lambdas[l] * x + x0_lambdas[l] * x0, before layer l (nanochat).
 
@@ -44,7 +43,7 @@ class Lambdas(Extra):
         s.k.mix(s.b.x, s.b.x0, s.resid_lambdas[s.layer], s.x0_lambdas[s.layer], out=s.b.x)
 
 
-@record
+@dataclass(frozen=True)
 class LayerInput(Extra):
     """x = x + norm(input_out(gelu(input_gate x) * the layer's part of layer_inputs)) (Gemma 4).
 
@@ -77,7 +76,7 @@ class LayerInput(Extra):
         return replace(self, norm=self.norm.padded(C, wide))
 
 
-@record
+@dataclass(frozen=True)
 class Scalar(Extra):
     """x = scalar * x (Gemma 4)."""
 
@@ -88,7 +87,7 @@ class Scalar(Extra):
         s.k.mix(s.b.x, s.b.x, s.w["scalar"], 0.0, out=s.b.x)
 
 
-@record
+@dataclass(frozen=True)
 class PictureRows(Extra):
     """x = x + rows of pictures (Meng et al., "DeepStack", 2024)."""
 
@@ -105,7 +104,7 @@ class PictureRows(Extra):
         s.k.mix(s.b.x, getattr(s.b, self.buffer), 1.0, 1.0, out=s.b.x)
 
 
-@record
+@dataclass(frozen=True)
 class Keep(Extra):
     """Keep x for the head's backout (nanochat)."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
 from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 from chatlm.worker.model.tensors import TILE_ROWS, rounded_up
@@ -36,7 +35,7 @@ def columns_of(size: int, rank: int, tp: int, block: int) -> range:
     return range(size)[begin:end]
 
 
-@record
+@dataclass(frozen=True)
 class FeedForward(Block):
     """down(act(up x)), or down(act(gate x) * up x) (Shazeer, "GLU variants improve transformer", 2020).
 

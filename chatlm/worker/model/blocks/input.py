@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Run, Tensors, matrix, vector
 from chatlm.worker.model.blocks.norms import AnyNorm, RmsNorm
 from chatlm.worker.model.blocks.step import BlockStep, Buffer, Scratch
 
 
-@record
+@dataclass(frozen=True)
 class Rows:
     """The rows of embedding and head that a rank has."""
 
@@ -22,7 +21,7 @@ class Rows:
         return (Run(self.count, of="vocabulary"),)
 
 
-@record
+@dataclass(frozen=True)
 class Smear:
     """x + smear_lambda * sigmoid(smear_gate x) * norm(the previous token's embedding) (nanochat)."""
 
@@ -43,7 +42,7 @@ class Smear:
         k.smear(b.x, b.previous, before, w["smear_gate"], w["smear_lambda"], out=b.x)
 
 
-@record
+@dataclass(frozen=True)
 class LayerInputs:
     """P numbers for each token and layer: norm(layer_project x) + the token's row of layer_embed (Gemma 4).
 
@@ -81,7 +80,7 @@ class LayerInputs:
         k.layer_inputs(b.layer_inputs, b.layer_rows, w["layer_project_norm"], self.eps, out=b.layer_inputs)
 
 
-@record
+@dataclass(frozen=True)
 class Input:
     """x = norm(scale * embedding + rows of pictures + positions + types), and what some families do then."""
 
@@ -162,7 +161,7 @@ class Input:
         return replace(self, norm=self.norm and self.norm.padded(C, wide))
 
 
-@record
+@dataclass(frozen=True)
 class Join:
     """The input of a draft head: join_embed norm(embedding) + join_hidden norm(state), both matrices (C, C)
     (Gloeckle et al., "Multi-token prediction", 2024; DeepSeek-V3).

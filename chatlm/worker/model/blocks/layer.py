@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Divided, Tensors, vector
 from chatlm.worker.model.blocks.extras import Extra
 from chatlm.worker.model.blocks.norms import AnyNorm
@@ -14,7 +13,7 @@ from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scra
 from chatlm.worker.model.blocks.clamps import CLAMP_NUMBERS, bounds_of
 
 
-@record
+@dataclass(frozen=True)
 class Layer:
     """x = x + mixer(norm x);  x = x + feed(norm x).
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 
-from chatlm.common.records import record
+from dataclasses import dataclass
+
 from chatlm.worker.model.blocks.axes import Tensors, matrix, vector
 from chatlm.worker.model.blocks.input import Rows
 from chatlm.worker.model.blocks.norms import AnyNorm, LayerNorm
 from chatlm.worker.model.blocks.step import BlockStep, Buffer, Read, Scratch
 
 
-@record
+@dataclass(frozen=True)
 class LmHead:
     """logits = softcap(scale * (head norm(x) + bias)), where head is (V, C)."""
 

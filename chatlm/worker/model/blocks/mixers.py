@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chatlm.common.records import record
 from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
 from chatlm.worker.model.blocks.feed_forward import columns_of
 from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
@@ -52,7 +51,7 @@ class Mixer(Block):
         raise NotImplementedError
 
 
-@record
+@dataclass(frozen=True)
 class ShortConv(Mixer):
     """A gated convolution over the last tokens (LFM2).
 
@@ -105,7 +104,7 @@ class ShortConv(Mixer):
         return replace(self, channels=len(divided["channels"]))
 
 
-@record
+@dataclass(frozen=True)
 class DeltaRule(Mixer):
     """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
 
@@ -208,7 +207,7 @@ class DeltaRule(Mixer):
         return replace(self, key_heads=count, value_heads=count * self.values_per_key)
 
 
-@record
+@dataclass(frozen=True)
 class Mamba2(Mixer):
     """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Scores
 from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
@@ -12,7 +11,7 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.blocks.step import Block, BlockStep, Buffer, Read, Scratch, Sum
 
 
-@record
+@dataclass(frozen=True)
 class Mla(Block):
     """output(softmax(q k^T / sqrt(D)) v), where a head's key is (k_up c, r) and its value v_up c
     (DeepSeek-AI, "DeepSeek-V2", 2024).

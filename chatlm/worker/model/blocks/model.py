@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.axes import (
     Divided, RankPart, Run, TensorAxes, Tensors, padded_places, rank_part, vector)
@@ -28,7 +27,7 @@ NO_ATTENTION = Attention(0, 0, 0, 0, Rope(0))
 DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
-@record
+@dataclass(frozen=True)
 class Model:
     """All that a Transformer computes. Each of several ranks or stages has a Model of its own."""
 

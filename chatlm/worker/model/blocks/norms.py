@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.model.blocks.axes import Tensors, vector
 from chatlm.worker.model.blocks.step import BlockStep, Buffer, Read, Scratch
 
 
-@record
+@dataclass(frozen=True)
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
 
@@ -43,7 +42,7 @@ class RmsNorm:
         return replace(self, eps=self.eps * (C / wide), count=C)
 
 
-@record
+@dataclass(frozen=True)
 class LayerNorm:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., "Layer Normalization", 2016)."""
 

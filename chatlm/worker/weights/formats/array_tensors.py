@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -11,7 +12,6 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.records import record
 from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.arrays.kinds import as_kind, contiguous, item_bytes, joined
 from chatlm.worker.arrays.packed import dequantized
@@ -31,7 +31,7 @@ def unchanged(name: str, tensor: Any) -> Any:
     return tensor
 
 
-@record
+@dataclass(frozen=True)
 class ArrayTensors:
     """How our tensors are made of the rows of a file's when they are read: matrices as `dtype`, vectors as
     float32.

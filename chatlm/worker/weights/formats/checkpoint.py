@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -11,7 +11,6 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError
-from chatlm.common.records import record
 from chatlm.worker.arrays.kinds import address_of, kind_of
 from chatlm.worker.weights.changes import FileSlice
 from chatlm.worker.weights.formats.array_tensors import ArrayTensors
@@ -36,7 +35,7 @@ PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
 AdapterNames = Callable[[str, tuple[int, ...]], Iterable[str]]
 
 
-@record
+@dataclass(frozen=True)
 class CheckpointModel:
     """A model whose trainer saved a state dict of plain tensors.
 

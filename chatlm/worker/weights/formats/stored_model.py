@@ -5,10 +5,9 @@ docs/loading.md tells the whole story; `load` is its code."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.common.records import record
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 
@@ -46,7 +45,7 @@ class AdapterTargets(NamedTuple):
     tied: Pair                                             # adapters' names of the embedding and the head
 
 
-@record
+@dataclass(frozen=True)
 class Adaptable:
     """What is needed to fit adapters to a model. They use Hugging Face's names and order of rows; the model's
     files may have others."""
@@ -71,7 +70,7 @@ class Purpose(NamedTuple):
     ranking: Any = None
 
 
-@record
+@dataclass(frozen=True)
 class Report:
     """What a model's files say to the log and to requests. The fields are LoadedModel's."""
 

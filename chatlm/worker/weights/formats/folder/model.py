@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.links import refuse_links_out
-from chatlm.common.records import record
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import unpermute_rope
@@ -54,7 +53,7 @@ def read_folder_model(source: ModelSource, settings: Settings) -> FolderModel:
     return folder_model(source, config, *with_prefix(*read_safetensors(source.path)))
 
 
-@record
+@dataclass(frozen=True)
 class FolderConfig:
     """What the config of a folder says."""
 
@@ -129,7 +128,7 @@ def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:
     return state, scales
 
 
-@record
+@dataclass(frozen=True)
 class FolderModel:
     """The model of a Hugging Face folder, or of one that says the same in other words."""
 

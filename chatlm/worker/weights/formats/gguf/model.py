@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.records import record
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
@@ -72,7 +71,7 @@ def without_draft_head(stored: Mapping[str, Any], layers: int) -> dict[str, Any]
     return own
 
 
-@record
+@dataclass(frozen=True)
 class GgufModel:
     """The model of a GGUF file, or of several that it is split into. Tensors are gguf.header.GgufTensor."""
 

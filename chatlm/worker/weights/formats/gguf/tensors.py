@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,6 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import require_library
-from chatlm.common.records import record
 from chatlm.common.sizes import shown_bytes
 from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import as_kind, contiguous, floats, item_bytes, joined
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
-@record
+@dataclass(frozen=True)
 class GgufTensors:
     """How our tensors are made of a file's (gguf.header.GgufTensor) when they are read.
 

@@ -10,14 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.messages.requests import TextSpec
-from chatlm.common.records import record
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS, byte_of_character
 from chatlm.worker.weights.formats.checkpoint import CheckpointModel, in_the_same_order, whole_tensors
 from chatlm.worker.weights.formats.gguf.file import check_gguf_types
@@ -89,7 +88,7 @@ def is_nanochat(metadata: Mapping) -> bool:
     return metadata.get("general.architecture") in ARCHITECTURES
 
 
-@record
+@dataclass(frozen=True)
 class NanochatGguf(CheckpointModel):
     """A nanochat model whose tensors (gguf.header.GgufTensor) lie in a GGUF file, and may be packed."""
 
