@@ -37,12 +37,12 @@ async def opened(timeout_s=30, **table):
 
 
 @asynccontextmanager
-async def attacked(way, *attacks, timeout_s=30):
-    """A toolbox with a hostile server `bad` and a good one `good`."""
+async def attacked(way, *attacks, timeout_s=30, good=None):
+    """A toolbox with a hostile server `bad` and a good one `good`, a program unless it is given."""
     server = hostile_tools.at_url(*attacks) if way == "url" else None
     bad = {"url": server.url} if server else hostile(*attacks)
     try:
-        async with opened(timeout_s, bad=bad, good=hostile()) as box:
+        async with opened(timeout_s, bad=bad, good=good or hostile()) as box:
             yield box
     finally:
         if server:
@@ -210,11 +210,11 @@ async def test_a_list_that_nobody_can_read_fails_its_server_alone():
 
 
 async def test_a_server_that_never_takes_the_greeting_is_not_starting_for_ever(monkeypatch):
-    monkeypatch.setattr(servers, "OPEN_S", 0.5)
-    server = hostile_tools.at_url("hangs-at-notifications/initialized")
-    async with opened(bad={"url": server.url}) as box:
-        assert box.server("bad").state is ServerState.FAILED and box.offered() == {}
-    server.shutdown()
+    monkeypatch.setattr(servers, "OPEN_S", 3.0)
+    good = hostile_tools.at_url()       # no process, which might start too late
+    async with attacked("url", "hangs-at-notifications/initialized", good={"url": good.url}) as box:
+        assert box.server("bad").state is ServerState.FAILED and [*box.offered()] == ["good__act"]
+    good.shutdown()
 
 
 async def test_an_error_of_ours_is_not_starting_for_ever(monkeypatch):
