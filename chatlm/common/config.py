@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import math
 import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -114,21 +116,15 @@ class Limits:
 LIMITS = Limits()
 
 
-def mistake(message: str) -> Exception:
-    """What argparse reports as it is. Most of our processes have no flags to parse, and need no argparse."""
-    import argparse
-    return argparse.ArgumentTypeError(message)
-
-
 def size(text: str) -> int:
     """An argparse type: `512M`, `2G`, `1.5G`, `65536` -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise mistake(f"{text!r} is not a size such as 512M or 2G")
+        raise ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
     unit = " KMGT".index(match[2].upper() or " ")
     count = float(match[1]) * 1024**unit
     if count >= 2**63:
-        raise mistake(f"{shown(text)} is more than any machine has")
+        raise ArgumentTypeError(f"{shown(text)} is more than any machine has")
     return int(count)
 
 
@@ -137,13 +133,13 @@ def file_name(text: str) -> str:
     try:
         os.stat(Path(text).expanduser())
     except ValueError as error:  # with a NUL
-        raise mistake(f"{shown(text)} is not a file name: {error}") from None
+        raise ArgumentTypeError(f"{shown(text)} is not a file name: {error}") from None
     except RuntimeError:  # expanduser found no home
-        raise mistake(
+        raise ArgumentTypeError(
             f"{shown(text)} is not a file name: this user's home directory is unknown") from None
     except OSError as error:  # other errors are reported when it is opened
         if error.errno == errno.ENAMETOOLONG:
-            raise mistake(
+            raise ArgumentTypeError(
                 f"{shown(text)} is not a file name: with {len(text):,} characters it is too long") from None
     return text
 
@@ -164,9 +160,8 @@ def counted_text(text: str) -> str:
 
 def store_place(text: str) -> tuple[Path, int]:
     """(folder, bytes) of `FOLDER[:SIZE]`, split at the last colon if a size follows."""
-    import argparse
     folder, colon, limit = text.rpartition(":")
-    with suppress(argparse.ArgumentTypeError):
+    with suppress(ArgumentTypeError):
         if colon and folder:
             return Path(folder).expanduser(), size(limit)
     return Path(text).expanduser(), STORE_BYTES
@@ -177,7 +172,7 @@ def store_text(text: str) -> str:
     file_name(text.rpartition(":")[0] or text)
     _, limit = store_place(text)
     if not text.strip() or limit < LEAST_STORE_BYTES:
-        raise mistake(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
+        raise ArgumentTypeError(f"{text!r} is not FOLDER or FOLDER:SIZE of at least "
                                          f"{LEAST_STORE_BYTES >> 20}M")
     return text
 
@@ -192,7 +187,7 @@ def number(type_: type[N], low: float, high: float = math.inf) -> Callable[[str]
             value = type_(text)
             if low <= value <= high and math.isfinite(value):
                 return value
-        raise mistake(f"{text!r} is not a {noun} {allowed}")
+        raise ArgumentTypeError(f"{text!r} is not a {noun} {allowed}")
     return parse
 
 
@@ -209,7 +204,7 @@ def gpu_count(text: str) -> str:
 def origin(text: str) -> str:
     """An argparse type: an Origin header as browsers send it, or * for any."""
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
-        raise mistake(
+        raise ArgumentTypeError(
             f"{text!r} is not an origin such as https://chat.example.org (no path), null or *")
     return text
 
@@ -218,7 +213,7 @@ def url_prefix(text: str) -> str:
     """An argparse type: "" or a path without a trailing slash."""
     path = "/" + text.strip("/") if text.strip("/") else ""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
-        raise mistake(f"{text!r} is not a path such as /chat")
+        raise ArgumentTypeError(f"{text!r} is not a path such as /chat")
     return path
 
 
@@ -229,11 +224,11 @@ def adapter(text: str) -> str:
     """An argparse type: NAME=FOLDER for one adapter, or a FOLDER of several."""
     name, equals, folder = text.partition("=")
     if equals and not re.fullmatch(ADAPTER_NAME, name):
-        raise mistake(
+        raise ArgumentTypeError(
             f"an adapter may not be called {shown(name)}: names have letters, digits, - _ + and dots and are "
             "neither `latest` nor a number")
     if not (folder if equals else name).strip():
-        raise mistake(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
+        raise ArgumentTypeError(f"{shown(text)} names no folder; an adapter is NAME=FOLDER")
     file_name(folder if equals else name)
     return text
 
@@ -242,7 +237,7 @@ def knowledge(text: str) -> str:
     """An argparse type: NAME=FOLDER of a collection."""
     name, _, folder = text.partition("=")
     if not re.fullmatch(r"\w[\w .+-]{0,63}", name) or not folder.strip():
-        raise mistake(
+        raise ArgumentTypeError(
             f"{shown(text)} is not NAME=FOLDER; a name has up to 64 letters, digits, spaces, - _ + and dots")
     file_name(folder)
     return text
@@ -627,7 +622,6 @@ class ApiKey(NamedTuple):
 
     @classmethod
     def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
-        import hashlib  # here, because it takes 4 ms, and only a front has keys
         return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models, **more)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import importlib.util
@@ -105,7 +106,6 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is closest to this one; None if no word is close."""
-    import difflib  # here, because few words are wrong
     return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
 
 

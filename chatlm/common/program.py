@@ -1,18 +1,21 @@
-"""The program itself: its sources and its page, in a checkout, an installation or a bundle.
-
-Imported before the first worker is started, so what takes long to import is imported late."""
+"""The program itself: its sources and its page, in a checkout, an installation or a bundle."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.machinery
 import io
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+
+from chatlm.common.errors import Overloaded
+
 
 T = TypeVar("T")
 
@@ -48,7 +51,6 @@ def in_program(root: Path, name: str):
     """A file or folder of a program: its path on disk or in a bundle."""
     if not root.is_file():
         return root / name
-    import zipfile
     return zipfile.Path(root) / name
 
 
@@ -70,7 +72,6 @@ def program_sources(root: Path | None = None, folder: str = "chatlm") -> dict[st
 
 def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
     """A zip of these files, after `first_lines` if it is a program; equal files give equal bytes."""
-    import zipfile
     data = io.BytesIO()
     data.write(first_lines)
     with zipfile.ZipFile(data, "w") as target:
@@ -95,7 +96,6 @@ def program_bytes(start: int = 0) -> bytes:
 @functools.cache
 def program_digest(root: Path | None = None) -> str:
     """A digest of the sources, the same on any machine, bundled or not."""
-    import hashlib
     root = root or program_root()
     digest = hashlib.sha256()
     script = in_program(root, SCRIPT)
@@ -149,7 +149,6 @@ def imported_later(load: Callable[[], T]) -> T:
     """What `load` returns, which imports modules after the start. It belongs into a thread. Raises Overloaded
     if the program's files are no longer those that were started: what is imported now may not fit what
     runs."""
-    from chatlm.common.errors import Overloaded  # 14 ms that the first worker's start should not wait
     try:
         value = load()
     except (Exception, SystemExit) as error:  # half a file, or another bundle at the old place

@@ -43,6 +43,7 @@ from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
 from chatlm.front.server.routes import Route, RouteTable
 from chatlm.front.server.streams import EventStream
+from chatlm.front.store.owners import rename_owners
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -135,7 +136,6 @@ class Front:
         await self.history.open()
         renamed = self.owners.renamed
         if self.store and renamed:
-            from chatlm.front.store.owners import rename_owners
             await self.store.run(partial(rename_owners, renamed=renamed))
         for annex in self.wanted:
             await annex.start(self.room(annex))

@@ -16,9 +16,11 @@ from chatlm.common.memory import give_memory_back
 from chatlm.common.program import other_program, program_root
 from chatlm.front.aio import first_of, stop_signals, supervised
 from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
+from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.front import create_app, routes_with
 from chatlm.front.held import MeasuredThreads
 from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.many import many_models
 from chatlm.front.pool.pool import free_memory, make_pool
 from chatlm.front.server.access import listen_on, server_urls
 from chatlm.front.server.connections import room_for_connections, serving
@@ -69,8 +71,6 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
-            from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator  # few need it
-            from chatlm.front.pool.many import many_models
             catalogue = many_models(settings, make_evaluator=CheckpointEvaluator)
         catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()

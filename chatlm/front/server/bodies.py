@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from email.message import Message
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -130,15 +131,14 @@ class Bodies:
                 raise RequestError("the body is empty: it must be a document, or a form with one")
             boundary = ""
             if http.content_type == "multipart/form-data":
-                boundary = await asyncio.to_thread(boundary_in, http.headers["Content-Type"])
+                boundary = boundary_in(http.headers["Content-Type"])
             name = DOCUMENT_NAME.read(http.query.get("name", ""))
             text, pages, cut = await self.intake.extract(self.caller(), name, boundary, body)
         return json_response({"text": text, "pages": pages, "cut": cut})
 
 
 def boundary_in(content_type: str) -> str:
-    """The boundary of a form; "" if it names none. A thread calls it, since it imports 16 modules."""
-    from email.message import Message
+    """The boundary of a form; "" if it names none."""
     kind = Message()
     kind["Content-Type"] = content_type
     return kind.get_boundary("")
