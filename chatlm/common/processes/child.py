@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.late import importer
 from chatlm.common.memory import uncollected
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.start import NICENESS
@@ -47,9 +47,8 @@ def run_role(role: str, *arguments: str) -> int:
     if program_root().is_file():  # a bundle
         from chatlm.common.libraries import use_found_libraries
         use_found_libraries()
-    module, _, function = ROLES[role].partition(":")
     with uncollected():
-        run = getattr(importlib.import_module(module), function)
+        run = importer(ROLES[role])()
     return run(arguments)
 
 

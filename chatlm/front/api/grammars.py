@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from chatlm.common.late import importer
 from chatlm.front.api.field_types import (
     nested_grammar, ollama_grammar, other_grammar, response_grammar, structured_outputs)
 from chatlm.front.late import Late
@@ -15,13 +16,7 @@ if TYPE_CHECKING:
 MAKE_GRAMMARS = response_grammar, nested_grammar, other_grammar, structured_outputs, ollama_grammar
 
 
-def load_grammars() -> bool:
-    """Import it. Readers then find it imported."""
-    from chatlm.front.api import call_grammars
-    return bool(call_grammars.call_grammar)
-
-
-GRAMMARS = Late(load_grammars)
+GRAMMARS = Late(importer("chatlm.front.api.call_grammars:call_grammar"))  # readers then find it imported
 
 
 def makes_grammar(field: Field) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.late import importer
 from chatlm.front.api.dialect import Form, TextForm
 from chatlm.front.api.errors import ANTHROPIC, NANOCHAT, OLLAMA, OPENAI, Api
 from chatlm.front.late import Late
@@ -54,44 +55,8 @@ def of_api(api: Api, docs: Mapping[str, str]) -> dict[str, DialectPath]:
     return {path: DialectPath(api, doc) for path, doc in docs.items()}
 
 
-def load_native() -> Dialect:
-    from chatlm.front.api.dialects.native import DIALECT
-    return DIALECT
-
-
-def load_ollama() -> Dialect:
-    from chatlm.front.api.dialects.ollama import DIALECT
-    return DIALECT
-
-
-def load_openai() -> Dialect:
-    from chatlm.front.api.dialects.openai import DIALECT
-    return DIALECT
-
-
-def load_responses() -> Dialect:
-    from chatlm.front.api.dialects.responses import DIALECT
-    return DIALECT
-
-
-def load_messages() -> Dialect:
-    from chatlm.front.api.dialects.messages import DIALECT
-    return DIALECT
-
-
-def load_retrieval() -> Dialect:
-    from chatlm.front.api.dialects.retrieval import DIALECT
-    return DIALECT
-
-
-def load_tokenization() -> Dialect:
-    from chatlm.front.api.dialects.tokenization import DIALECT
-    return DIALECT
-
-
-def load_own() -> Dialect:
-    from chatlm.front.api.dialects.own import DIALECT
-    return DIALECT
+def dialect(name: str) -> Late[Dialect]:
+    return Late(importer(f"chatlm.front.api.dialects.{name}:DIALECT"))
 
 
 VECTORS = "a vector for each input, from the model's final hidden states"
@@ -99,15 +64,15 @@ RANKING = "documents by how well they suit a query"
 SCORES = "scores of pairs of texts"
 # The API of the first row with a path below /api answers for all that is not there below /api, and so on
 DIALECTS: tuple[DialectRow, ...] = (
-    DialectRow(Late(load_native), {
+    DialectRow(dialect("native"), {
         "/chat/completions": DialectPath(
             NANOCHAT, "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
             with_model="/v1/chat/completions")}),
-    DialectRow(Late(load_ollama), of_api(OLLAMA, {
+    DialectRow(dialect("ollama"), of_api(OLLAMA, {
         "/api/chat": "an answer in Ollama's format",
         "/api/generate": "an answer in Ollama's format",
         "/api/show": ""})),
-    DialectRow(Late(load_openai), {
+    DialectRow(dialect("openai"), {
         "/v1/chat/completions": DialectPath(
             OPENAI, "an answer in OpenAI's format, streamed or whole", in_batches=InBatches()),
         "/v1/completions": DialectPath(
@@ -116,16 +81,16 @@ DIALECTS: tuple[DialectRow, ...] = (
             "/infill": "the text between two others, in llama-server's format, streamed or whole",
             "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
             "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})}),
-    DialectRow(Late(load_responses), {
+    DialectRow(dialect("responses"), {
         "/v1/responses": DialectPath(
             OPENAI, "an answer in the format of OpenAI's Responses, streamed or whole",
             in_batches=InBatches(seed_is_ours=True)),
         "/v1/responses/input_tokens": DialectPath(
             OPENAI, "how many tokens the prompt of such a response has")}),
-    DialectRow(Late(load_messages), of_api(ANTHROPIC, {
+    DialectRow(dialect("messages"), of_api(ANTHROPIC, {
         "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
         "/v1/messages/count_tokens": "how many tokens such a request has"})),
-    DialectRow(Late(load_retrieval), {
+    DialectRow(dialect("retrieval"), {
         "/v1/embeddings": DialectPath(OPENAI, VECTORS, in_batches=InBatches(has_seed=False)),
     } | of_api(OPENAI, {
         "/api/v0/embeddings": VECTORS,
@@ -136,11 +101,11 @@ DIALECTS: tuple[DialectRow, ...] = (
         "/v1/score": SCORES, "/score": SCORES}) | of_api(OLLAMA, {
             "/api/embed": "embeddings in Ollama's format",
             "/api/embeddings": "one embedding, for older clients"})),
-    DialectRow(Late(load_tokenization), of_api(OPENAI, {
+    DialectRow(dialect("tokenization"), of_api(OPENAI, {
         "/tokenize": "text to token ids",
         "/detokenize": "token ids to text",
         "/apply-template": "a conversation to the text of its prompt"})),
-    DialectRow(Late(load_own), of_api(OPENAI, {
+    DialectRow(dialect("own"), of_api(OPENAI, {
         "/v1/compare": "", "/models/load": "", "/models/unload": ""})),
 )
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import cached_property, partial
-from importlib import import_module
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
+from chatlm.common.late import importer
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
     SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_OUTDATED, SANDBOX_PIPE, Begun, Refused, SandboxResult,
@@ -58,9 +58,8 @@ class Tasks:
 
     def task(self, name: str) -> Callable[..., Any]:
         """The function of a task. That of an annex has the name of its module before it, and a colon."""
-        module, colon, function = name.partition(":")
-        if colon:
-            return partial(sandboxed, getattr(import_module(module), function))
+        if ":" in name:
+            return partial(sandboxed, importer(name)())
         place = getattr(self, PLACES[name]) if name in PLACES else self
         return getattr(place, name)
 

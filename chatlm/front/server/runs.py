@@ -9,6 +9,7 @@ from aiohttp import web
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
+from chatlm.common.late import importer
 from chatlm.front.late import Late
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -118,12 +119,8 @@ def verdicts_among(seen: Seq[ModelOrAdapter], removed: Seq[dict], tag: str, name
     return found
 
 
-def load_flips() -> Callable[[Verdicts, Verdicts], dict[str, Any]]:
-    from chatlm.front.evals.flips import flips
-    return flips
-
-
-FLIPS = Late(load_flips)
+FLIPS: Late[Callable[[Verdicts, Verdicts], dict[str, Any]]] = Late(
+    importer("chatlm.front.evals.flips:flips"))
 
 
 class RunRoutes:

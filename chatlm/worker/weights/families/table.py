@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.late import importer
+
 if TYPE_CHECKING:
     from chatlm.worker.weights.families.family import Family
 
@@ -18,79 +20,25 @@ class RowPlace(NamedTuple):
     architectures: str = ""   # what general.architecture of GGUF files calls it, one or several names
 
 
-def encoders() -> Rows:
-    from chatlm.worker.weights.families.encoders import FAMILIES
-    return FAMILIES
+def rows_in(module: str) -> Callable[[], Rows]:
+    return importer(f"chatlm.worker.weights.families.{module}:FAMILIES")
 
 
-def gemma4() -> Rows:
-    from chatlm.worker.weights.families.gemma4 import FAMILIES
-    return FAMILIES
-
-
-def granite() -> Rows:
-    from chatlm.worker.weights.families.granite import FAMILIES
-    return FAMILIES
-
-
-def laguna() -> Rows:
-    from chatlm.worker.weights.families.laguna import FAMILIES
-    return FAMILIES
-
-
-def latents() -> Rows:
-    from chatlm.worker.weights.families.latents import FAMILIES
-    return FAMILIES
-
-
-def layernorms() -> Rows:
-    from chatlm.worker.weights.families.layernorms import FAMILIES
-    return FAMILIES
-
-
-def lfm2() -> Rows:
-    from chatlm.worker.weights.families.lfm2 import FAMILIES
-    return FAMILIES
-
-
-def minicpm() -> Rows:
-    from chatlm.worker.weights.families.minicpm import FAMILIES
-    return FAMILIES
-
-
-def mixtures() -> Rows:
-    from chatlm.worker.weights.families.mixtures import FAMILIES
-    return FAMILIES
-
-
-def muse() -> Rows:
-    from chatlm.worker.weights.families.muse import FAMILIES
-    return FAMILIES
-
-
-def nemotron() -> Rows:
-    from chatlm.worker.weights.families.nemotron import FAMILIES
-    return FAMILIES
-
-
-def plain() -> Rows:
-    from chatlm.worker.weights.families.plain import FAMILIES
-    return FAMILIES
-
-
-def qwen35() -> Rows:
-    from chatlm.worker.weights.families.qwen35 import FAMILIES
-    return FAMILIES
-
-
-def rotary_encoders() -> Rows:
-    from chatlm.worker.weights.families.rotary_encoders import FAMILIES
-    return FAMILIES
-
-
-def wide_mixtures() -> Rows:
-    from chatlm.worker.weights.families.wide_mixtures import FAMILIES
-    return FAMILIES
+encoders = rows_in("encoders")
+gemma4 = rows_in("gemma4")
+granite = rows_in("granite")
+laguna = rows_in("laguna")
+latents = rows_in("latents")
+layernorms = rows_in("layernorms")
+lfm2 = rows_in("lfm2")
+minicpm = rows_in("minicpm")
+mixtures = rows_in("mixtures")
+muse = rows_in("muse")
+nemotron = rows_in("nemotron")
+plain = rows_in("plain")
+qwen35 = rows_in("qwen35")
+rotary_encoders = rows_in("rotary_encoders")
+wide_mixtures = rows_in("wide_mixtures")
 
 
 class Families(Mapping[str, "Family"]):
