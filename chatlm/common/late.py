@@ -1,6 +1,4 @@
-"""What is imported when it is needed, named by its module: a table of rows knows the names of all, and imports
-those that are asked for."""
-
+"""What is imported when it is needed: tables of rows name modules, and only those asked for are imported."""
 from __future__ import annotations
 
 import importlib
