@@ -97,8 +97,8 @@ Glossary: what a word means, its class, and the module where that lives
                 chatlm/front/intake/opened_body.py
     request     what a client asked, checked: `Request`, chatlm/common/messages/requests.py. It may have
                 several prompts and `n` answers to each.
-    choice      the number of one of these answers, as in OpenAI's `choices`: `Choice`,
-                chatlm/front/api/encode.py
+    choice      the number of one of these answers, as in OpenAI's `choices`: `ChoiceState`,
+                chatlm/front/api/answer_state.py
     job         one answer of a request, in the front: `Job`, chatlm/front/pool/worker.py. It survives the
                 death of its worker.
     assignment  one answer of a request, in a worker: `Assignment`; with tokens and pages a `Sequence`,

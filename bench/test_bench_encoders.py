@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+from answers import collected, encoded
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
 from chatlm.common.messages.requests import (    # noqa: E402
     Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage)
@@ -27,7 +28,7 @@ def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
         encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api, details=DETAILS.get(api, {})),
                                 "model")
-        return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
+        return [encoder.start(Accepted(7)), *[encoded(encoder, event) for event in (*PIECES, END)]]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
 
@@ -43,8 +44,8 @@ def test_embeddings_are_encoded(benchmark, encoding):
         encoder = EmbeddingsEncoder(ParsedBody(request, kind="embeddings", details={"encoding": encoding}),
                                     "model")
         for choice in range(100):
-            encoder.collect(Embedding(vector, choice))
-            encoder.collect(replace(END, choice=choice))
+            collected(encoder, Embedding(vector, choice))
+            collected(encoder, replace(END, choice=choice))
         return list(encoder.completion())
 
     assert b"".join(benchmark(encode)).count(b'"embedding": ') == 100

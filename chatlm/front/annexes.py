@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Request
+    from chatlm.front.api.answer_state import AnswerState
     from chatlm.front.api.encode import Encoder
     from chatlm.front.chats.routes import ChatRoutes
     from chatlm.front.front import Front
@@ -95,7 +96,7 @@ class Annex(Generic[T]):
     prepare: Callable[[T, ParsedBody], ParsedBody] | None = None
     around: Callable[[T, Begin, Ask], Answering] | None = None
     # what sees the events of each answer
-    watch: Callable[[T, Request], Watcher] | None = None
+    watch: Callable[[T, Request, AnswerState], Watcher] | None = None
     # the tools that may be run for a body that names tool servers, each as JSON
     offers: Callable[[T, web.Request, Envelope], Awaitable[list[bytes]]] | None = None
     # the items that a body continues or refers to
@@ -215,7 +216,7 @@ TOOLS = Annex(
 ROUNDS = Annex(
     "rounds", load_rounds, wanted=with_rounds, start=lambda rounds: rounds.approvals.open(),
     joins=lambda parsed: parsed.plan is not None, prepare=lambda rounds, parsed: rounds.marked(parsed),
-    around=lambda rounds, begin, ask: rounds.begin(ask))
+    around=lambda rounds, begin, ask: rounds.around(begin, ask))
 
 
 # What is kept: responses, conversations, files, batches
@@ -418,7 +419,9 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
 )
 CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_chats, lambda chats: chats.start(),
               lambda chats: chats.close(), tables=chat_tables, needs="--database",
-              fields=(AddedField(CHAT_PLACE, ("/v1/chat/completions",)),),
+              fields=(AddedField(CHAT_PLACE, (
+                  "/chat/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+                  "/api/chat")),),
               joins=lambda parsed: CHAT_PLACE.name in parsed.added,
               prepare=lambda chats, parsed: chats.prepared(parsed),
               around=lambda chats, begin, ask: chats.written(begin, ask))
@@ -493,10 +496,11 @@ def load_usage() -> Make[UsageRoutes]:
     return lambda front: UsageRoutes(front.ledger, front.store)
 
 
-def load_conversation_log() -> Make[Callable[[Request], Watcher]]:
+def load_conversation_log() -> Make[Callable[[Request, AnswerState], Watcher]]:
     from chatlm.front.server.conversation_log import ConversationLog
     from chatlm.front.server.watching import Watcher
-    return lambda front: lambda request: Watcher() if request.params.temporary else ConversationLog(request)
+    return lambda front: lambda request, state: (
+        Watcher() if request.params.temporary else ConversationLog(request, state))
 
 
 FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
@@ -509,7 +513,7 @@ USAGE_ROUTES: tuple[Route[UsageRoutes], ...] = (
 USAGE = Annex("usage", load_usage, USAGE_ROUTES)
 CONVERSATION_LOG = Annex("conversation log", load_conversation_log,
                          wanted=lambda front: front.settings.log_conversations,
-                         watch=lambda make, request: make(request))
+                         watch=lambda make, request, state: make(request, state))
 
 
 # Several models and training runs

@@ -175,6 +175,7 @@ class Front:
         is kept, or if another request has taken their id while the body arrived."""
         record = REQUEST_LOG.get()
         if is_kept or self.is_id_in_use(record.id):
+            record.sent_id = record.id
             record.id = secrets.token_hex(16)
         owner = self.owners.of_pages(record.client)
         is_over_budget = self.ledger.budgets is not None and self.ledger.budgets.checked(
@@ -252,7 +253,7 @@ class Front:
         request = encoder.request
         async with self.begun(answering, encoder, holding) as (frames, work):
             owner = self.owners.of_answer(request.id, request.client)
-            recording = Recording(request.id, owner, request.client, encoder.lone_failure,
+            recording = Recording(request.id, owner, request.client, type(encoder),
                                   encoder.parsed.needs_reader)
             return self.recordings.start(recording, frames, work.pop_all())
 
@@ -290,7 +291,7 @@ class Front:
         last one has left, cancel it."""
         recording.followers += 1
         try:
-            async with (EventStream(http, recording.id, patient=True) as stream,
+            async with (EventStream(http, recording.id, recording.form, patient=True) as stream,
                         aclosing(recording.follow(start)) as parts):
                 async for part in parts:
                     await stream.send(part)
@@ -323,7 +324,7 @@ class Front:
     def note_end(self, encoder: Encoder):
         """Note for the access log how many tokens all choices had and why they ended."""
         counts = usage_body(encoder.usage())
-        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices if choice.done}))
+        reasons = ",".join(sorted({choice.done.reason for choice in encoder.state.choices if choice.done}))
         record = REQUEST_LOG.get()
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}

@@ -29,6 +29,7 @@ from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import default_sampling
+from chatlm.front.server.watching import watched
 from chatlm.terminal.batch_files import BatchResult, InputFile, OutputFile
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -201,7 +202,7 @@ class Local:
             served = await self.intake.resolve("", (), holding)
             parsed = await self.intake.line(opened_body, served, holding)
             encoder = answer_encoder(parsed, self.pool.model_name, loaded_tokenizer(self.pool))
-            async with aclosing(self.pool.answer(parsed.request)) as events:
+            async with aclosing(watched(self.pool.answer(parsed.request), encoder.state)) as events:
                 return json.loads(await encoder.collect_all(events, lambda size: None))
 
 

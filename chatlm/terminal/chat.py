@@ -27,12 +27,13 @@ from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
 from chatlm.common.standard_streams import lack_of_space
-from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.common.text.calculations import calculations_of, shift_calls, without_unfinished
 from chatlm.front.aio import interruptible
+from chatlm.front.api.answer_state import AnswerState, ChoiceState
 from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import default_sampling
+from chatlm.front.server.watching import watched
 from chatlm.front.tools.rules import CANCELLED, CUT_OFF, DENIED
 from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
@@ -41,7 +42,7 @@ from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, cal
 from chatlm.terminal.knowing import Knowing, passages_line
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
-from chatlm.terminal.tools import ToolUse, grow_calls, open_tools, shown_call, with_tools as with_tools_of
+from chatlm.terminal.tools import ToolUse, open_tools, shown_call, with_tools as with_tools_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -97,12 +98,32 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
 class Reply:
     """The part of an answer that has arrived."""
 
-    text: str = ""
-    reasoning: str = ""
-    calculator: list[dict] = field(default_factory=list)  # calls in the text
-    calls: list[dict[str, str]] = field(default_factory=list)  # of functions
-    done: Finished = None  # pyright: ignore[reportAssignmentType]  until it has ended
+    said: ChoiceState = field(default_factory=lambda: ChoiceState(0))
     seconds: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return self.said.text()
+
+    @property
+    def reasoning(self) -> str:
+        return self.said.text("reasoning")
+
+    @property
+    def calculator(self) -> list[dict]:
+        """The calls in its text."""
+        return self.said.calculations
+
+    @property
+    def calls(self) -> list[dict[str, str]]:
+        """Those of functions: {id, name, arguments}, as the page keeps them."""
+        return [{"id": f"call_{call.place}", "name": call.name, "arguments": call.text}
+                for call in self.said.calls]
+
+    @property
+    def done(self) -> Finished:
+        """None until it has ended."""
+        return self.said.done
 
     def as_json(self, request: Request, done: Finished) -> str:
         """One line of --json output."""
@@ -120,22 +141,16 @@ def usage_of(done: Finished) -> dict[str, int]:
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
     """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
-    counter = CallCounter()
+    state = AnswerState(request)
+    reply.said = state.choices[0]
     try:
-        async with aclosing(pool.answer(request)) as events:
+        async with aclosing(watched(pool.answer(request), state)) as events:
             async for event in events:
                 if isinstance(event, Piece):
-                    reply.text += event.text
-                    reply.reasoning += event.joined("reasoning")
-                    placed = [counter.place(delta) for delta in event.deltas]
-                    reply.calculator += [call for call in placed if call is not None]
-                    for delta in event.deltas:
-                        grow_calls(reply.calls, delta)
                     writer.push(event)
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
                 elif isinstance(event, Finished):
-                    reply.done = event
                     reply.seconds = time.monotonic() - began_s
     finally:
         writer.close()

@@ -23,7 +23,7 @@ from chatlm.terminal.remote_streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import Delta, Request
+    from chatlm.common.messages.requests import Request
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
 
@@ -237,16 +237,6 @@ def with_tools(request: Request, tools: Seq[ChatTool], pool: Pool) -> Request:
                      tool_schemas=schemas_of_loose_calls(offered, tool_format),
                      call_grammars=strict_grammars(offered, tool_format))
     return replace(request, params=params, tools=known)
-
-
-def grow_calls(calls: list[dict[str, str]], delta: Delta):
-    """Add an answer's delta to its calls: {id, name, arguments}, as the page keeps them."""
-    if delta.kind != "call":
-        return
-    if delta.name:
-        calls.append({"id": f"call_{len(calls)}", "name": delta.name, "arguments": ""})
-    if calls:
-        calls[-1]["arguments"] += delta.text
 
 
 def shown_call(call: Mapping[str, str]) -> str:

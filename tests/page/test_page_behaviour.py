@@ -1,6 +1,7 @@
 """How the page behaves, in a real browser: servers that are lost, attachments and the gauge, thoughts in the text, empty
 answers, and small things that people expect."""
 
+import json
 import re
 
 import pytest
@@ -170,6 +171,12 @@ def test_figures_after_continue_are_of_all_of_it(opened_page):
     assert (whole[1]["prompt_tokens"], whole[1]["completion_tokens"], whole[1]["waited_ms"]) == (50, 140, 800)
     assert whole[2]["measured"] == 15 and "tokens_per_second" not in whole[2] and "ttft_ms" not in whole[2]
     assert whole[3]["completion_tokens"] == 100 and whole[3]["tokens_per_second"] == 50
+
+
+def test_the_server_says_the_same_of_an_answer_that_went_on(opened_page):
+    """It reads the same file: tests/front/chats/test_written_answers.py."""
+    for case in json.loads((ROOT / "tests/fixtures/whole_answers.json").read_text()):
+        assert opened_page.evaluate("({earlier, later}) => Chat.wholeOf(earlier, later)", case) == case["whole"]
 
 
 @pytest.mark.slow

@@ -40,3 +40,15 @@ def asked(id="", messages=None, prompts=(), prompt_ids=None, **fields):
     """A Request; `fields` are its own or those of its AnswerParams."""
     params = {name: fields.pop(name) for name in PARAMS & fields.keys()}
     return Request(id, messages, prompts, prompt_ids, AnswerParams(**params), **fields)
+
+
+def encoded(encoder, event):
+    """The frames of an event, which is folded into the answer's state first."""
+    encoder.state.fold(event)
+    return encoder.encode(event)
+
+
+def collected(encoder, event):
+    """The bytes that an event takes of an answer that is sent whole, the same."""
+    encoder.state.fold(event)
+    return encoder.collect(event)

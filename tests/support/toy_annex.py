@@ -59,7 +59,7 @@ class Toy:
         self.did.append(f"around {ask.model}")
         return begin(ask)
 
-    def watch(self, request):
+    def watch(self, request, state):
         return Counts(self.counts)
 
     async def echo(self, call):
@@ -105,7 +105,7 @@ TOY = Annex(
     needs="--database", prompt=lambda toy, parsed, caller, pool: toy.prompted(parsed, caller, pool),
     joins=lambda parsed: "toy" in parsed.added, prepare=lambda toy, parsed: toy.prepared(parsed),
     around=lambda toy, begin, ask: toy.around(begin, ask), tables=toy_tables, part="counter",
-    watch=lambda toy, request: toy.watch(request),
+    watch=lambda toy, request, state: toy.watch(request, state),
     command=TOY_COMMAND, metrics=lambda toy, families: toy.metric_families(families))
 # the same on a server without a database, and without the tables
 FREE = replace(TOY, wanted=lambda front: True, tables=None)

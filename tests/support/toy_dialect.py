@@ -43,23 +43,14 @@ class ToyEncoder(Encoder):
         if isinstance(event, Piece):
             text = event.text.upper() if self.parsed.details["loud"] else event.text
             return b"+%s\n" % dump(text)
-        self.choices[0].done = event
         return b".%s\n" % event.reason.encode()
 
     @staticmethod
     def lone_failure(error):
         return b"!%s\n" % dump(str(error))
 
-    def collect(self, event):
-        if not isinstance(event, Piece):
-            self.choices[0].done = event
-            return 0
-        for delta in event.deltas:
-            self.choices[0].block(delta).texts.append(delta.text)
-        return len(event.text)
-
     def completion(self):
-        yield dump({"model": self.model, "said": self.choices[0].text("text")})
+        yield dump({"model": self.model, "said": self.state.choices[0].text()})
 
 
 DIALECT = Dialect({

@@ -492,6 +492,11 @@ class ParsedBody:
         return bool(self.details.get("store"))
 
     @property
+    def response_id(self) -> str:
+        """The id of the response that it is kept as; "" if it is not kept."""
+        return f"resp_{self.request.id}" if self.is_kept else ""
+
+    @property
     def in_background(self) -> bool:
         """Whether its client does not wait for its answer."""
         return bool(self.details.get("background"))

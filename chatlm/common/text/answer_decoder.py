@@ -135,9 +135,7 @@ class CallCounter:
     """Places an answer's calls in its text as that arrives."""
 
     def __init__(self):
-        # so far
-        self.characters = 0
-        self.calls = 0
+        self.characters = 0  # so far
 
     def place(self, delta: Delta) -> dict | None:
         """The call that a delta is, with where it stands; None for any other delta."""
@@ -145,15 +143,4 @@ class CallCounter:
             self.characters += len(delta.text)
         if delta.kind != "calculator":
             return None
-        self.calls += 1
         return {"start": self.characters, **json.loads(delta.text)}
-
-    def numbered(self, deltas: Iterable[Delta]) -> list[dict]:
-        """The calls among an event's deltas. Each has a number, since clients that merge the events of a
-        stream want one."""
-        placed = list[dict]()
-        for delta in deltas:
-            number = self.calls
-            if (call := self.place(delta)) is not None:
-                placed.append({"index": number, **call})
-        return placed

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import Known, ParsedBody
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.protocol import KeptItem, Known, ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.prompts import PromptMaker
     from chatlm.front.api.encode import Encoder
@@ -69,6 +70,17 @@ class Continuing(NamedTuple):
     follow: Callable[[dict, Mapping[str, dict]], None]  # puts items, by their ids, where it refers to them
 
 
+class KeptAnswer(NamedTuple):
+    """An answer as it is kept."""
+
+    items: Seq[KeptItem]  # what a later body can continue or refer to
+    body: bytes           # the whole answer
+
+
+# Renders the answer of an encoder, which has ended unless a status says why not, perhaps with an error
+Keep = Callable[[Any, str, "ChatServerError | None"], KeptAnswer]
+
+
 def answers(known: Known) -> str:
     return "answer"
 
@@ -99,6 +111,7 @@ class Form:
     servers: Callable[[Mapping], Iterable[NamedServer]] = names_no_servers
     continuing: Continuing | None = None
     alone: Callable[[dict], dict] = unstreamed  # a body without what concerns more than its answer
+    keep: Keep | None = None  # renders an answer as it is kept; None: none is
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class WrittenPlace(NamedTuple):
     node: str
     parent: str
     stream: str  # the id of the request
+    foretold: str = ""  # the id under which a device may expect it; "": the same
 
 
 def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int) -> Record | None:
@@ -56,7 +57,7 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     if there != (place.chat, place.parent, "assistant"):
         raise RequestError(f"the node {shown(place.node)} is elsewhere, or is no answer", status=409,
                            code="other_node", param="chat.node")
-    if body.get("stream", {}).get("id") != place.stream:
+    if body.get("stream", {}).get("id") not in (place.stream, place.foretold or place.stream):
         raise RequestError(f"the node {shown(place.node)} has another answer: its `stream` is not that of "
                            "this request (X-Request-Id)", status=409, code="other_answer", param="chat.node")
     return node
@@ -65,14 +66,17 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
 def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, now_s: int) -> dict:
     """Begin an answer, with a new node unless a device has made it. made: what a new one has besides. Returns
     the node: one that goes on has the text of its earlier part."""
+    stream = {"id": place.stream, "next": 0}
     quota.check(connection, place.owner, len(as_json({**made})), client=place.client)
     changing = Changing(connection, place.owner, now_s)
     if check_place(connection, place, now_s) is None:
         new = {**made, "conversation": place.chat, "parent": place.parent, "role": "assistant", "content": "",
-               "stream": {"id": place.stream, "next": 0}}
+               "stream": stream}
         changing.create(change_of(NODE, place.node, 0, new))
     node = changing.found(NODE, place.node)
     assert node
+    if node.fields["stream"]["id"] == place.foretold:
+        changing.update(change_of(NODE, place.node, node.rev, {"stream": stream}), node)
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
                        "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",
                        (node.number, place.stream))
@@ -80,24 +84,42 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
 
 
 def whole_of(earlier: Mapping, later: Mapping) -> dict:
-    """The facts about an answer that went on: what is said of its two parts, together, as static/chat.js has
-    it. The later prompt has the earlier part in it."""
+    """The facts about an answer that went on: what is said of its two parts, together. The later prompt has
+    the earlier part in it. `wholeOf` of static/chat.js says the same: tests/fixtures/whole_answers.json is
+    for both."""
     whole = {**earlier, **later}
     for name in ("ttft_ms", "queue_ms", "cached_tokens"):
-        whole[name] = earlier.get(name)
-    before = earlier.get("completion_tokens", 0)
-    count = later.get("completion_tokens", 0)
+        whole.pop(name, None)
+        if name in earlier:
+            whole[name] = earlier[name]
+    before = earlier.get("completion_tokens") or 0
+    count = later.get("completion_tokens") or 0
     whole["completion_tokens"] = before + count
-    if "prompt_tokens" in later:
+    if later.get("prompt_tokens"):
         whole["prompt_tokens"] = max(1, later["prompt_tokens"] - before)
     for name in ("drafted_tokens", "accepted_tokens", "reasoning_tokens"):
         if name in whole:
-            whole[name] = earlier.get(name, 0) + later.get(name, 0)
-    whole["waited_ms"] = earlier.get("waited_ms", 0) + (later.get("ttft_ms") or 0)
-    speeds = [part.get("tokens_per_second") or 0 for part in (earlier, later)]
-    if all(speeds):
-        whole["tokens_per_second"] = round((before + count) / (before / speeds[0] + count / speeds[1]), 1)
-    return {name: value for name, value in whole.items() if value is not None}
+            whole[name] = (earlier.get(name) or 0) + (later.get(name) or 0)
+    if "ttft_ms" in whole:
+        whole["waited_ms"] = (earlier.get("waited_ms") or 0) + (later.get("ttft_ms") or 0)
+    else:  # nobody measured the first part
+        whole.pop("waited_ms", None)
+    for name in SPEEDS:
+        whole.pop(name, None)
+    first, second = (next((part[name] for name in SPEEDS if part.get(name) is not None), 0)
+                     for part in (earlier, later))
+    speed = (before + count) / (before / first + count / second) if first and second else first or second
+    if speed:
+        whole["measured" if is_measured(earlier) or is_measured(later) else "tokens_per_second"] = speed
+    return whole
+
+
+SPEEDS = "tokens_per_second", "predicted_per_second", "measured"
+
+
+def is_measured(facts: Mapping) -> bool:
+    """Did the page measure the speed, because its server says none?"""
+    return "measured" in facts and all(facts.get(name) is None for name in SPEEDS[:2])
 
 
 def choice_name(node: str, index: int) -> str:

@@ -118,6 +118,12 @@ class ChatRoutes:
                                code="invalid_value", param="X-Request-Id")
         return replace(parsed, goes_on=True, request=replace(request, resumable=True))
 
+    def foretold_stream(self, parsed: ParsedBody) -> str:
+        """The `stream.id` that a device may have given the node: the X-Request-Id of the request, although a
+        response that is kept gets a new id. "" if another answer has that id."""
+        sent = REQUEST_LOG.get().sent_id
+        return sent if parsed.is_kept and sent not in self.running.recordings else ""
+
     @asynccontextmanager
     async def written(self, begin: Begin, ask: Ask) -> AsyncIterator[
             tuple[Accepted, AsyncGenerator[Event, None]]]:
@@ -125,11 +131,9 @@ class ChatRoutes:
         store = self.kept()
         asked = ask.parsed.added[CHAT_PLACE.name]
         place = WrittenPlace(self.owner, ask.parsed.request.client, asked["id"], asked["node"],
-                             asked["parent"], ask.parsed.request.id)
+                             asked["parent"], ask.parsed.request.id, self.foretold_stream(ask.parsed))
         await store.run(partial(growing.check_place, place=place, now_s=now_s()), client=place.client)
-        from chatlm.front.api.dialects.openai import OpenAIEncoder  # loaded: it has read the body
-        assert isinstance(ask.encoder, OpenAIEncoder)
-        answer = WrittenAnswer(store, place, ask.encoder, self.running, self.tell)
+        answer = WrittenAnswer(store, place, ask, self.running, self.tell)
         async with begin(ask) as (accepted, events):
             await answer.begin()
             self.answers.add(answer)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import ChatServerError
 from chatlm.common.log import log
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.requests import Finished
 from chatlm.common.text.calculations import shift_calls
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import timings_body, usage_body
@@ -22,8 +21,8 @@ from chatlm.front.server.stored_lists import now_s
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
-    from chatlm.front.api.dialects.openai import OpenAIEncoder
     from chatlm.front.chats.growing import WrittenPlace
+    from chatlm.front.server.answering import Ask
     from chatlm.front.server.recordings import Recording, Recordings
     from chatlm.front.store.store import Store
 
@@ -45,23 +44,20 @@ class Running(NamedTuple):
 class WrittenAnswer:
     """An answer that is written into the store while it is sent.
 
-    A second encoder makes the text that is kept. What is stored of a growing answer has its first `next`
-    events, so another device reads the others from its recording. It has ended in the store before its
-    client sees its end."""
+    What is stored of a growing answer has its first `next` events, so another device reads the others from
+    its recording. It has ended in the store before its client sees its end."""
 
-    def __init__(self, store: Store, place: WrittenPlace, encoder: OpenAIEncoder, running: Running,
+    def __init__(self, store: Store, place: WrittenPlace, ask: Ask, running: Running,
                  tell: Callable[[str], None]):
         """tell: called with the owner when something is written."""
         self.store = store
         self.place = place
         self.running = running
         self.tell = tell
-        parsed = encoder.parsed
-        params = replace(parsed.request.params, logprobs=None)
-        own = replace(parsed, request=replace(parsed.request, params=params), token_ids=True)
-        self.twin = type(encoder)(own, encoder.model, encoder.tokenizer)
-        for each in (encoder, self.twin):
-            each.derive_ids()
+        self.state = ask.state
+        self.model = ask.model
+        self.seed = ask.parsed.request.params.sampling.seed
+        self.given = ask.parsed.beside.get("knowledge")  # the passages that it was given to read
         self.due_s = 0.0  # when it may be written next
         self.grown = False    # has something come that is not written?
         self.settled = False  # are all events that have come in the recording too?
@@ -73,8 +69,7 @@ class WrittenAnswer:
 
     async def begin(self):
         """Raises RequestError if it cannot be written there."""
-        made = {"created": time.time() * 1000 // 1, "model": self.twin.model,
-                "seed": self.twin.request.params.sampling.seed}
+        made = {"created": time.time() * 1000 // 1, "model": self.model, "seed": self.seed}
         self.before = await self._run(growing.begin, adds_bytes=1, made=made)
         self.tell(self.place.owner)
         self.due_s = time.monotonic() + GROWN_S
@@ -92,11 +87,9 @@ class WrittenAnswer:
         try:
             async for event in events:
                 self.settled = False
-                if isinstance(event, Piece | Finished):
-                    self.twin.collect(event)
                 if isinstance(event, Finished):
                     self.ends[event.choice] = self.facts(event)
-                    ended = len(self.ends) == len(self.twin.choices)
+                    ended = self.state.has_ended
                     if ended:
                         await self.end(self.ends[0])
                 yield event
@@ -115,22 +108,21 @@ class WrittenAnswer:
 
     def fields_so_far(self, index: int = 0) -> dict:
         """An answer so far, as the page keeps it (static/tree.js)."""
-        choice = self.twin.choices[index]
-        calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text}
-                 for call in choice.calls]
+        choice = self.state.choices[index]
+        calls = [{"id": f"call_{call.id}", "name": call.name, "arguments": call.text,
+                  **({"result": call.result.text} if call.result else {})} for call in choice.calls]
         before = self.before
         content = before.get("content", "")
         placed = [*before.get("calculator", ()), *shift_calls(
-            [{"expression": None, "result": None, **call} for call in choice.calculator], len(content))]
+            [{"expression": None, "result": None, **call} for call in choice.calculations], len(content))]
         return {"content": content + choice.text("text"),
                 "reasoning": before.get("reasoning", "") + choice.text("reasoning") or None,
                 "ids": [*before.get("ids", ()), *choice.token_ids] or None, "calls": calls or None,
                 "calculator": placed or None}
 
     def facts(self, done: Finished) -> dict:
-        usage = usage_body(self.twin.usage() if len(self.twin.choices) == 1 else done.usage)
-        given = self.twin.parsed.beside.get("knowledge")  # the passages that it was given to read
-        more = {"knowledge": given} if given else {}
+        usage = usage_body(done.usage)
+        more = {"knowledge": self.given} if self.given else {}
         timings = {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
                    "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}
         if "earlier" in self.before:
@@ -141,7 +133,7 @@ class WrittenAnswer:
     def others(self, facts: dict) -> dict[int, dict]:
         """The further answers of its request at its end. facts: of those that have not ended."""
         return {index: {**self.fields_so_far(index), **(self.ends.get(index) or facts)}
-                for index in range(1, len(self.twin.choices))}
+                for index in range(1, len(self.state.choices))}
 
     def look(self):
         """Write what has come, in a task, once that is due."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Accepted, Finished, Piece
 from chatlm.common.request_ids import MARK, duplicate_id
+from chatlm.front.api.answer_state import AnswerState
 from chatlm.front.server.metrics import AnswerTimes
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.watching import Watcher, watched
@@ -32,6 +33,12 @@ class Ask(NamedTuple):
     parsed: ParsedBody
     model: str
     encoder: Encoder
+    made_by: Callable[[Ask], Answering] | None = None  # None: it is one answer of the pool
+
+    @property
+    def state(self) -> AnswerState:
+        """What there is of the answer, once it has begun."""
+        return self.encoder.state
 
 
 # An answer that begins when this is entered: its first event, and the others
@@ -83,7 +90,7 @@ class Answers:
     """The answers that run, those of routes, of comparisons and of batches."""
 
     def __init__(self, owners: Owners, ledger: Ledger, metrics: Metrics,
-                 watch: Seq[Callable[[Request], Watcher]] = ()):
+                 watch: Seq[Callable[[Request, AnswerState], Watcher]] = ()):
         """watch: what else watches each answer."""
         self.watch = watch
         self.owners = owners
@@ -125,25 +132,30 @@ class Answers:
         return [request_id] if request_id in self.running else named or [request_id]
 
     def begin_asked(self, ask: Ask) -> Answering:
-        return self.begin(ask.pool, ask.parsed.request, ask.model, not ask.parsed.stream)
+        if ask.made_by:
+            return ask.made_by(ask)
+        return self.begin(ask.pool, ask.parsed.request, ask.model, not ask.parsed.stream, state=ask.state)
 
     @asynccontextmanager
     async def begin(
             self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
-            later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
-        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`.
+            later: list[Charge] | None = None, state: AnswerState | None = None) -> AsyncIterator[
+                tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """Yield the answer's first event and the others once it is accepted, each after it was folded into
+        the state. Leaving the block in any way ends its work, and enters it in the ledger (sent whole: unless
+        that failed) or in `later`.
 
         Raises RequestError 409 if an answer with its id runs."""
         request_id = request.id
         with self.entered(request_id, request.client):
-            others = [make(request) for make in self.watch]
+            state = state or AnswerState(request)
+            others = [make(request, state) for make in self.watch]
             charge = self.ledger.charge(request, model, pool.context_length)
             reservation = charge.reservation
             if reservation:
                 reservation.more = partial(give_more, pool, request_id, reservation, later is not None)
             watchers = [AnswerTimes(self.metrics, request.n), charge, CutNote(request), *others]
-            events = watched(pool.answer(request), watchers)
+            events = watched(pool.answer(request), state, watchers)
             del request  # the pool drops most of it when it is admitted
             try:
                 # a refusal raises here: an ordinary error response

@@ -463,7 +463,8 @@ class BatchWorker:
             self.ledger.budgets.check_line(client, (request, served.pool.context_length))
         own = list[Charge]()
         try:
-            async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):
+            async with self.answers.begin(served.pool, request, served.name, later=own,
+                                          state=encoder.state) as (_, events):
                 whole = await encoder.collect_all(events, partial(self._hold_more, holding, len(row.text)))
         except BaseException:
             for charge in own:  # a failed try costs nothing

@@ -15,8 +15,8 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.request_ids import id_of_part
-from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.api.answer_state import AnswerState
 from chatlm.front.api.dialects.native import NativeEncoder
 from chatlm.front.api.encode import frame, timings_body, usage_body
 from chatlm.front.api.errors import openai_error, public_error
@@ -24,6 +24,7 @@ from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.server.bodies import note_ignored
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.streams import EventStream
+from chatlm.front.server.watching import watched
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -101,16 +102,16 @@ def name_of(variant: Mapping, base: ModelOrAdapter) -> str:
 
 
 @asynccontextmanager
-async def plain_answering(pool: WorkerPool, request: Request, name: str) -> AsyncIterator[
+async def plain_answering(pool: WorkerPool, request: Request, name: str, state: AnswerState) -> AsyncIterator[
         tuple[Accepted, AsyncGenerator[Event, None]]]:
     """An answer's first event, and the stream of the others, without a server."""
-    async with aclosing(pool.answer(request)) as events:
+    async with aclosing(watched(pool.answer(request), state)) as events:
         accepted = await anext(events)
         yield accepted, events  # pyright: ignore[reportReturnType]  the first event of every answer
 
 
 class ComparedAnswer:
-    """One of the compared answers, as far as it has arrived."""
+    """One of the compared answers, as far as its events were taken; its state may be ahead of them."""
 
     def __init__(self, index: int, compared: ComparedModel):
         self.index = index
@@ -120,7 +121,8 @@ class ComparedAnswer:
         self.end: dict | None = None               # the last message to the client
         self.stopped = False                       # it ended by itself
         self.differs = False                       # it differs from the first answer
-        self.counter = CallCounter()               # of the calculator's calls
+        self.state = AnswerState(compared.request)
+        self.calculations = iter(self.state.choices[0].calculations)
         self.equal = 0                             # tokens at its beginning that the first answer has too
 
     def message(self, **members) -> dict:
@@ -131,7 +133,7 @@ class ComparedAnswer:
         if isinstance(event, Piece):
             self.tokens += [(self.tokenizer.shown_bytes(scored.token), math.exp(scored.logprob or 0.0))
                             for scored in event.logprobs]
-            bodies = [NativeEncoder.members(delta, self.counter) for delta in event.deltas]
+            bodies = [NativeEncoder.members(delta, self.calculations) for delta in event.deltas]
             return [self.message(**members) for members in bodies if members]
         if isinstance(event, Finished):
             self.stopped = event.reason != "length"
@@ -203,7 +205,7 @@ class Comparison:
 
     async def _follow(self, answer: ComparedAnswer):
         try:
-            async with self.answering(*answer.compared.work) as (accepted, events):
+            async with self.answering(*answer.compared.work, state=answer.state) as (accepted, events):
                 self.news.put_nowait((answer, accepted))
                 await self.accepted.wait()
                 async for event in events:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.common.messages.requests import Piece
 from chatlm.front.server.watching import Watcher
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Event, Request
+    from chatlm.common.messages.requests import Request
+    from chatlm.front.api.answer_state import AnswerState
 
 
 class ConversationLog(Watcher):
-    """Collects the texts of one answer. It keeps no tools of its request."""
+    """Logs the texts of one answer when it ends. It keeps no tools of its request."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, state: AnswerState):
         self.id = request.id
         self.turns = [[message.role, message.content] for message in request.messages or ()]
-        self.answers: dict[int, list[str]] = defaultdict(list)  # by choice
-
-    def comes(self, event: Event):
-        if isinstance(event, Piece):
-            self.answers[event.choice] += [delta.name + delta.text for delta in event.deltas
-                                           if delta.kind in ("text", "call")]
+        self.state = state
 
     def ends(self):
-        turns = self.turns + [["assistant", "".join(texts)] for _, texts in sorted(self.answers.items())]
+        texts = ["".join([part.name + part.text for part in choice.parts if part.kind in ("text", "call")])
+                 for choice in self.state.choices if choice.parts or choice.token_ids]
+        turns = self.turns + [["assistant", text] for text in texts]
         log.info("conversation %s %s", self.id, dump(turns).decode(),
                  extra={"fields": {"id": self.id, "turns": turns}})

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -20,12 +19,12 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished
 from chatlm.front.aio import supervised
-from chatlm.front.api.dialects.responses import ResponsesEncoder
-from chatlm.front.api.errors import public_error, response_error
+from chatlm.front.api.errors import public_error
 from chatlm.front.api.kept_fields import AFTER, LIMIT, ORDER, STARTING_AFTER
 from chatlm.front.api.kept_items import AN_ID, MADE, kept_items
 from chatlm.front.api.message_readers import chat_messages, other_types, without_others
 from chatlm.front.api.response_items import OTHER_ITEMS, response_messages
+from chatlm.front.api.spoken import answer_form
 from chatlm.front.intake.intake import KeptBefore
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
@@ -36,8 +35,10 @@ from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
 
 if TYPE_CHECKING:
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
-    from chatlm.front.api.dialect import Reference
+    from chatlm.front.api.dialect import KeptAnswer, Reference
     from chatlm.front.api.encode import Encoder
     from chatlm.front.intake.opened_body import Caller, OpenedBody
     from chatlm.front.intake.budget import Holding
@@ -48,11 +49,31 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+class KeptResponse(NamedTuple):
+    """A response that will be kept."""
+
+    encoder: Encoder
+    owner: str
+
+    @property
+    def parsed(self) -> ParsedBody:
+        return self.encoder.parsed
+
+    @property
+    def id(self) -> str:
+        return self.parsed.response_id
+
+    def rendered(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
+        """As it is kept. status: of one that has not ended. error: why it failed."""
+        keep = answer_form(self.parsed.form).keep
+        assert keep
+        return keep(self.encoder, status, error)
+
+
 class RunningResponse(NamedTuple):
     """A response in the background: GET shows it before it is kept."""
 
-    owner: str
-    encoder: ResponsesEncoder
+    response: KeptResponse
     recording: Recording
     kept: asyncio.Task[None]  # ends once it is kept
 
@@ -130,20 +151,17 @@ class ResponseKeeper:
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:
-        """Wrap an answer so that it is kept when it ends, however it ends. An answer that is not to be kept
-        is returned unchanged."""
-        if not self.store or not encoder.parsed.is_kept or not isinstance(encoder, ResponsesEncoder):
-            return answering
-        return self._keeping(answering, encoder, self.bodies.owner)
+        """Wrap an answer so that it is kept when it ends, however it ends."""
+        return self._keeping(answering, KeptResponse(encoder, self.bodies.owner))
 
     def show_running(self, encoder: Encoder, recording: Recording) -> bytes:
         """Show a response that has begun in the background, until it is kept. Returns it as it is now."""
-        assert isinstance(encoder, ResponsesEncoder) and recording.task
-        name = encoder.head["id"]
-        kept = asyncio.create_task(supervised(f"showing {name}", partial(
-            self._show, name, recording.task)))
-        self.running[name] = RunningResponse(self.bodies.owner, encoder, recording, kept)
-        return encoder.response("in_progress")
+        assert recording.task
+        response = KeptResponse(encoder, self.bodies.owner)
+        kept = asyncio.create_task(supervised(f"showing {response.id}", partial(
+            self._show, response.id, recording.task)))
+        self.running[response.id] = RunningResponse(response, recording, kept)
+        return response.rendered("in_progress").body
 
     async def _show(self, name: str, work: asyncio.Task):
         try:
@@ -154,71 +172,57 @@ class ResponseKeeper:
             del self.running[name]
 
     @asynccontextmanager
-    async def _keeping(self, answering: AbstractAsyncContextManager, encoder: ResponsesEncoder,
-                       owner: str) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        parsed = encoder.parsed
+    async def _keeping(self, answering: AbstractAsyncContextManager, response: KeptResponse) -> AsyncIterator[
+            tuple[Accepted, AsyncGenerator[Event, None]]]:
+        parsed = response.parsed
         copies = 2 if parsed.details.get("conversation") else 1
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await require_store(self.store).run(partial(
-            quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false',
+            quota.check, owner=response.owner, adds_bytes=size, otherwise=', or send "store": false',
             client=parsed.request.client), adds_bytes=size, client=parsed.request.client)
-        # A second encoder makes the kept copy, so that it is complete before the client has the end: what a
-        # client has seen is kept. It leaves out log-probabilities.
-        params = replace(parsed.request.params, logprobs=None)
-        twin = ResponsesEncoder(replace(parsed, request=replace(parsed.request, params=params)),
-                                encoder.model, encoder.tokenizer)
-        twin.head = encoder.head
-        for each in (encoder, twin):
-            each.derive_ids()
         async with answering as (accepted, events):
-            watched = self._watched(events, twin, owner)
+            watched = self._watched(events, response)
             try:
                 yield accepted, watched
             finally:
                 await watched.aclose()
 
-    async def _watched(self, events: AsyncGenerator[Event, None], twin: ResponsesEncoder,
-                       owner: str) -> AsyncGenerator[Event, None]:
+    async def _watched(self, events: AsyncGenerator[Event, None],
+                       response: KeptResponse) -> AsyncGenerator[Event, None]:
+        """Keep the response before its client has the end: what a client has seen is kept."""
         kept = False
         try:
             async for event in events:
-                twin.collect(event)
                 if isinstance(event, Finished):
-                    await self._keep(twin, owner, twin.whole()[1])
+                    await self._keep(response, response.rendered())
                     kept = True
                 yield event
         except Exception as error:
             if not kept:
-                if getattr(error, "code", None) == "cancelled":
-                    body = twin.response("cancelled")
-                else:
-                    body = twin.response("failed", error=response_error(public_error(error)))
-                self._keep_later(twin, owner, body)
+                is_cancelled = getattr(error, "code", None) == "cancelled"
+                self._keep_later(response, response.rendered("cancelled") if is_cancelled else
+                                 response.rendered("failed", public_error(error)))
             raise
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
             if not kept:
-                self._keep_later(twin, owner, twin.response("cancelled"))
+                self._keep_later(response, response.rendered("cancelled"))
             raise
 
-    def _keep_later(self, twin: ResponsesEncoder, owner: str, body: bytes):
+    def _keep_later(self, response: KeptResponse, rendered: KeptAnswer):
         task = asyncio.create_task(supervised(
-            f"keeping {twin.head['id']}", partial(self._keep, twin, owner, body),
-            failed=lambda error: log.warning("%s is not kept: %s", twin.head["id"], error) or False))
+            f"keeping {response.id}", partial(self._keep, response, rendered),
+            failed=lambda error: log.warning("%s is not kept: %s", response.id, error) or False))
         self.saving.add(task)
         task.add_done_callback(self.saving.discard)
 
-    async def _keep(self, twin: ResponsesEncoder, owner: str, body: bytes):
-        details = twin.parsed.details
+    async def _keep(self, response: KeptResponse, rendered: KeptAnswer):
+        parsed = response.parsed
         now = now_s()
-        output = list[KeptItem]()
-        for block in twin.blocks:
-            item = twin.item(block)
-            output.append(KeptItem(item.pop("id"), dump(item)))
         new = NewResponse(
-            twin.head["id"], owner, now, now + self.keep_s, details.get("previous_response_id"),
-            details.get("conversation"), twin.parsed.kept, output, body)
+            response.id, response.owner, now, now + self.keep_s, parsed.details.get("previous_response_id"),
+            parsed.details.get("conversation"), parsed.kept, rendered.items, rendered.body)
         await require_store(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes,
-                                            client=twin.parsed.request.client)
+                                            client=parsed.request.client)
 
 
 def refuse_reference(reference: Reference) -> RequestError:
@@ -258,7 +262,8 @@ class ConversationRoutes:
             running.recording.check_kept(start)
             return await self.keeper.follow(http, running.recording, start)
         if running:
-            return web.Response(body=running.encoder.response("in_progress"), content_type="application/json")
+            return web.Response(body=running.response.rendered("in_progress").body,
+                                content_type="application/json")
         place = await store.run(partial(responses.whole_of, name=name, owner=owner),
                                 client=REQUEST_LOG.get().client)
         with self.bodies.holding() as holding:
@@ -266,7 +271,7 @@ class ConversationRoutes:
 
     def _running(self, name: str, owner: str) -> RunningResponse | None:
         running = self.keeper.running.get(name)
-        return running if running and owns(owner, running.owner) else None
+        return running if running and owns(owner, running.response.owner) else None
 
     async def handle_cancel(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/responses/{id}/cancel: stop a response that runs in the background. The answer is the

@@ -8,11 +8,15 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
+from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.request_ids import duplicate_id
 from chatlm.front.aio import end_tasks, supervised
+
+if TYPE_CHECKING:
+    from chatlm.front.api.encode import Encoder
 
 GRACE_S = 30.0  # seconds a resumable answer continues without a reader
 KEPT_S = 600.0  # seconds a finished resumable answer can still be read
@@ -28,14 +32,14 @@ class Recording:
     OWN_BYTES = 1000
     FRAME_BYTES = 50
 
-    def __init__(self, request_id: str, owner: str, client: str,
-                 failure: Callable[[ChatServerError], bytes], needs_reader: bool = True):
-        """failure: the frame that ends a stream of the answer's API after an error. needs_reader: is the
-        answer cancelled once nobody has read it for GRACE_S?"""
+    def __init__(self, request_id: str, owner: str, client: str, form: type[Encoder],
+                 needs_reader: bool = True):
+        """form: of the answer's encoder, which a recording outlives. needs_reader: is the answer cancelled
+        once nobody has read it for GRACE_S?"""
         self.id = request_id
         self.owner = owner
         self.client = client
-        self.failure = failure
+        self.form = form
         self.needs_reader = needs_reader
         self.size = self.OWN_BYTES
         self.length = 0
@@ -50,8 +54,8 @@ class Recording:
         self.timer: asyncio.TimerHandle  # forgets it KEPT_S after its end
 
     def append(self, frames: bytes):
-        for event in frames.split(b"\n\n")[:-1]:
-            self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
+        for frame in self._split(frames):
+            self.tail.append(self.form.numbered(self.length, frame))
             self.length += 1
             self.size += len(self.tail[-1]) + self.FRAME_BYTES
         while len(self.tail) >= 2 * self.PART:  # readers who keep up never decompress
@@ -67,6 +71,10 @@ class Recording:
         # thousands may be kept, so free what is no longer needed
         self.news = None  # pyright: ignore[reportAttributeAccessIssue]  nobody waits for news now
         self.task = None
+
+    def _split(self, frames: bytes) -> list[bytes]:
+        end = self.form.frame_end
+        return [frame + end for frame in frames.split(end)[:-1]]
 
     def _pack(self):
         frames = self.tail[:self.PART]
@@ -91,8 +99,7 @@ class Recording:
         """Some of the frames from a position on; [] if there are none yet."""
         part, first = divmod(position, self.PART)
         if part - self.dropped < len(self.parts):
-            text = zlib.decompress(self.parts[part - self.dropped])
-            return [event + b"\n\n" for event in text.split(b"\n\n")[first:-1]]
+            return self._split(zlib.decompress(self.parts[part - self.dropped]))[first:]
         return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
 
     async def follow(self, position: int) -> AsyncGenerator[bytes, None]:
@@ -106,7 +113,7 @@ class Recording:
                 else:
                     await self.news.wait()
         except RequestError as error:
-            yield self.failure(error)
+            yield self.form.lone_failure(error)
 
 
 class Recordings:
@@ -151,7 +158,7 @@ class Recordings:
                 async for part in frames:
                     self._change(recording, recording.append, part)
         except Exception:  # errors of the answer itself are already frames
-            failure = recording.failure(EngineFailure("the recording failed"))
+            failure = recording.form.lone_failure(EngineFailure("the recording failed"))
             self._change(recording, recording.append, failure)
             raise
         finally:

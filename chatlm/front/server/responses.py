@@ -68,7 +68,7 @@ SECURITY_HEADERS = {
 class RequestLog:
     """What the front knows about an HTTP request beyond what aiohttp does."""
 
-    id: str         # X-Request-Id of the response: the request's own, unless another answer has it
+    id: str         # X-Request-Id of the response: the request's own, unless another answer has it, or it is kept
     client: str     # its address (see client_at), or the name of its API key once that was checked
     route: Route    # its row of ROUTES
     api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
@@ -79,6 +79,7 @@ class RequestLog:
     role: str = ""               # of that key
     tools: tuple[str, ...] = ()  # tool servers, or SERVER.TOOL, that it may use; "*": all
     space: str = ""              # of X-Chat-Space, on a server without keys: who owns its texts
+    sent_id: str = ""            # X-Request-Id of the request, if `id` is another one
 
 
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task

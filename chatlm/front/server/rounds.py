@@ -19,14 +19,16 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import as_json
 from chatlm.common.messages.requests import (
-    Accepted, CallApproved, CallEnded, Finished, Message, Piece, RoundEnded, ToolsListed, Usage)
+    Accepted, CallApproved, CallEnded, Finished, Message, RoundEnded, ToolsListed, Usage)
 from chatlm.common.request_ids import id_of_part
 from chatlm.front.admission.questions import before_question, questions_in
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.additions import ToolCall
+from chatlm.front.api.answer_state import AnswerState, ChoiceState
 from chatlm.front.api.found_tools import without_tools
 from chatlm.front.api.message_readers import earlier_arguments
 from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.watching import watched
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.rules import (
     CHANGED, CUT_OFF, PICTURES_OF_RESULTS, QUESTION, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
     from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool, ToolPlan
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.server.answering import Answers, Ask
+    from chatlm.front.server.answering import Answering, Answers, Ask, Begin
     from chatlm.front.server.approvals import Approvals
     from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
@@ -67,6 +69,10 @@ class Rounds:
         return replace(parsed, plan=replace(
             parsed.plan, mark=self.approvals.mark_for(parsed.request.client)))
 
+    def around(self, begin: Begin, ask: Ask) -> Answering:
+        """Have an answer made in rounds, within all else that is around it."""
+        return begin(ask._replace(made_by=self.begin))
+
     @asynccontextmanager
     async def begin(self, ask: Ask) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
         """What Answers.begin does, over all rounds."""
@@ -75,14 +81,15 @@ class Rounds:
         request_id = parsed.request.id
         client = parsed.request.client
         loop = Loop(self, ask.pool, parsed.request, parsed.plan, ask.model, not parsed.stream)
-        loop.response = f"resp_{request_id}" if parsed.is_kept else ""
+        loop.response = parsed.response_id
         approved = [call.id for call in parsed.plan.approved]
         place = ask.pool.place_for(parsed.request)
+        state = ask.state
         del ask, parsed
         entered = self.answers.entered(request_id, client, lambda: loop.round_id, loop.cancel)
         with entered, self.approvals.in_use(client, approved), place:
             await self.approvals.check_unused(client, approved)
-            async with loop.rounds, aclosing(loop.events()) as events:
+            async with loop.rounds, aclosing(watched(loop.events(), state)) as events:
                 accepted: Any = await anext(events)
                 yield accepted, events
 
@@ -92,14 +99,10 @@ class Call:
     """A call that the model has made."""
 
     name: str
-    texts: list[str] = field(default_factory=list)
+    arguments: str
     number: int | None = None  # among the calls of tools that the server calls; None: it is the client's
     result: ToolResult | None = None
     seen: list[Picture] = field(default_factory=list)  # the pictures of the result, if the model sees
-
-    @property
-    def arguments(self) -> str:
-        return "".join(self.texts)
 
     @property
     def id(self) -> str:
@@ -109,32 +112,20 @@ class Call:
 class Turn:
     """What the model has said in a round."""
 
-    def __init__(self):
-        self.texts: list[str] = []
-        self.thoughts: list[str] = []
-        self.calls: list[Call] = []
-
-    def take(self, piece: Piece):
-        for delta in piece.deltas:
-            if delta.kind == "text":
-                self.texts.append(delta.text)
-            elif delta.kind == "reasoning":
-                self.thoughts.append(delta.text)
-            elif delta.kind == "call":
-                if delta.name:
-                    self.calls.append(Call(delta.name))
-                self.calls[-1].texts.append(delta.text)
+    def __init__(self, said: ChoiceState):
+        self.said = said
+        self.calls = [Call(part.name, part.text) for part in said.calls]
 
     @property
     def message(self) -> Message:
         more: dict[str, Any] = {}
-        if self.thoughts:
-            more["reasoning_content"] = "".join(self.thoughts)
+        if thoughts := self.said.text("reasoning"):
+            more["reasoning_content"] = thoughts
         more["tool_calls"] = [
             {"id": call.id, "type": "function",
              "function": {"name": call.name, "arguments": earlier_arguments(call.arguments)}}
             for call in self.calls]
-        return Message("assistant", "".join(self.texts), more)
+        return Message("assistant", self.said.text(), more)
 
 
 class Loop:
@@ -162,7 +153,8 @@ class Loop:
         self.ended: list[Finished] = []  # the ends of the rounds
         self.approved: list[Call] = []
         self.first: list[Call] = []     # that were run before the model was asked
-        self.turn = Turn()              # the one whose calls run
+        self.round = AnswerState(request)        # what the model says in the running one
+        self.turn = Turn(self.round.choices[0])  # the one whose calls run
         self.rounds_of = Counter[str]() # in which each tool was called
         self.own_turn = asyncio.Lock()  # the server's own tools know the results of the calls before theirs
 
@@ -194,15 +186,13 @@ class Loop:
                 yield accepted
                 for event in self._lists():
                     yield event
-            turn = self.turn = Turn()
             async for event in answer:
                 self._check_stop()
                 if isinstance(event, Finished):
                     self.ended.append(event)
                     continue
-                if isinstance(event, Piece):
-                    turn.take(event)
                 yield event
+            turn = self.turn = Turn(self.round.choices[0])
             ours = self._numbered(turn.calls)
             asked = [call for call in ours if self._is_asked(call)]
             end = self.ended[-1]
@@ -249,8 +239,9 @@ class Loop:
         self._check_stop()
         request = self._request(number, may_call)
         self.round_id = request.id
+        self.round = AnswerState(request)
         begun = await self.rounds.enter_async_context(
-            self.answers.begin(self.pool, request, self.model, self.whole))
+            self.answers.begin(self.pool, request, self.model, self.whole, state=self.round))
         self._check_stop()
         return begun
 
@@ -396,12 +387,12 @@ class Loop:
         the server makes."""
         calls = []
         for approved in self.plan.approved:
-            call = Call(approved.name, [approved.arguments])
+            call = Call(approved.name, approved.arguments)
             calls += self._numbered([call])
             yield CallApproved(approved.name, approved.arguments, approved.id)
         for name in self._first_names():
             arguments = {self.tools[name].first: questions_in(self.request.messages or ())}
-            call = Call(name, [as_json(arguments)])
+            call = Call(name, as_json(arguments))
             calls += self._numbered([call])
             yield CallApproved(name, call.arguments, "")
         async with aclosing(self._run(calls, self.plan.approved)) as results:

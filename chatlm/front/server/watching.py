@@ -1,4 +1,5 @@
-"""The one generator around an answer: whoever counts, charges, logs or limits it watches its events here."""
+"""The one generator around an answer: here its events become its state, and whoever counts, charges, logs or
+limits it watches them."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from chatlm.common.messages.requests import PartSays
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
+    from chatlm.front.api.answer_state import AnswerState
 
 
 class Watcher:
@@ -28,10 +30,10 @@ class Watcher:
         """It has ended, well or not, or its reader has left. Its work has ended too."""
 
 
-async def watched(events: AsyncGenerator[Event, None],
-                  watchers: Seq[Watcher]) -> AsyncGenerator[Event, None]:
-    """Pass an answer's events on, and show each to the watchers, in their order. What parts of the worker's
-    engine say is for the watchers alone. Closing it closes the events."""
+async def watched(events: AsyncGenerator[Event, None], state: AnswerState,
+                  watchers: Seq[Watcher] = ()) -> AsyncGenerator[Event, None]:
+    """Pass an answer's events on, after each was folded into its state and shown to the watchers, in their
+    order. What parts of the worker's engine say is for the watchers alone. Closing it closes the events."""
     try:
         while True:
             try:
@@ -39,13 +41,17 @@ async def watched(events: AsyncGenerator[Event, None],
             except StopAsyncIteration:
                 return
             except Exception as error:
+                state.fail(error)
                 for watcher in watchers:
                     watcher.fails(error)
                 raise
+            if isinstance(event, PartSays):
+                for watcher in watchers:
+                    watcher.comes(event)
+                continue
+            state.fold(event)
             for watcher in watchers:
                 watcher.comes(event)
-            if isinstance(event, PartSays):
-                continue
             yield event
             for watcher in watchers:
                 watcher.was_read(event)

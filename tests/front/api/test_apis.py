@@ -39,7 +39,7 @@ from chatlm.front.api.reading import read_answer
 from chatlm.front.front import ROUTES, Front
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
-from answers import said, thought
+from answers import collected, encoded, said, thought
 from fake_pool import FakePool, Letters, finished, serving
 from openai_routes import TEMPLATE_SYSTEM
 import nightly
@@ -1047,7 +1047,7 @@ def read_check_and_follow(path, body, tool_format, drawn):
     parsed = read_answer(path, json_object(json.dumps(body).encode()), Known(Settings(), tool_format))
     request = restorer(ParsedBody)(json.loads(as_plain_json(parsed))).request
     encoder = ENCODERS[parsed.kind](parsed, "m", tokenizers(tool_format)[0])
-    encoder.collect(finished(["a"]))
+    collected(encoder, finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
     with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
     for source in filter(None, (request.params.grammar, *request.params.call_grammars)):
@@ -1179,15 +1179,15 @@ def test_what_one_piece_adds_comes_in_its_order():
         encoder = ENCODERS[api](
             ParsedBody(Request("x", messages=()), kind=api, details={"thinking": True}), "fake"
         )
-        encoder.encode(said(*deltas))
-        assert [(block.kind, block.text, block.name) for block in encoder.blocks] == [*deltas]
-    native = ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
+        encoded(encoder, said(*deltas))
+        assert [(block.kind, block.text, block.part.name) for block in encoder.blocks] == [*deltas]
+    native = encoded(ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake"), said(*deltas)).decode()
     assert re.findall('"(token|reasoning)": "(.)"', native) == [
         ("token", "a"),
         ("reasoning", "b"),
         ("token", "c"),
     ]
-    chunk = ENCODERS["chat"](ParsedBody(Request("x", messages=()), kind="chat"), "fake").encode(said(*deltas))
+    chunk = encoded(ENCODERS["chat"](ParsedBody(Request("x", messages=()), kind="chat"), "fake"), said(*deltas))
     delta = json.loads(chunk.removeprefix(b"data: "))["choices"][0]["delta"]
     assert (delta["content"], delta["reasoning"], delta["tool_calls"][0]["function"]["name"]) == (
         "ac",
@@ -1235,7 +1235,7 @@ def test_a_chunk_has_one_entry_for_each_call(parts, cut):
     pieces = [piece for piece in (said(*deltas[: cut + 1]), said(*deltas[cut + 1 :])) if piece.deltas]
     for api in ("chat", "functions"):
         encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), kind=api), "fake")
-        stream = b"".join(map(encoder.encode, pieces))
+        stream = b"".join(encoded(encoder, piece) for piece in pieces)
         chunks = [json.loads(line.removeprefix("data: ")) for line in stream.decode().split("\n\n") if line]
         assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "HmDone"
         if api == "chat":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from answers import collected
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import (
@@ -111,7 +112,7 @@ def result(line, seed):
         made = [*events((len(parsed.request.prompts) or 1) * parsed.request.n, rng)]
     encoder = answer_encoder(parsed, "a-model", Letters())
     for event in made:
-        encoder.collect(event)
+        collected(encoder, event)
     return line.result(200, lasting_body(json.loads(b"".join(encoder.completion())), 1_700_000_000))
 
 

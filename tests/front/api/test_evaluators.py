@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from answers import collected
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Piece, PromptScores, Request, TokenLogprob
 from chatlm.front.api.encode import dump
@@ -141,7 +142,7 @@ def test_ids_with_one_text_have_keys_of_their_own(token, keys):
     values = dict(top) | {token: dict(top).get(token, -9.0)}
     for event in (PromptScores((TokenLogprob(97, None), TokenLogprob(token, values[token], top, 1))), Piece(),
                   finished([])):
-        encoder.collect(event)
+        collected(encoder, event)
     found = json.loads(b"".join(encoder.completion()))["choices"][0]["logprobs"]
     assert found["top_logprobs"] == [None, dict(zip(keys, values.values(), strict=True))]
     assert found["top_logprobs"][1][found["tokens"][1]] == found["token_logprobs"][1] == values[token]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from answers import encoded
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
     Accepted, AnswerParams, Delta, Finished, Piece, Request, TextSpec, TokenLogprob, Usage)
@@ -49,7 +50,7 @@ def streamed(api, model, options, dice):
     encoder = ENCODERS[api](parsed, model, LETTERS)
     encoder.head = {**getattr(encoder, "head", {}), "created": 0}
     end = Finished("stop", "eos", Usage(7, 9, 3), 0.25, 8.125, 212.34, 0)
-    return [encoder.start(Accepted(7)), *map(encoder.encode, pieces_of(dice)), encoder.encode(end)]
+    return [encoder.start(Accepted(7)), *[encoded(encoder, event) for event in (*pieces_of(dice), end)]]
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -73,8 +74,8 @@ def test_log_probabilities_of_tokens_without_text_are_not_lost():
     encoder = ENCODERS["chat"](ParsedBody(Request("x", messages=(), params=params), kind="chat"), "model",
                                LETTERS)
     held = Piece((65,), (), (TokenLogprob(65, -0.5),))
-    assert encoder.encode(held) == b""
-    frame = json.loads(encoder.encode(Piece((66,), (Delta("text", "AB"),), (TokenLogprob(66, -0.25),)))[6:])
+    assert encoded(encoder, held) == b""
+    frame = json.loads(encoded(encoder, Piece((66,), (Delta("text", "AB"),), (TokenLogprob(66, -0.25),)))[6:])
     assert [entry["logprob"] for entry in frame["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
 
 

@@ -5,13 +5,18 @@ import contextlib
 import json
 import secrets
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from annex_place import Place
+from answers import said, thought
 from chatlm.common.config import ApiKey, LIMITS, Settings
 from chatlm.common.errors import EngineFailure
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.common.messages.requests import Delta
+from chatlm.front.annexes import ANNEXES, additions_of, database_of
+from chatlm.front.api.additions import Additions
+from chatlm.front.api.encode import Encoder
 from chatlm.front.chats import growing, writing
 from chatlm.front.chats.records import checked_patch
 from chatlm.front.server import recordings
@@ -19,11 +24,14 @@ from chatlm.front.store import quota
 from fake_pool import FakePool
 from left_texts import Asking
 from patching import patch
+from spoken_paths import BODY_FIELDS
 
 SPACE, OTHER = "A" * 22, "B" * 22
 CHAT = "/v1/chat/completions"
 CHAT_ID, QUESTION, NODE = (f"{number:032x}" for number in (1, 2, 3))
 PLACE = {"id": CHAT_ID, "node": NODE, "parent": QUESTION}
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+added_to = Additions(additions_of(ANNEXES)).of_route
 WORDS = ["one ", "two ", "three ", "four ", "five"]
 
 
@@ -365,3 +373,66 @@ async def test_the_next_server_notes_what_a_killed_one_was_writing(tmp_path):
 async def owner_of(ask):
     [row] = await ask.store.run(lambda db: db.execute("SELECT DISTINCT owner FROM chat_records").fetchall())
     return row[0], "127.0.0.1"
+
+
+# Every API that streams may have `chat`: what is stored is what was streamed.
+
+THOUGHT_AND_SAID = (thought("Hm. "), "one ", thought("Or "), thought("two?"), "two ", Delta("calculator", '{"expression": "1+1", "result": "2"}'))
+CALLED = (Delta("call", "", "look"), Delta("call", '{"a": '), Delta("call", "1}"), Delta("call", "{}", "listen"))
+COUNT = {"messages": [{"role": "user", "content": "Count"}]}
+STREAMED = {path: COUNT for path in ("/chat/completions", "/v1/chat/completions", "/api/v0/chat/completions")} | {
+    "/v1/responses": {"input": "Count"}, "/v1/messages": {**COUNT, "thinking": {"type": "enabled", "budget_tokens": 2000}}}
+
+
+def read_stream(events):
+    """(text, reasoning, [[id without its prefix, name, arguments]]) as a client of any API reads them."""
+    text, reasoning, calls = "", "", {}
+    for event in events:
+        delta = event["choices"][0]["delta"] if event.get("choices") else {}
+        said = event.get("delta", {})
+        said = {"text": said} if isinstance(said, str) else said
+        kind = event.get("type", "")
+        text += event.get("token", "") or delta.get("content", "") or (
+            said.get("text", "") if kind in ("response.output_text.delta", "content_block_delta") else "")
+        reasoning += event.get("reasoning", "") or delta.get("reasoning", "") or said.get("thinking", "") or (
+            said.get("text", "") if kind == "response.reasoning_text.delta" else "")
+        for call in delta.get("tool_calls", ()):
+            calls.setdefault(call["index"], [call.get("id"), call["function"].get("name"), ""])[2] += call["function"]["arguments"]
+        block = event.get("item", event.get("content_block", {}))
+        if kind in ("response.output_item.added", "content_block_start") and block["type"] in ("function_call", "tool_use"):
+            calls[event.get("output_index", event.get("index"))] = [block.get("call_id", block["id"]), block["name"], ""]
+        if kind in ("response.function_call_arguments.delta", "content_block_delta"):
+            added = said.get("partial_json") or (said.get("text", "") if kind != "content_block_delta" else "")
+            if added:
+                calls[event.get("output_index", event.get("index"))][2] += added
+    return text, reasoning, [[name.split("_")[-1], *more] for name, *more in calls.values()]
+
+
+@pytest.mark.parametrize("path", [path for path in BODY_FIELDS if path in STREAMED or "chat" in {field.name for field in added_to(path)}])
+async def test_what_is_stored_is_what_was_streamed(tmp_path, path, monkeypatch):
+    made = []
+    init = Encoder.__init__
+    monkeypatch.setattr(Encoder, "__init__", lambda encoder, *arguments: made.append(encoder) or init(encoder, *arguments))
+    pieces = [said(each, tokens=(1,)) for each in THOUGHT_AND_SAID] + [said(*THOUGHT_AND_SAID, tokens=(1, 1))]
+    with_calls = path != "/chat/completions"  # it shows none
+    pieces += [said(each, tokens=(1,)) for each in CALLED] if with_calls else []
+    async with devices(tmp_path, pieces=pieces, gate=False) as ask:
+        await ask.make_chat()
+        body = {**STREAMED[path], "chat": PLACE, **({} if path == "/chat/completions" else {"stream": True})}
+        async with ask.place.client.post(ask.place.url + path, json=body, headers=ask.headers_of(SPACE)) as response:
+            assert response.status == 200, await response.text()
+            frames = [json.loads(line[6:]) for line in (await response.text()).split("\n") if line.startswith("data: {")]
+        node = await ask.until(has_ended)
+    stored = [[call["id"].split("_")[-1], call["name"], call["arguments"]] for call in node.get("calls", ())]
+    assert (node["content"], node["reasoning"], stored) == read_stream(frames)
+    assert node["content"] == "one two one two " and node["reasoning"] == "Hm. Or two?" * 2
+    assert [call[1:] for call in stored] == ([["look", '{"a": 1}'], ["listen", "{}"]] if with_calls else [])
+    assert [call["start"] for call in node["calculator"]] == [8, 16]
+    assert node["ids"] == [1] * (8 + 4 * with_calls) and node["timings"]["completion_tokens"] == len(pieces)
+    assert len(made) == 1, "one encoder is made for each response"
+
+
+def test_the_page_and_the_server_say_the_same_of_an_answer_that_went_on():
+    """The page reads the same file: tests/page/test_page_behaviour.py."""
+    for case in json.loads((FIXTURES / "whole_answers.json").read_text()):
+        assert growing.whole_of(case["earlier"], case["later"]) == case["whole"]

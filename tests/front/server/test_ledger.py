@@ -18,6 +18,7 @@ import pytest
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
+from chatlm.front.api.answer_state import AnswerState
 from chatlm.front.front import create_app
 from chatlm.front.server import access, budgets, connections, ledger, usage_writer
 from chatlm.front.server.ledger import Amount, Ledger, UsageRow
@@ -145,7 +146,7 @@ async def test_pieces_count_once_the_next_is_asked_for():
 
     for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2, 0.5)), (5, Amount(1, 7, 0, 6, 1.5)), (6, Amount(1, 7, 3, 6, 2.0))):
         charge = Ledger(Settings()).charge(asked("x", prompts=((1,),)), "m")
-        stream = watched(events(), [charge])
+        stream = watched(events(), AnswerState(asked()), [charge])
         for _ in range(read):
             await anext(stream, None)
         await stream.aclose()
@@ -166,7 +167,7 @@ async def test_tokens_count_once_their_text_is_sent():
     for count, ends, expected in ((1, False, Amount(1, 7, 0, 2, 1.0)), (3, False, Amount(1, 7, 0, 2, 1.0)), (4, False, Amount(1, 7, 0, 6, 4.0)),
                                   (5, False, Amount(1, 7, 0, 6, 4.0)), (5, True, Amount(1, 7, 0, 8, 9.0))):
         charge = Ledger(Settings()).charge(asked("x", prompts=((1,),)), "m")
-        async for _ in watched(events(count, ends), [charge]):
+        async for _ in watched(events(count, ends), AnswerState(asked()), [charge]):
             pass
         assert charge.amount == expected, (count, ends)
 

@@ -7,6 +7,8 @@ import pytest
 
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.messages.requests import Accepted, Piece
+from answers import asked
+from chatlm.front.api.answer_state import AnswerState
 from chatlm.front.server.metrics import AnswerTimes, Metrics
 from chatlm.front.server.watching import Watcher, watched
 
@@ -49,7 +51,7 @@ async def events_of(seen, *events, then=None):
 
 async def test_an_event_was_read_once_the_next_is_asked_for():
     seen = []
-    stream = watched(events_of(seen, *EVENTS), [Witness(seen)])
+    stream = watched(events_of(seen, *EVENTS), AnswerState(asked()), [Witness(seen)])
     for count, event in enumerate(EVENTS):
         assert await anext(stream) is event and seen[-1] == ("comes", event)
         assert [what for what, _ in seen].count("was read") == count
@@ -59,7 +61,7 @@ async def test_an_event_was_read_once_the_next_is_asked_for():
 
 async def test_a_reader_that_leaves_ends_the_work_and_is_no_failure():
     seen = []
-    stream = watched(events_of(seen, *EVENTS), [Witness(seen)])
+    stream = watched(events_of(seen, *EVENTS), AnswerState(asked()), [Witness(seen)])
     for _ in range(2):
         await anext(stream)
     await stream.aclose()
@@ -69,7 +71,7 @@ async def test_a_reader_that_leaves_ends_the_work_and_is_no_failure():
 
 async def test_a_reader_that_is_cancelled_ends_the_work():
     seen = []
-    stream = watched(events_of(seen, EVENTS[0], then=asyncio.Event()), [Witness(seen)])
+    stream = watched(events_of(seen, EVENTS[0], then=asyncio.Event()), AnswerState(asked()), [Witness(seen)])
     await anext(stream)
     waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
@@ -97,7 +99,7 @@ async def test_all_watchers_see_an_end_that_is_cancelled_too():
         finally:
             await asyncio.Event().wait()
 
-    stream = watched(slow_to_end(), [Broken(seen), Witness(seen)])
+    stream = watched(slow_to_end(), AnswerState(asked()), [Broken(seen), Witness(seen)])
     await anext(stream)
     closing = asyncio.ensure_future(stream.aclose())
     await asyncio.sleep(0)
@@ -109,7 +111,7 @@ async def test_all_watchers_see_an_end_that_is_cancelled_too():
 
 async def test_all_watchers_see_a_failure_and_the_end():
     seen, others = [], []
-    stream = watched(events_of([], EVENTS[0], then=RequestError("broken")), [Witness(seen), Witness(others)])
+    stream = watched(events_of([], EVENTS[0], then=RequestError("broken")), AnswerState(asked()), [Witness(seen), Witness(others)])
     await anext(stream)
     with pytest.raises(RequestError, match="broken"):
         await anext(stream)
@@ -120,7 +122,7 @@ async def test_what_a_watcher_refuses_ends_the_answer_and_is_no_failure_of_it():
     """So /metrics counts an answer that its budget ends as cancelled, as before."""
     seen, metrics = [], Metrics(None, None, None)
     watchers = [AnswerTimes(metrics, 1), Witness(seen, refuses=EVENTS[1])]
-    stream = watched(events_of(seen, *EVENTS), watchers)
+    stream = watched(events_of(seen, *EVENTS), AnswerState(asked()), watchers)
     with pytest.raises(Overloaded, match="no more"):
         async for _ in stream:
             pass
@@ -133,7 +135,7 @@ async def test_what_a_watcher_refuses_ends_the_answer_and_is_no_failure_of_it():
     (RequestError("stopped", status=499, code="cancelled"), "cancelled"), (None, "cancelled")])
 async def test_the_reason_of_an_end_is_counted(error, reason):
     metrics = Metrics(None, None, None)
-    stream = watched(events_of([], *EVENTS, then=error), [AnswerTimes(metrics, 1)])
+    stream = watched(events_of([], *EVENTS, then=error), AnswerState(asked()), [AnswerTimes(metrics, 1)])
     with contextlib.suppress(Exception):
         async for _ in stream:
             pass

@@ -9,7 +9,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import bad_value, invalid
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.requests import Delta, Message, Piece, Usage
+from chatlm.common.messages.requests import Message, Usage
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.front.api import idle
 from chatlm.front.api.dialect import Dialect, Form, TextForm
@@ -37,7 +37,8 @@ from chatlm.front.api.tables import IDLE_THINKING, MODEL, SAMPLING_FIELDS, SOME_
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import Known, ParsedBody
-    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.common.messages.requests import Accepted
+    from chatlm.front.api.answer_state import Part
     from chatlm.front.api.dialect import Terms, TextTerms
     from chatlm.front.api.encode import AnswerBlock
 
@@ -283,12 +284,19 @@ class MessagesEncoder(BlockEncoder):
               "result": ("mcp_tool_result", "content", "", "")}
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
 
-    def encode(self, event: Event) -> bytes:
+    def block_for(self, part: Part) -> AnswerBlock | None:
+        last = self.shown[-1] if self.shown else None
+        if last and last.kind == part.kind == "text":  # only thoughts are between them
+            last.parts.append(part)
+            return last
+        return super().block_for(part)
+
+    def kind_of(self, part: Part) -> str:
         """Leave out the thoughts, unless the request asks for thinking. Clients that do not ask for it take
         the first block of an answer as its text."""
-        if isinstance(event, Piece) and not self.parsed.details.get("thinking"):
-            event = event._replace(deltas=tuple(delta for delta in event.deltas if delta.kind != "reasoning"))
-        return super().encode(event)
+        if part.kind == "reasoning" and not self.parsed.details.get("thinking"):
+            return ""
+        return part.kind if part.kind == "result" else super().kind_of(part)
 
     def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
         return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
@@ -304,22 +312,26 @@ class MessagesEncoder(BlockEncoder):
         usage = self.usage_body(Usage(accepted.prompt_tokens))
         return self.event("message_start", message=self.message([], usage, {}))
 
-    def content(self, block: AnswerBlock, grown) -> dict:
+    def content(self, block: AnswerBlock, begins: bool = False) -> dict:
+        """A block, or as it begins, whatever the latest event has added already."""
+        text = "" if begins else block.text
         kind, member, _, _ = self.BLOCKS[block.kind]
-        call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
-        if block.tool and block.kind == "mcp":
-            call = {"id": "mcptoolu_" + block.id, "name": block.tool.tool, "server_name": block.tool.label}
+        tool = block.part.tool
+        call = {"id": "toolu_" + block.id, "name": block.part.name} if block.kind == "call" else {}
+        if tool:
+            call = {"id": "mcptoolu_" + block.id, "name": tool.tool, "server_name": tool.label}
         if block.result and block.kind == "result":
-            text = {"type": "text", "text": block.result.text}
             return {"type": kind, "tool_use_id": "mcptoolu_" + block.id, "is_error": block.result.is_error,
-                    member: [text]}
+                    member: [{"type": "text", "text": block.result.text}]}
         # nobody checks the signature, but clients send back no thinking without one
         signature = {"signature": block.id} if block.kind == "reasoning" else {}
-        return {"type": kind, **call, member: grown, **signature, **calculator_member(block.calculator)}
+        grown = parsed_arguments(text) if block.kind in ("call", "mcp") else text
+        return {"type": kind, **call, member: grown, **signature,
+                **calculator_member([] if begins else self.calculations(block))}
 
     def open_block(self, block: AnswerBlock) -> bytes:
-        empty = self.content(block, {} if block.kind in ("call", "mcp") else "")
-        return self.event("content_block_start", index=block.index, content_block=empty)
+        return self.event("content_block_start", index=block.index,
+                          content_block=self.content(block, begins=True))
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
         _, _, kind, member = self.BLOCKS[block.kind]
@@ -331,14 +343,11 @@ class MessagesEncoder(BlockEncoder):
 
     def end_call(self, block: AnswerBlock) -> bytes:
         """The block of a call's result, whole. It has no id of its own: `id` is that of the call's block."""
-        result = self.choices[0].block(Delta("result", "", block.name))
-        result.id = block.id
-        result.result = block.result
-        result.is_closed = True
+        result = self.blocks[-1]
         return self.open_block(result) + self.close_block(result)
 
     def stop(self) -> dict:
-        done = self.choices[0].done
+        done = self.choice.done
         if done.reason == "pause":
             return {"stop_reason": "pause_turn", "stop_sequence": None}
         if done.stop_reason in self.request.params.stop:
@@ -348,14 +357,11 @@ class MessagesEncoder(BlockEncoder):
         else:
             calls = [block.kind == "call" for block in self.blocks]
             # where the server runs tools, their results may follow a call of the client's own function
-            reason = "tool_use" if calls[-1] or self.tools and any(calls) else "end_turn"
+            reason = "tool_use" if calls[-1] or self.state.tools and any(calls) else "end_turn"
         return {"stop_reason": reason, "stop_sequence": None}
 
     def body(self) -> dict:
-        blocks = [self.content(
-            block, parsed_arguments(block.text) if block.kind in ("call", "mcp") else block.text)
-            for block in self.blocks]
-        return self.message(blocks, self.usage_body(self.usage()), self.stop())
+        return self.message([*map(self.content, self.blocks)], self.usage_body(self.usage()), self.stop())
 
     def end(self) -> bytes:
         usage = self.usage_body(self.usage())

@@ -23,7 +23,6 @@ from chatlm.front.api.tables import COMMON_FIELDS, PREFIX, SAMPLED, TEMPLATE_OPT
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Delta, Finished, Message
-    from chatlm.common.text.answer_decoder import CallCounter
     from chatlm.front.api.dialect import Terms
 
 
@@ -104,12 +103,16 @@ class NativeEncoder(Encoder):
 
     MEMBERS = {"reasoning": "reasoning", "text": "token"}
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calculations = iter(self.state.choices[0].calculations)
+
     @classmethod
-    def members(cls, delta: Delta, counter: CallCounter) -> dict:
-        """The members of a delta's frame; {}: it has no frame. Old clients read only `token`."""
-        call = counter.place(delta)
-        if call is not None:
-            return {"calculator": call}
+    def members(cls, delta: Delta, calculations: Iterator[dict]) -> dict:
+        """The members of a delta's frame; {}: it has no frame. Old clients read only `token`. calculations:
+        those of the state whose deltas had no frame yet; more are added to it as they come."""
+        if delta.kind == "calculator":
+            return {"calculator": next(calculations)}
         return {cls.MEMBERS[delta.kind]: delta.text} if delta.kind in cls.MEMBERS else {}
 
     def start(self, accepted: Accepted) -> bytes:
@@ -118,13 +121,10 @@ class NativeEncoder(Encoder):
 
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
-            counter = self.choices[0].counter
             if is_plain_text(event):
-                counter.place(event.deltas[0])
                 return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
-            frames = [self.members(delta, counter) for delta in event.deltas]
+            frames = [self.members(delta, self.calculations) for delta in event.deltas]
             return b"".join([frame({**members, "gpu": event.gpu}) for members in frames if members])
-        self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": usage_body(self.usage()), "timings": timings_body(event),
                       "seed": self.request.params.sampling.seed})

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import Known, ParsedBody
     from chatlm.common.messages.requests import TokenLogprob
+    from chatlm.front.api.answer_state import Part
     from chatlm.front.api.dialect import Terms, TextTerms
     from chatlm.front.api.encode import AnswerBlock
 
@@ -164,6 +165,7 @@ class OllamaEncoder(BlockEncoder):
     # each line must be an object, so none is a ping
     ping = b""
     content_type = "application/x-ndjson"
+    frame_end = b"\n"
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -205,14 +207,14 @@ class OllamaEncoder(BlockEncoder):
         return held
 
     @staticmethod
-    def call_body(block: AnswerBlock) -> dict:
-        return {"function": {"name": block.name, "arguments": parsed_arguments(block.text)}}
+    def call_body(call: Part) -> dict:
+        return {"function": {"name": call.name, "arguments": parsed_arguments(call.text)}}
 
     def open_block(self, block: AnswerBlock) -> bytes:
         return b""
 
-    def start_in(self, block: AnswerBlock) -> int:
-        return sum(each.characters for each in self.blocks if each.kind == "text")
+    def calculations(self, block: AnswerBlock) -> list[dict]:
+        return block.calculations
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
         if block.kind == "call":
@@ -225,10 +227,10 @@ class OllamaEncoder(BlockEncoder):
     def close_block(self, block: AnswerBlock) -> bytes:
         if block.kind != "call":
             return b""
-        return self.line(self.members(calls=[self.call_body(block)]), self.take_held())
+        return self.line(self.members(calls=[self.call_body(block.part)]), self.take_held())
 
     def ending(self) -> dict:
-        done = self.choices[0].done
+        done = self.choice.done
         usage = self.usage()
         decoding_s = (usage.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
         dropped = {"dropped_messages": done.dropped_messages} if done.dropped_messages else {}
@@ -242,20 +244,26 @@ class OllamaEncoder(BlockEncoder):
         return self.line(self.members(), self.take_held(), **self.ending())
 
     def collect(self, event: Piece | Finished) -> int:
-        before = len(self.logprobs)
         size = super().collect(event)
+        if self.request.params.logprobs is None:
+            return size
+        before = len(self.logprobs)
+        self.encode(event)  # its lines say which log-probabilities are those of a stop string
         return size + sum(map(len, self.logprobs[before:]))
 
     def completion(self) -> Iterator[bytes]:
-        choice = self.choices[0]
+        choice = self.choice
         members = self.members(choice.text("text"), choice.text("reasoning"),
-                               [self.call_body(block) for block in choice.calls],
-                               [call for block in choice.blocks for call in block.calculator])
+                               [*map(self.call_body, choice.calls)], choice.calculations)
         yield self.line(members, self.logprobs, **self.ending())
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
         return dump(ollama_error(error)) + b"\n"
+
+    @staticmethod
+    def numbered(number: int, frame: bytes) -> bytes:
+        return frame
 
     def without_work(self) -> bytes:
         """Without a question, Ollama only loads the model."""

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import asdict, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from chatlm.common.errors import RequestError, invalid
 from chatlm.common.jsontext import dump, is_text, whole_unicode
 from chatlm.common.messages.requests import (
     NEW_DOCUMENT, AnswerParams, Delta, Finished, Infill, Piece, PromptScores)
-from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
+from chatlm.common.text.answer_decoder import CallCounter, answer_decoder, parts_of, without_calls
+from chatlm.common.text.calculations import shift_calls
 from chatlm.front.api import idle
-from chatlm.front.api.citations import Citations, citations_in
+from chatlm.front.api.answer_state import ChoiceState
+from chatlm.front.api.citations import citations_in
 from chatlm.front.api.dialect import Dialect, Form
 from chatlm.front.api.encode import (
-    SYSTEM_FINGERPRINT, Choice, Encoder, calculator_member, frame, is_plain_text, timings_body)
+    SYSTEM_FINGERPRINT, Encoder, calculator_member, frame, is_plain_text, timings_body)
 from chatlm.front.api.field_types import (
     CONSTRAINT_FIELDS, FUNCTIONS, FUNCTION_CALL, INTEGER, LLAMA_SERVERS, MIXED, PROMPTS, SWITCH, TEXT, TOOLS,
     TOOL_CHOICE, object_of, one_constraint, response_grammar)
@@ -39,9 +42,10 @@ from chatlm.front.api.tables import (
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
     from chatlm.common.messages.requests import Accepted, Request, TokenLogprob
+    from chatlm.common.text.reader import StreamDecoder
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.api.answer_state import Part
     from chatlm.front.api.dialect import Terms
-    from chatlm.front.api.encode import AnswerBlock
 
 
 # fields
@@ -225,6 +229,67 @@ NOTHING = Piece()
 NO_MEMBERS: Mapping = MappingProxyType({})
 
 
+class Sent:
+    """What was sent of a choice, and what waits for its next chunk or its whole body."""
+
+    def __init__(self, state: ChoiceState, tokenizer: Tokenizer, skips_specials: bool = True):
+        self.state = state
+        self.index = state.index
+        self.tokenizer = tokenizer
+        self.skips_specials = skips_specials
+        self.held: tuple[TokenLogprob, ...] = ()  # log-probabilities of tokens that have no text yet
+        self.held_ids: tuple[int, ...] = ()       # ids of such tokens
+        self.echo: list[Delta] | None = None      # the prompt before its text; None: not yet
+        self.offset = 0                           # characters of its text so far, for text_offset
+        self.calculated = 0                       # calls of the calculator that were sent
+        self.around_text: list[bytes] = []        # a chunk with text alone, before and after that text
+        # of an answer that is sent whole, in JSON
+        self.logprobs: dict[str, list[bytes]] = {}
+        self.prompt_logprobs: list[bytes] = []
+
+    @property
+    def done(self) -> Finished:
+        return self.state.done
+
+    @cached_property
+    def decoder(self) -> StreamDecoder:
+        """Decodes tokens for text_offset and for an echoed prompt. Only made if one of these is needed."""
+        return answer_decoder(self.tokenizer, None, self.skips_specials)
+
+    @property
+    def calculations(self) -> list[dict]:
+        """The calls of the calculator in its text, after those in an echoed prompt."""
+        if not self.echo:
+            return self.state.calculations
+        counter = CallCounter()
+        placed = [counter.place(delta) for delta in self.echo]
+        return [*filter(None, placed), *shift_calls(self.state.calculations, counter.characters)]
+
+    def new_calculations(self) -> list[dict]:
+        """Those that were not sent. Each has a number, since clients that merge the events of a stream want
+        one."""
+        if self.calculated == len(self.state.calculations) and not self.echo:
+            return []
+        first = self.calculated
+        calls = self.calculations
+        self.calculated = len(calls)
+        return [{"index": index, **call} for index, call in enumerate(calls[first:], first)]
+
+    def encoded_logprobs(self, beside: Mapping) -> Iterator[bytes]:
+        """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
+        separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
+        for name, parts in self.logprobs.items():
+            yield separator + dump(name) + b": [" + b", ".join(filter(None, parts))
+            separator = b"], "
+        if self.logprobs:
+            yield b"]}"
+
+    def encoded_prompt(self) -> Iterator[bytes]:
+        """The `prompt_logprobs` member of an object, if there are any."""
+        if self.prompt_logprobs:
+            yield b', "prompt_logprobs": [' + b", ".join(filter(None, self.prompt_logprobs)) + b"]"
+
+
 class OpenAIEncoder(Encoder):
     """Turns events into chunks of a stream, or into one body. The encoders of both routes share this."""
 
@@ -233,20 +298,22 @@ class OpenAIEncoder(Encoder):
     whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
     scores_above = False           # True: `prompt_logprobs` is beside the choices; False: in each choice
-    logprobs_body: Callable[[Choice, Seq[TokenLogprob]], dict]
+    logprobs_body: Callable[[Sent, Seq[TokenLogprob]], dict]
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        skips = self.request.params.skip_special_tokens
+        self.choices = [Sent(choice, self.tokenizer, skips) for choice in self.state.choices]
         self.head = {"id": self.id_prefix + self.request.id, "object": self.chunk_object,
                      "created": int(time.time()), "model": self.model,
                      "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.params.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
 
-    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: Choice, part: Piece) -> dict | None:
+    def logprobs(self, choice: Sent, part: Piece) -> dict | None:
         if not part.logprobs:
             return None
         return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
@@ -257,7 +324,7 @@ class OpenAIEncoder(Encoder):
         `prompt_logprobs`."""
         return self.parsed.echo and self.request.params.logprobs is not None
 
-    def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
+    def take(self, choice: Sent, event: Piece | PromptScores | Finished) -> Piece:
         """What to send for an event, with the log-probabilities of its tokens. Those of a stop string are
         left out, unless the prompt was scored too."""
         held = choice.held
@@ -265,7 +332,6 @@ class OpenAIEncoder(Encoder):
         ids = choice.held_ids
         choice.held_ids = ()
         if isinstance(event, Finished):
-            choice.done = event
             params = self.request.params
             by_text = event.stop_reason in params.stop and params.prompt_logprobs is None
             return NOTHING._replace(tokens=ids, logprobs=() if by_text else held)
@@ -297,7 +363,7 @@ class OpenAIEncoder(Encoder):
 
         return [None if scored.logprob is None else entries_at(scored) for scored in logprobs]
 
-    def first_scored(self, choice: Choice) -> int:
+    def first_scored(self, choice: Sent) -> int:
         """The index of the first token of the choice's prompt that is scored."""
         starts = self.request.score_from
         return starts[choice.index // self.request.n] if starts else 0
@@ -307,8 +373,6 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Piece | PromptScores | Finished) -> bytes:
         choice = self.choices[event.choice]
-        if self.parsed.citable and type(event) is Piece:
-            self.cite(choice, event)
         if type(event) is Piece and self.is_plain(choice, event):
             return self.plain_chunk(choice, event.deltas[0])
         part = self.take(choice, event)
@@ -319,25 +383,21 @@ class OpenAIEncoder(Encoder):
             frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return frames
 
-    def cite(self, choice: Choice, piece: Piece):
-        """Note what a piece of a stream cites."""
-
-    def is_plain(self, choice: Choice, piece: Piece) -> bool:
+    def is_plain(self, choice: Sent, piece: Piece) -> bool:
         """Is a piece's chunk like the last one but for its text?"""
         return is_plain_text(piece) and bool(piece.deltas[0].text) and not (
             choice.held or choice.held_ids or self.parsed.token_ids)
 
-    def plain_chunk(self, choice: Choice, delta: Delta) -> bytes:
+    def plain_chunk(self, choice: Sent, delta: Delta) -> bytes:
         """The chunk of a piece that `is_plain`. What is the same in all of them is made once."""
-        choice.counter.place(delta)
         if not choice.around_text:
             mark = secrets.token_hex(16)
-            other = Choice(choice.index, self.tokenizer)
+            other = Sent(ChoiceState(choice.index), self.tokenizer)
             chunk = self.chunk(other, self.body(other, Piece(deltas=(Delta("text", mark),))))
             choice.around_text = chunk.split(dump(mark))
         return dump(delta.text).join(choice.around_text)
 
-    def chunk(self, choice: Choice, body: dict, last: bool = False, beside: Mapping = NO_MEMBERS) -> bytes:
+    def chunk(self, choice: Sent, body: dict, last: bool = False, beside: Mapping = NO_MEMBERS) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
         chunk: dict = {"choices": [{"index": choice.index, **body, **ending}], **beside}
         if self.parsed.include_usage:
@@ -346,8 +406,8 @@ class OpenAIEncoder(Encoder):
             chunk["timings"] = timings_body(choice.done)
         return self.framed(chunk)
 
-    def ending(self, choice: Choice) -> dict:
-        reason = "tool_calls" if choice.calls and choice.done.reason == "stop" else choice.done.reason
+    def ending(self, choice: Sent) -> dict:
+        reason = "tool_calls" if choice.state.calls and choice.done.reason == "stop" else choice.done.reason
         return {"finish_reason": reason, "stop_reason": choice.done.stop_reason}
 
     def framed(self, body: dict) -> bytes:
@@ -355,7 +415,7 @@ class OpenAIEncoder(Encoder):
 
     def end(self) -> bytes:
         """What follows the last chunk of the last choice: the usage, if asked for, and [DONE]."""
-        if not all(choice.done for choice in self.choices):
+        if not self.state.has_ended:
             return b""
         usage = b""
         if self.parsed.include_usage:
@@ -373,24 +433,18 @@ class OpenAIEncoder(Encoder):
                     "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens}}
 
     def collect(self, event: Piece | PromptScores | Finished) -> int:
-        """Keep an event for `completion`; returns roughly how many bytes that takes."""
+        """Keep an event's log-probabilities for `completion`."""
         choice = self.choices[event.choice]
         part = self.take(choice, event)
         size = 100
+        for delta in part.deltas:
+            size += len(delta.text)
         top = self.parsed.details.get("prompt_logprobs")
         if isinstance(event, PromptScores) and top is not None:
             unwanted = [] if choice.prompt_logprobs else [None] * self.first_scored(choice)
             encoded = dump(unwanted + self.prompt_entries(event.logprobs, top))[1:-1]
             choice.prompt_logprobs.append(encoded)
             size += len(encoded)
-        choice.token_ids += part.tokens if self.parsed.token_ids else ()
-        for delta in part.deltas:
-            size += len(delta.text)
-            call = choice.counter.place(delta)
-            if call is not None:
-                choice.calculator.append(call)
-            else:
-                choice.block(delta).texts.append(delta.text)
         if self.request.params.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
                 encoded = dump(values)[1:-1]
@@ -406,9 +460,10 @@ class OpenAIEncoder(Encoder):
                 "timings": timings_body(self.choices[0].done), **self.parsed.beside}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
-            whole = Piece(deltas=tuple(Delta(kind, choice.text(kind)) for kind in ("reasoning", "text")))
+            texts = [Delta(kind, choice.state.text(kind)) for kind in ("reasoning", "text")]
+            whole = Piece(deltas=(*(choice.echo or ()), *texts))
             body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice),
-                    **self.ids(choice.token_ids)}
+                    **self.ids(choice.state.token_ids.tolist() if self.parsed.token_ids else ())}
             if choice.logprobs:
                 del body["logprobs"]
             yield separator + dump(body)[:-1]
@@ -431,27 +486,20 @@ class ChatEncoder(OpenAIEncoder):
     logprobs_beside = {"refusal": None}
     scores_above = True
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.cited = [Citations(self.parsed.citable) for _ in self.choices]  # of streams
-
-    def cite(self, choice: Choice, piece: Piece):
-        self.cited[choice.index].add(piece.text)
-
     def start(self, accepted: Accepted) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         first, *others = self.choices
         return self.chunk(first, opening, beside=self.parsed.beside) + b"".join(
             self.chunk(choice, opening) for choice in others)
 
-    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
         text = part.text
         reasoning = part.joined("reasoning")
         if whole:
-            calls = [self.call_body(call, call.text) for call in choice.calls]
+            calls = [self.call_body(call, call.text) for call in choice.state.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
-            message |= calculator_member(choice.calculator)
+            message |= calculator_member(choice.calculations)
             message |= citations_in(text, self.parsed.citable)
         else:
             calls = self.call_deltas(choice, part)
@@ -460,49 +508,50 @@ class ChatEncoder(OpenAIEncoder):
         if reasoning:  # clients read one or the other
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if not whole:
-            message |= calculator_member(choice.counter.numbered(part.deltas))
-            if part is NOTHING and choice.done:
-                message |= self.cited[choice.index].member()
+            message |= calculator_member(choice.new_calculations())
+            if part is NOTHING and choice.done and self.parsed.citable:
+                message |= citations_in(choice.state.text(), self.parsed.citable)
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
 
     @staticmethod
-    def call_body(call: AnswerBlock, arguments: str) -> dict:
+    def call_body(call: Part, arguments: str) -> dict:
         return {"id": "call_" + call.id, "type": "function",
                 "function": {"name": call.name, "arguments": arguments}}
 
-    def call_deltas(self, choice: Choice, part: Piece) -> list[dict]:
+    def call_deltas(self, choice: Sent, part: Piece) -> list[dict]:
         """The calls in a chunk: the whole call when it begins, afterwards only more arguments. Each call has
         one entry, since clients that merge chunks do not merge the entries within a chunk."""
         entries: list[dict] = []
-        for delta in part.deltas:
+        if all(delta.kind != "call" for delta in part.deltas):
+            return entries
+        for delta, call in zip(part.deltas, self.state.touched):
             if delta.kind != "call":
                 continue
-            call = choice.block(delta)
-            if entries and entries[-1]["index"] == call.index:
+            if entries and entries[-1]["index"] == call.place:
                 entries[-1]["function"]["arguments"] += delta.text
             else:
                 more = {"function": {"arguments": delta.text}}
                 begun = self.call_body(call, delta.text) if delta.name else more
-                entries.append({"index": call.index, **begun})
+                entries.append({"index": call.place, **begun})
         return entries
 
-    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: Sent, logprobs: Seq[TokenLogprob]) -> dict:
         return {"content": self.entries(logprobs)}
 
 
 class FunctionEncoder(ChatEncoder):
     """`/v1/chat/completions` for clients that only know `functions`: a message has at most one call."""
 
-    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
         body = super().body(choice, part, whole)
         message = body["message" if whole else "delta"]
         message |= {"function_call": call["function"]
                     for call in message.pop("tool_calls", ())[:1] if not call.get("index")}
         return body
 
-    def ending(self, choice: Choice) -> dict:
+    def ending(self, choice: Sent) -> dict:
         ending = super().ending(choice)
         if ending["finish_reason"] == "tool_calls":
             ending["finish_reason"] = "function_call"
@@ -516,21 +565,20 @@ class CompletionEncoder(OpenAIEncoder):
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def prompt(self, choice: Choice) -> str | tuple[int, ...]:
+    def prompt(self, choice: Sent) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
 
-    def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
+    def take(self, choice: Sent, event: Piece | PromptScores | Finished) -> Piece:
         part = super().take(choice, event)
-        if not self.parsed.echo or choice.echoed:
+        if not self.parsed.echo or choice.echo is not None:
             return part
-        choice.echoed = True
         prompt = self.prompt(choice)
         echo = [Delta("text", prompt)] if is_text(prompt) else self.decoded(prompt)
-        echo = [delta for delta in echo if delta.text]
-        return part._replace(deltas=(*echo, *part.deltas)) if echo else part
+        choice.echo = [delta for delta in echo if delta.text]
+        return part._replace(deltas=(*choice.echo, *part.deltas)) if choice.echo else part
 
-    def is_plain(self, choice: Choice, piece: Piece) -> bool:
-        echoes = self.parsed.echo and not choice.echoed
+    def is_plain(self, choice: Sent, piece: Piece) -> bool:
+        echoes = self.parsed.echo and choice.echo is None
         return not echoes and super().is_plain(choice, piece)
 
     def decoded(self, tokens: Seq[int]) -> list[Delta]:
@@ -543,11 +591,11 @@ class CompletionEncoder(OpenAIEncoder):
         text = "".join(map(decoder.push, tokens)) + decoder.finish()
         return [*parts_of(decoder, text + decoder.utf8.decode(b"", True))]
 
-    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
-        calls = choice.calculator if whole else choice.counter.numbered(part.deltas)
+    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
+        calls = choice.calculations if whole else choice.new_calculations()
         return {"text": part.text, "logprobs": self.logprobs(choice, part), **calculator_member(calls)}
 
-    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: Sent, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists. text_offset says where each token begins in the choice's text, in characters. With
         return_token_ids there is also `content`, as in chats."""
         prompt = self.prompt(choice)
@@ -609,18 +657,7 @@ class InfillEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        # for an answer that is sent whole
-        self.texts: list[str] = []
-        self.tokens: list[int] = []
-        self.probabilities: list[dict] = []
-        # for all answers
-        self.prompt_tokens = 0
-        self.predicted = 0
-        self.has_new_line = False
-
-    def start(self, accepted: Accepted) -> bytes:
-        self.prompt_tokens = accepted.prompt_tokens
-        return b""
+        self.probabilities: list[dict] = []  # of an answer that is sent whole
 
     def framed(self, body: dict) -> bytes:
         return frame(body)
@@ -628,35 +665,27 @@ class InfillEncoder(OpenAIEncoder):
     def part(self, part: Piece) -> dict:
         probabilities = {"completion_probabilities": self.entries(part.logprobs)} if part.logprobs else {}
         return {"index": 0, "content": part.text, "tokens": part.tokens if self.parsed.token_ids else [],
-                "stop": False, "id_slot": -1, "tokens_predicted": self.predicted,
-                "tokens_evaluated": self.prompt_tokens, **probabilities}
-
-    def receive(self, event: Piece | Finished) -> Piece:
-        """Count an event; returns what to send of it."""
-        part = self.take(self.choices[0], event)
-        self.predicted += len(event.tokens) if isinstance(event, Piece) else 0
-        self.has_new_line = self.has_new_line or "\n" in part.text
-        return part
+                "stop": False, "id_slot": -1, "tokens_predicted": len(self.state.choices[0].token_ids),
+                "tokens_evaluated": self.state.prompt_tokens, **probabilities}
 
     def encode(self, event: Piece | Finished) -> bytes:
         choice = self.choices[0]
-        part = self.receive(event)
+        part = self.take(choice, event)
         frames = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
         if choice.done:
             frames += frame(self.final(choice))
         return frames
 
     def collect(self, event: Piece | Finished) -> int:
-        part = self.receive(event)
-        self.texts.append(part.text)
-        self.tokens += part.tokens if self.parsed.token_ids else ()
+        part = self.take(self.choices[0], event)
         self.probabilities += self.entries(part.logprobs)
         return 100 + len(part.text) + 400 * len(part.logprobs)
 
     def completion(self) -> Iterator[bytes]:
-        yield dump(self.final(self.choices[0], "".join(self.texts)))
+        text = self.state.choices[0].text()
+        yield dump(self.final(self.choices[0], text, self.parsed.token_ids))
 
-    def final(self, choice: Choice, content: str = "") -> dict:
+    def final(self, choice: Sent, content: str = "", with_tokens: bool = False) -> dict:
         done = choice.done
         usage = self.usage()
         request = self.request
@@ -667,13 +696,14 @@ class InfillEncoder(OpenAIEncoder):
         sampling = asdict(request.params.sampling)
         sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
         del sampling["choice"]
-        body = {"index": 0, "content": content, "tokens": self.tokens, "id_slot": -1, "stop": True,
+        tokens = choice.state.token_ids.tolist() if with_tokens else []
+        body = {"index": 0, "content": content, "tokens": tokens, "id_slot": -1, "stop": True,
                 "model": self.model, "tokens_predicted": usage.completion_tokens,
                 "tokens_evaluated": usage.prompt_tokens,
                 "generation_settings": sampling | {
                     "n_predict": -1 if request.max_tokens is None else request.max_tokens,
                     "stop": request.params.stop, "ignore_eos": request.params.ignore_eos},
-                "has_new_line": self.has_new_line, "truncated": bool(done.dropped_messages),
+                "has_new_line": "\n" in choice.state.text(), "truncated": bool(done.dropped_messages),
                 "stop_type": stop_type,
                 "stopping_word": done.stop_reason if by_text else "",
                 # the tokens whose keys and values are there now: all but the last one

@@ -12,12 +12,13 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid
 from chatlm.common.jsontext import dump, is_text
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.protocol import KeptItem
+from chatlm.common.messages.requests import Piece
 from chatlm.common.messages.tool_rounds import ToolPlan
 from chatlm.front.api import idle
 from chatlm.front.api.approval_ids import approval_id
 from chatlm.front.api.citations import Citations
-from chatlm.front.api.dialect import Continuing, Dialect, Form, Terms, TextForm
+from chatlm.front.api.dialect import Continuing, Dialect, Form, KeptAnswer, Terms, TextForm
 from chatlm.front.api.encode import (
     BlockEncoder, calculator_member, frame, parsed_arguments, timings_body)
 from chatlm.front.api.errors import response_error
@@ -43,8 +44,9 @@ from chatlm.front.tools.rules import arguments_of
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import Known, ParsedBody
-    from chatlm.common.messages.requests import Accepted, Delta, Event, Message
+    from chatlm.common.messages.requests import Accepted, Event, Message, ToolsListed
     from chatlm.common.messages.tool_rounds import CallItem, PlannedTool
+    from chatlm.front.api.answer_state import Part
     from chatlm.front.api.dialect import TextTerms
     from chatlm.front.api.encode import AnswerBlock
 
@@ -347,7 +349,7 @@ class ResponsesEncoder(BlockEncoder):
         self.tokens = TokensOfText(self.tokenizer, self.request.params.skip_special_tokens)
         self.logprobs: dict[str, list[bytes]] = {}  # id of a block -> its log-probabilities, each in JSON
         self.logprob_bytes = 0                      # of all so far
-        self.sources: list[Mapping] = []            # what numbers in its texts cite, from [1] on
+        self.needs_a_block = self.request.max_tokens != 0  # else only the prompt was wanted
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "completed_at": None, "service_tier": "default",
@@ -361,10 +363,15 @@ class ResponsesEncoder(BlockEncoder):
         if "conversation" in kept:
             self.head["conversation"] = {"id": kept["conversation"]}
 
-    def kind_of_call(self, delta: Delta, before: AnswerBlock | None) -> str:
-        if delta.name == SEARCH and self.parsed.details.get("searches"):
+    def kind_of(self, part: Part) -> str:
+        if part.kind == "call" and part.name == SEARCH and self.parsed.details.get("searches"):
             return "search"
-        return super().kind_of_call(delta, before)
+        return super().kind_of(part)
+
+    @property
+    def was_cut(self) -> bool:
+        """Where only the prompt was wanted, nothing was."""
+        return bool(self.choice.done and self.choice.done.reason == "length" and self.request.max_tokens != 0)
 
     def event(self, event_type: str, **fields) -> bytes:
         return self.with_logprobs(super().event(event_type, sequence_number=next(self.numbers), **fields))
@@ -375,6 +382,12 @@ class ResponsesEncoder(BlockEncoder):
         for name, encoded in self.logprobs.items():
             data = data.replace(b'"logprobs": ["%s"]' % name.encode(),
                                 b'"logprobs": [%s]' % b", ".join(encoded))
+        return data
+
+    def without_logprobs(self, data: bytes) -> bytes:
+        """The same JSON as it is kept."""
+        for name in self.logprobs:
+            data = data.replace(b'"logprobs": ["%s"]' % name.encode(), b'"logprobs": []')
         return data
 
     def place_of_logprobs(self, block: AnswerBlock) -> list[str]:
@@ -399,71 +412,93 @@ class ResponsesEncoder(BlockEncoder):
     def encode(self, event: Event) -> bytes:
         if self.scored and isinstance(event, Piece):
             self.tokens.add(event.logprobs)
-        if isinstance(event, Finished) and self.request.max_tokens == 0:  # only the prompt was wanted
-            self.choices[0].done = replace(event, reason="stop")
-            return self.end()
         return super().encode(event)
 
     def collect(self, event: Event) -> int:
         before = self.logprob_bytes
+        if self.scored and isinstance(event, Piece):
+            self.tokens.add(event.logprobs)
+            blocks = self.blocks
+            for part, delta in zip(self.state.parts_of(event), event.deltas):
+                if delta.text and delta.kind != "calculator":
+                    self.scores(self.block_of[part.index] or blocks[-1], delta.text)
         return super().collect(event) + self.logprob_bytes - before
 
-    def response(self, status: str, **fields) -> bytes:
-        body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
-        return b"%s, %s}" % (self.with_logprobs(dump(body))[:-1], self.parsed.repeated)
+    def kept(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
+        """The response as it is kept, which is without log-probabilities. status: of one that has not ended;
+        "": it has. error: why it failed."""
+        fields = {"error": response_error(error)} if error else {}
+        body = self.body(status, **fields) if status else self.whole()[1]
+        items = [KeptItem(item.pop("id"), self.without_logprobs(dump(item)))
+                 for item in map(self.item, self.blocks)]
+        return KeptAnswer(items, self.without_logprobs(body))
+
+    def body(self, status: str, **fields) -> bytes:
+        """The response so far, with places for its log-probabilities."""
+        body = self.head | {"status": status, "output": [*map(self.item, self.blocks)]} | fields
+        return b"%s, %s}" % (dump(body)[:-1], self.parsed.repeated)
 
     def response_event(self, moment: str, response: bytes) -> bytes:
         event = dump({"type": f"response.{moment}", "sequence_number": next(self.numbers)})[:-1]
-        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (moment.encode(), event, response)
+        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (
+            moment.encode(), event, self.with_logprobs(response))
 
     def start(self, accepted: Accepted) -> bytes:
-        return b"".join(self.response_event(moment, self.response("in_progress"))
+        return b"".join(self.response_event(moment, self.body("in_progress"))
                         for moment in ("created", "in_progress"))
 
     def item(self, block: AnswerBlock, begins: bool = False) -> dict:
         kind, prefix, _, _ = self.ITEMS[block.kind]
-        if block.kind == "list":
-            return self.item_of_list(block, begins)
-        if block.tool and block.tool.item:
-            return self.item_of_own(block, block.tool.item, begins)
-        if block.tool:
-            return self.item_of_tool(block, block.tool, begins)
-        done = self.choices[0].done
+        if block.part.listed:
+            return self.item_of_list(block, block.part.listed, begins)
+        tool = block.part.tool
+        if tool and tool.item:
+            return self.item_of_own(block, tool.item, begins)
+        if tool:
+            return self.item_of_tool(block, tool, begins)
         status = "completed"
         if begins:
             status = "in_progress"
-        elif block is self.blocks[-1] and done and done.reason == "length":
+        elif block is self.blocks[-1] and self.was_cut:
             status = "incomplete"
         item = {"id": prefix + block.id, "type": kind, "status": status}
         if block.kind == "call":
-            return item | {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text}
+            return item | {"call_id": "call_" + block.id, "name": block.part.name,
+                           "arguments": "" if begins else block.text}
         if block.kind == "search":
             return item | {"call_id": "call_" + block.id, "execution": "client",
                            "arguments": {} if begins else parsed_arguments(block.text)}
         more = {"role": "assistant"} if block.kind == "text" else {"summary": []}
-        return item | more | {"content": [] if begins else [self.part(block, block.text)]}
+        return item | more | {"content": [] if begins else [self.part(block)]}
+
+    def shown_kind(self, block: AnswerBlock) -> str:
+        """The kind of a block as clients see it: nobody is asked about a call that can't be made."""
+        cannot_be = block.kind == "approval" and block.part.is_closed and arguments_of(block.text) is None
+        return "mcp" if cannot_be else block.kind
 
     def id_of(self, block: AnswerBlock) -> str:
         """The id of a block's item. The server knows that of an approval request again; that of an approved
         call is made from it."""
-        if block.approval_id:
-            return id_of_approved_call(block.approval_id)
-        if block.tool and block.tool.item:
-            return block.tool.item.prefix + block.id
-        if block.kind == "approval" and block.tool and self.parsed.plan:
-            return approval_id(self.parsed.plan.mark, block.id, block.tool.digest)
-        return self.ITEMS[block.kind][1] + block.id
+        tool = block.part.tool
+        kind = self.shown_kind(block)
+        if block.part.approval_id:
+            return id_of_approved_call(block.part.approval_id)
+        if tool and tool.item:
+            return tool.item.prefix + block.id
+        if kind == "approval" and tool and self.parsed.plan:
+            return approval_id(self.parsed.plan.mark, block.id, tool.digest)
+        return self.ITEMS[kind][1] + block.id
 
-    def item_of_list(self, block: AnswerBlock, begins: bool) -> dict:
-        assert block.listed
-        error = {"error": block.listed.error} if block.listed.error else {}
-        return {"id": self.id_of(block), "type": "mcp_list_tools", "server_label": block.listed.label,
-                "tools": [] if begins else block.listed.tools, **error}
+    def item_of_list(self, block: AnswerBlock, listed: ToolsListed, begins: bool) -> dict:
+        error = {"error": listed.error} if listed.error else {}
+        return {"id": self.id_of(block), "type": "mcp_list_tools", "server_label": listed.label,
+                "tools": [] if begins else listed.tools, **error}
 
     def item_of_tool(self, block: AnswerBlock, tool: PlannedTool, begins: bool) -> dict:
-        item = {"id": self.id_of(block), "type": self.ITEMS[block.kind][0], "server_label": tool.label,
+        kind = self.shown_kind(block)
+        item = {"id": self.id_of(block), "type": self.ITEMS[kind][0], "server_label": tool.label,
                 "name": tool.tool, "arguments": "" if begins else block.text}
-        if block.kind == "approval":
+        if kind == "approval":
             return item
         result = block.result
         output = error = None
@@ -474,8 +509,8 @@ class ResponsesEncoder(BlockEncoder):
         elif result:
             output = result.text
             status = "completed"
-        return item | {"status": status, "approval_request_id": block.approval_id or None, "output": output,
-                       "error": error}
+        return item | {"status": status, "approval_request_id": block.part.approval_id or None,
+                       "output": output, "error": error}
 
     def item_of_own(self, block: AnswerBlock, item: CallItem, begins: bool) -> dict:
         """The item of a call of a tool that has items of its own."""
@@ -490,10 +525,14 @@ class ResponsesEncoder(BlockEncoder):
                 **{name: shown.get(name) if f"{item.type}.{name}" in asked_for else None
                    for name in item.asked_for}}
 
-    def part(self, block: AnswerBlock, text: str) -> dict:
-        found = [*block.citations.found] if block.citations else []
-        more = ({"annotations": found, "logprobs": self.place_of_logprobs(block),
-                 **calculator_member(block.calculator)} if block.kind == "text" else {})
+    def part(self, block: AnswerBlock, begins: bool = False) -> dict:
+        """The only part of an item. begins: as it begins, whatever the latest event has added already."""
+        text = "" if begins else block.text
+        more = {}
+        if block.kind == "text":
+            more = {"annotations": self.cited_in(block, text),
+                    "logprobs": self.place_of_logprobs(block),
+                    **calculator_member([] if begins else self.calculations(block))}
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: AnswerBlock) -> dict:
@@ -505,16 +544,17 @@ class ResponsesEncoder(BlockEncoder):
                           item=self.item(block, begins))
 
     def open_block(self, block: AnswerBlock) -> bytes:
-        if block.kind == "approval":  # comes whole: `close_block`
-            return b""
+        return b"" if block.kind == "approval" else self.begun(block)  # that comes whole: `close_block`
+
+    def begun(self, block: AnswerBlock) -> bytes:
         item = self.item_event("added", block, begins=True)
-        if block.kind == "mcp":
+        if self.shown_kind(block) == "mcp":
             return item + self.event("response.mcp_call.in_progress", **self.place(block))
-        if block.tool and block.tool.item:
-            return item + self.event(f"response.{block.tool.item.type}.in_progress", **self.place(block))
+        if block.part.tool and block.part.tool.item:
+            return item + self.event(f"response.{block.part.tool.item.type}.in_progress", **self.place(block))
         if block.kind in ("call", "search"):
             return item
-        part = self.part(block, "")
+        part = self.part(block, begins=True)
         return item + self.event("response.content_part.added", **self.place(block), part=part)
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
@@ -530,12 +570,25 @@ class ResponsesEncoder(BlockEncoder):
         more = b', "calculator": %s' % dump([call]) if call else b""
         grown = b'%s"sequence_number": %d, %s"delta": %s%s}\n\n' % (
             block.frame, next(self.numbers), logprobs, dump(text), more)
-        return grown + self.cite(block, text) if self.sources and block.kind == "text" else grown
+        return grown + self.cite(block, text) if block.part.sources and block.kind == "text" else grown
+
+    def citations(self, block: AnswerBlock) -> Citations:
+        """Finds what numbers in the text of a block cite."""
+        return Citations(self.state.sources[:block.part.sources])
+
+    def cited_in(self, block: AnswerBlock, text: str) -> list[dict]:
+        """What is cited in the text of a block, or the beginning of that."""
+        citations = self.citations(block)
+        if block.part.sources:
+            citations.add(text)
+            if block.part.is_closed:
+                citations.finish()
+        return citations.found
 
     def cite(self, block: AnswerBlock, text: str, ends: bool = False) -> bytes:
         """The events for what the next text of a block cites. ends: nothing follows."""
         if block.citations is None:
-            block.citations = Citations(self.sources)
+            block.citations = self.citations(block)
         before = len(block.citations.found)
         block.citations.add(text)
         if ends:
@@ -546,70 +599,69 @@ class ResponsesEncoder(BlockEncoder):
             for index, annotation in enumerate(block.citations.found[before:], before))
 
     def close_block(self, block: AnswerBlock) -> bytes:
-        if block.kind == "approval":
-            if arguments_of(block.text) is None:  # nobody is asked about a call that can't be made
-                block.kind = "mcp"
-                return self.open_block(block) + self.close_block(block)
+        kind = self.shown_kind(block)
+        if kind == "approval":
             return self.item_event("added", block) + self.item_event("done", block)
-        if block.kind == "search":
+        if kind == "search":
             return self.item_event("done", block)
-        event = self.ITEMS[block.kind][3] + ".done"
+        begun = self.begun(block) if block.kind == "approval" else b""
+        return begun + self.ended(block, kind)
+
+    def ended(self, block: AnswerBlock, kind: str) -> bytes:
+        event = self.ITEMS[kind][3] + ".done"
         place = self.place(block)
         text = block.text
-        if block.kind == "mcp":  # its item is done once it has its result
+        if kind == "mcp":  # its item is done once it has its result
             return self.event(event, **place, arguments=text)
-        if block.tool and block.tool.item:
-            return self.event(f"response.{block.tool.item.type}.{block.tool.item.runs}", **place)
-        if block.kind == "call":
-            done = self.event(event, **place, name=block.name, arguments=text)
+        if block.part.tool and block.part.tool.item:
+            return self.event(f"response.{block.part.tool.item.type}.{block.part.tool.item.runs}", **place)
+        if kind == "call":
+            done = self.event(event, **place, name=block.part.name, arguments=text)
         else:
             logprobs = {"logprobs": self.place_of_logprobs(block)} if block.kind == "text" else {}
-            cited = self.cite(block, "", ends=True) if self.sources and block.kind == "text" else b""
+            cited = self.cite(block, "", ends=True) if block.part.sources and block.kind == "text" else b""
             done = cited + self.event(event, **place, text=text, **logprobs) + self.event(
-                "response.content_part.done", **place, part=self.part(block, text))
+                "response.content_part.done", **place, part=self.part(block))
         return done + self.item_event("done", block)
 
     def end_call(self, block: AnswerBlock) -> bytes:
-        self.sources += block.result.cited if block.result else ()
-        if block.tool and block.tool.item:
+        item = block.part.tool and block.part.tool.item
+        if item:
             is_error = block.result and block.result.is_error  # of which the API has no event
-            end = b"" if is_error else self.event(f"response.{block.tool.item.type}.completed",
-                                                  **self.place(block))
+            end = b"" if is_error else self.event(f"response.{item.type}.completed", **self.place(block))
             return end + self.item_event("done", block)
         moment = "failed" if block.result and block.result.is_error else "completed"
         return self.event(f"response.mcp_call.{moment}", **self.place(block)) + self.item_event("done", block)
 
     def list_tools(self, block: AnswerBlock) -> bytes:
-        assert block.listed
-        end = "failed" if block.listed.error else "completed"
+        end = "failed" if block.part.listed and block.part.listed.error else "completed"
         frames = self.item_event("added", block, begins=True)
         for moment in ("in_progress", end):
             frames += self.event(f"response.mcp_list_tools.{moment}", **self.place(block))
         return frames + self.item_event("done", block)
 
     def whole(self) -> tuple[str, bytes]:
-        """The response's status, and the whole response."""
+        """The response's status, and the whole response, with places for its log-probabilities."""
         count = self.usage()
         usage = {"input_tokens": count.prompt_tokens,
                  "input_tokens_details": {"cached_tokens": count.cached_tokens, "cache_write_tokens": 0},
                  "output_tokens": count.completion_tokens,
                  "output_tokens_details": {"reasoning_tokens": count.reasoning_tokens},
                  "total_tokens": count.prompt_tokens + count.completion_tokens}
-        done = self.choices[0].done
-        cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
+        cut = {"incomplete_details": {"reason": "max_output_tokens"}} if self.was_cut else {}
         status = "incomplete" if cut else "completed"
         if not cut and self.head["completed_at"] is None:
             self.head["completed_at"] = int(time.time())
-        return status, self.response(status, usage=usage, timings=timings_body(done), **cut)
+        return status, self.body(status, usage=usage, timings=timings_body(self.choice.done), **cut)
 
     def end(self) -> bytes:
         return self.response_event(*self.whole())
 
     def completion(self) -> Iterator[bytes]:
-        yield self.whole()[1]
+        yield self.with_logprobs(self.whole()[1])
 
     def failed(self, error: ChatServerError) -> bytes:
-        return self.response_event("failed", self.response("failed", error=response_error(error)))
+        return self.response_event("failed", self.body("failed", error=response_error(error)))
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
@@ -620,6 +672,6 @@ CONTINUING = Continuing(chained, follow_references)
 DIALECT = Dialect({
     "/v1/responses": Form(
         RESPONSES_FIELDS, read_response, ResponsesEncoder, idle=idle_include, servers=servers_of_response,
-        continuing=CONTINUING, alone=alone),
+        continuing=CONTINUING, alone=alone, keep=ResponsesEncoder.kept),
     "/v1/responses/input_tokens": TextForm(
         COUNTED_FIELDS, count_input, servers=servers_of_response, continuing=CONTINUING)})

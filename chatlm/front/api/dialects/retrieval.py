@@ -287,12 +287,11 @@ class EmbeddingsEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.vectors = [b""] * len(self.choices)
+        self.vectors = [b""] * len(self.state.choices)
 
     def collect(self, event: Embedding | Finished) -> int:
         """Keep a vector as it will be sent; returns its size in bytes."""
         if not isinstance(event, Embedding):
-            self.choices[event.choice].done = event
             return 0
         vector = dump(event.vector)
         if self.parsed.details["encoding"] == "float":
@@ -319,7 +318,7 @@ class EmbeddingsEncoder(Encoder):
             yield b"[%s]" % b", ".join(self.vectors)
             return
         if kind == "ollama embed":
-            seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
+            seconds = max(choice.done.ttft_ms for choice in self.state.choices) / 1e3
             name = "embeddings"
             form = b"%(vector)s"
             more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
@@ -352,12 +351,11 @@ class ScoresEncoder(Encoder):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         # a score, or a vector, for each prompt
-        self.numbers: list[tuple[float, ...]] = [()] * len(self.choices)
+        self.numbers: list[tuple[float, ...]] = [()] * len(self.state.choices)
 
     def collect(self, event: Embedding | Finished) -> int:
         """Keep a score, or a vector to compare; returns how many bytes it takes."""
         if not isinstance(event, Embedding):
-            self.choices[event.choice].done = event
             return 0
         numbers = decoded_vector(event)
         self.numbers[event.choice] = numbers

@@ -15,9 +15,9 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known, ParsedBody
 from chatlm.common.messages.requests import Embedding, Finished, Request
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api import encode
+from chatlm.front.api.dialects import openai as openai_dialect
 from chatlm.front.api.reading import read_answer
-from answers import asked, ending
+from answers import asked, collected, ending
 from fake_pool import FakePool, Letters, serving
 from patching import patch
 from pools import played_pool
@@ -249,15 +249,16 @@ async def test_many_inputs_leave_room_in_the_queue():
 
 
 def test_an_encoder_makes_no_decoder(monkeypatch):
-    """It makes vectors or scores."""
+    """It makes vectors or scores; and one of chats makes a decoder only where it needs that."""
     def refuse(*arguments):
         raise AssertionError("a decoder was made")
-    patch(monkeypatch, encode, "answer_decoder", refuse)
+    patch(monkeypatch, openai_dialect, "answer_decoder", refuse)
     for api in ("embeddings", "ollama embed", "ollama embeddings", "tei embed", "rerank", "llama rerank",
                 "tei rerank", "score", "cosines"):
         encoder = ENCODERS[api](
             ParsedBody(Request("x", prompts=("a", "b")), kind=api, details={"encoding": "base64"}), "m",
             Letters())
-        encoder.collect(Embedding("AACAPw==", choice=1))
-        with pytest.raises(AssertionError, match="a decoder"):
-            assert encoder.choices[0].decoder
+        collected(encoder, Embedding("AACAPw==", choice=1))
+    encoder = ENCODERS["completion"](ParsedBody(Request("x", prompts=("a",)), kind="completion"), "m", Letters())
+    with pytest.raises(AssertionError, match="a decoder"):
+        assert encoder.choices[0].decoder
