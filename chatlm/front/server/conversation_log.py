@@ -11,7 +11,9 @@ from chatlm.common.messages.requests import Piece
 from chatlm.front.server.watching import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from chatlm.common.messages.requests import Event, Request
+    from chatlm.front.front import Front
 
 
 class ConversationLog(Watcher):
@@ -31,3 +33,8 @@ class ConversationLog(Watcher):
         turns = self.turns + [["assistant", "".join(texts)] for _, texts in sorted(self.answers.items())]
         log.info("conversation %s %s", self.id, dump(turns).decode(),
                  extra={"fields": {"id": self.id, "turns": turns}})
+
+
+def watching(front: Front) -> Callable[[Request], Watcher]:
+    """What makes the watcher of each answer. A conversation that is temporary is not logged."""
+    return lambda request: Watcher() if request.params.temporary else ConversationLog(request)

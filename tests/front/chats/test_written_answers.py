@@ -11,7 +11,8 @@ import pytest
 from annex_place import Place
 from chatlm.common.config import ApiKey, LIMITS, Settings
 from chatlm.common.errors import EngineFailure
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.serve import database_of
 from chatlm.front.chats import growing, writing
 from chatlm.front.chats.records import checked_patch
 from chatlm.front.server import recordings
