@@ -182,12 +182,14 @@ from chatlm.commands import program_of
 from chatlm.common.commands import Application, Command, chosen_command
 from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
-from chatlm.common.interrupts import raised_interrupts, run_loop
+from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
 from chatlm.common.processes.launch import torchrun
 from chatlm.common.processes.start import end_worker_ahead
+from chatlm.common.processes.torchrun import RankStore, serve_rank
 from chatlm.common.standard_streams import lack_of_space, never_fail, repair_streams
+from chatlm.front.aio import run_loop
 from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.held import measured_loop
 from chatlm.front.pool.local_devices import check_nice, niceness
@@ -206,7 +208,6 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
     if ranks and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
     if ranks and ranks.rank:
-        from chatlm.common.processes.torchrun import serve_rank
         return serve_rank(settings, ranks)
     if (nice := niceness(settings)) is not None:
         check_nice(nice)
@@ -220,7 +221,6 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
         return status
     finally:
         if ranks:  # let the other ranks end too; this imports torch
-            from chatlm.common.processes.torchrun import RankStore
             with suppress(RuntimeError):
                 RankStore().put("over", [time.time(), status])
 

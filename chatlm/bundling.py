@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from chatlm.cli import CommandLine, parse_command_line
+from chatlm.common.bundle import Wanted, write_bundle
 from chatlm.common.commands import Command, command_named
 from chatlm.common.config import DEFAULT_MODEL_NAME, file_name
 from chatlm.common.errors import ConfigError
@@ -17,6 +18,7 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.repository import SPLIT_GGUF
 from chatlm.common.invocation import program_command
+from chatlm.common.unbundle import own_bundle, unpack_bundle, verified
 
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
          "FILE` runs it on any machine that has the libraries. --with-libraries packs them too: then the "
@@ -116,8 +118,6 @@ def kept_words(commands: Seq[Command], text: str) -> tuple[str, ...]:
 def bundle_lines(words: Seq[str], commands: Seq[Command]) -> Iterator[str]:
     """Make, check or unpack a bundle; yields the lines to print."""
     # what packs libraries takes 10 ms to import, which no server should wait for
-    from chatlm.common.bundle import Wanted, write_bundle
-    from chatlm.common.unbundle import own_bundle, unpack_bundle, verified
     asked = parse_bundle_words(words, commands)
     if asked.verify:
         path = Path(asked.file).expanduser() if asked.file else own_bundle("bundle --verify")

@@ -106,23 +106,6 @@ def modules_in(pids, folder):
     return {name for modules, _ in written for name in modules.split()}
 
 
-def test_the_first_answer_that_needs_a_part_has_it_imported(default_model_path, spied, tmp_path):
-    """Not by the worker's thread that computes: other answers go on meanwhile."""
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    formed = {"messages": MESSAGES, "max_tokens": 20, "response_format": {
-        "type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
-    parts = {"embedding": ("/v1/embeddings", {"input": "a"}), "grammars": ("/v1/chat/completions", formed)}
-    with server(default_model_path, env=spied) as (process, url):
-        [worker] = children_of(process, "worker")
-        for name, (path, body) in parts.items():
-            assert post(url + path, body).status == 200
-            (tmp_path / str(worker)).unlink(missing_ok=True)
-            assert f"chatlm.worker.engine.{name}" in modules_in([worker], tmp_path)
-        by_main_thread = (tmp_path / str(worker)).read_text().splitlines()[1].split()
-    assert not {f"chatlm.worker.engine.{name}" for name in parts} & {*by_main_thread}
-    assert "chatlm.worker.engine.engine" in by_main_thread
-
-
 def imported_by_the_loop(process, folder):
     """What the event loop of the front has imported so far."""
     modules_of(process, folder)
@@ -159,19 +142,6 @@ def test_a_default_server_loads_no_annex(default_model_path, spied, tmp_path):
     assert "chatlm.worker.weights.families.plain" in in_worker
     assert in_worker.isdisjoint(ABSENT_IN_WORKER), in_worker & {*ABSENT_IN_WORKER}
     assert {row.pattern for annex in ANNEXES for row in annex.routes} <= {*described}
-
-
-def test_a_server_that_nobody_asks_speaks_no_dialect(nanochat_fixtures, spied, tmp_path):
-    with server(nanochat_fixtures / "gen5", env=spied) as (process, url):
-        for path in ("/", "/health", "/v1/models", "/api/tags"):
-            assert urllib.request.urlopen(url + path, timeout=60).status == 200
-        for path in ("/chat/completions", "/v1/messages", "/api/chat"):         # 405
-            with pytest.raises(urllib.error.HTTPError, match="405"):
-                urllib.request.urlopen(url + path, timeout=60)
-        modules = modules_of(process, tmp_path)
-    spoken = {name for name in modules if name.startswith("chatlm.front.api.dialects.")}
-    assert spoken == set() and "chatlm.front.api.spoken" in modules
-    assert "chatlm.front.api.readers" not in modules
 
 
 def test_the_first_request_opens_its_room_alone(nanochat_fixtures, spied, tmp_path):

@@ -201,6 +201,41 @@ def test_only_loaders_read_the_facts_of_a_model():
     assert [*read_of_facts(loaders / "families/plain.py")]  # so the search finds them
 
 
+LATE = {  # module -> why its functions import modules of ours: all others do that at their head
+    "chatlm/commands.py": "a command imports what it needs, and no other command's",
+    "chatlm/front/intake/sandboxed.py": "a sandbox reads bodies or documents, and starts in a third of the time",
+    "chatlm/worker/entry.py": "a process joins its parent before it imports numpy",
+    "chatlm/worker/kernels/choosing.py": "backends need decode_core",
+    "chatlm/worker/kernels/devices.py": "a backend needs decode_core, and on GPUs torch",
+    "chatlm/worker/kernels/check.py": "without decode_core there is nothing to report",
+    "chatlm/worker/kernels/report.py": "what is compared with torch is left out without it",
+    "chatlm/worker/ranks/ranks.py": "ranks without decode_core have no compiled meetings",
+}
+
+
+def imports_in_functions(tree):
+    """The modules of ours that functions import."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                yield from (name for name in names if name.partition(".")[0] == "chatlm")
+
+
+def test_modules_of_ours_are_imported_at_the_head():
+    """What is imported when it is asked for is named in a table (chatlm/common/late.py), or stands in `LATE`."""
+    late = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "chatlm").rglob("*.py")
+        if [*imports_in_functions(ast.parse(path.read_text()))]
+    }
+    assert late == {*LATE}
+
+
 # In each process: at SIGUSR1 it writes the names of its modules
 SPY = """
 import os, signal, sys

@@ -6,16 +6,8 @@ process at once. Python's own handler would show where the imports were."""
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-
-
-Result = TypeVar("Result")
 
 
 @contextmanager
@@ -43,23 +35,6 @@ def held_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         signal.raise_signal(signal.SIGINT)
-
-
-def run_loop(make: Callable[[], Awaitable[Result]], new_loop: Callable[[], AbstractEventLoop]) -> Result:
-    """Run what `make` returns in an event loop (before Python 3.11 in Python's own). Until the loop runs,
-    Ctrl-C waits: it would come where the loop is half made, or where nobody awaits what was made. No thread
-    may run yet, for it would get it."""
-    import asyncio  # here: what starts the first worker, before all else, imports this module
-    with masked_interrupts():
-        if sys.version_info < (3, 11):
-            return asyncio.run(with_interrupts(make()))
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            return runner.run(with_interrupts(make()))
-
-
-async def with_interrupts(made: Awaitable[Result]) -> Result:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    return await made
 
 
 # The first lines of a process: Ctrl-C, which a terminal sends to all its processes, ends this one without a

@@ -8,6 +8,8 @@ runs. Nobody sees a tree before it is whole: it is written under another name.""
 from __future__ import annotations
 
 import atexit
+import ctypes
+import fcntl
 import hashlib
 import io
 import json
@@ -263,10 +265,6 @@ def write_tree(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries):
 def check_system():
     """ConfigError for a library that the system lacks: apt and dnf bring all of them, an image without these
     may not have them."""
-    try:
-        import ctypes
-    except ImportError:
-        return
     for library, packages in SYSTEM.items():
         try:
             ctypes.CDLL(library)
@@ -386,7 +384,6 @@ def other_files(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries) -> li
 def hold(path: Path) -> int:
     """Keep others from removing a tree until this process ends or closes the lock, which is returned; wait
     while one removes it."""
-    import fcntl
     lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with suppress(OSError):                     # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -395,7 +392,6 @@ def hold(path: Path) -> int:
 
 def remove_unheld(tree: Path):
     """Remove a tree, unless a process holds it."""
-    import fcntl
     with suppress(OSError), open(os.open(tree / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(tree, ignore_errors=True)
@@ -405,7 +401,6 @@ def remove_unheld(tree: Path):
 def only_one(lock: Path) -> Iterator[bool]:
     """While one process writes, the others wait for it; if it hangs, they write too. Yields whether this one
     is alone."""
-    import fcntl
     with open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
         deadline_s = time.monotonic() + UNPACKING_S
         alone = False

@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import sys
 import threading
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 def available_memory() -> int:
     """Bytes this process may still allocate: the machine's free memory (all of it if not on Linux), within
     the limits of its cgroup, the enclosing cgroups, and the process (ulimit -v)."""
-    import resource
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_PHYS_PAGES") * page
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -161,7 +161,6 @@ def own_bytes(process: int) -> int:
 
 def limit_memory(more: int):
     """Limit this process to `more` bytes of address space beyond its current size; Linux only."""
-    import resource
     with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

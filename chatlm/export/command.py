@@ -27,14 +27,14 @@ from chatlm.export.rounding import difference
 from chatlm.export.unfinished import unfinished
 from chatlm.worker.weights.formats.checkpoint import CheckpointModel
 from chatlm.worker.weights.formats.gguf.model import GgufModel
-from chatlm.worker.weights.load import format_of, merge_adapters, name_tensors
+from chatlm.worker.weights.load import FORMATS, merge_adapters, name_tensors
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.export.hub_model import HubModel
     from chatlm.worker.weights.formats.stored_model import Merged
 
-FORMATS = ("hf", "transformers", "gguf")
+OUTPUT_FORMATS = ("hf", "transformers", "gguf")
 OUTPUTS = ("-o FOLDER writes a Hugging Face folder: --format hf, or for a nanochat checkpoint of generation "
            "1 --format transformers. -o FILE.gguf writes a GGUF file, with the flags of quantize")
 ABOUT = ("Write a model in a format that other programs read. FOLDER becomes a Hugging Face folder: a "
@@ -53,7 +53,7 @@ def parse_export_words(words: Seq[str]) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
     parser.add_argument("-o", "--output", metavar="OUT", type=file_name, required=True,
                         help="the new folder; with FILE.gguf this is `quantize`")
-    parser.add_argument("--format", choices=FORMATS, default=None,
+    parser.add_argument("--format", choices=OUTPUT_FORMATS, default=None,
                         help="hf (the default for a folder): exact, for nanochat with code of its own; "
                              "transformers: as transformers' own nanochat, which is generation 1")
     parser.add_argument("--dtype", choices=DTYPES, default=None,
@@ -106,7 +106,7 @@ def export_lines(words: Seq[str]) -> Iterator[str]:
         source = resolve_model(settings, progress)
         with unfinished(Path(asked.output).expanduser()) as part:
             target = Path(os.path.abspath(Path(asked.output).expanduser()))
-            with format_of(source.kind).readable(source.path):
+            with FORMATS[source.kind].readable(source.path):
                 merged = read_merged(source, settings)
                 model = hub_model(merged, settings, asked.format)
                 card = card_of(asked, source, merged, model, target)
@@ -141,7 +141,7 @@ def export_main(arguments: Seq[str]) -> int:
 
 def read_merged(source: ModelSource, settings: Settings) -> Merged:
     """A model in its files, with the adapters of --lora."""
-    stored = format_of(source.kind).read(source, settings)
+    stored = FORMATS[source.kind].read(source, settings)
     return merge_adapters(settings, stored, name_tensors(stored))
 
 

@@ -6,6 +6,7 @@ one to the same place begins anew in it. A folder of that name without the mark 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -91,7 +92,6 @@ def full_disk(target: Path) -> Iterator[None]:
 @contextmanager
 def locked(part: Path, target: Path) -> Iterator[None]:
     """Hold the lock of an unfinished folder; the system releases it if the process dies."""
-    import fcntl  # POSIX only, but so are the workers
     try:
         opened = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:

@@ -1,17 +1,20 @@
-"""Tasks that are watched, awaiting the first of several, and ending them; a queue with one reader."""
+"""Running an event loop; tasks that are watched, awaiting the first of several, and ending them; a queue with
+one reader."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from chatlm.common.errors import ChatServerError, lack_of_memory
+from chatlm.common.interrupts import masked_interrupts
 from chatlm.common.log import log
 
 T = TypeVar("T")
@@ -157,3 +160,19 @@ class EventQueue(Generic[T]):
             self.reader = asyncio.get_running_loop().create_future()
             await self.reader
         return self.events.popleft()
+
+
+def run_loop(make: Callable[[], Awaitable[T]], new_loop: Callable[[], asyncio.AbstractEventLoop]) -> T:
+    """Run what `make` returns in an event loop (before Python 3.11 in Python's own). Until the loop runs,
+    Ctrl-C waits: it would come where the loop is half made, or where nobody awaits what was made. No thread
+    may run yet, for it would get it."""
+    with masked_interrupts():
+        if sys.version_info < (3, 11):
+            return asyncio.run(with_interrupts(make()))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            return runner.run(with_interrupts(make()))
+
+
+async def with_interrupts(made: Awaitable[T]) -> T:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return await made

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.common.commands import Command
+from chatlm.common.late import importer
 from chatlm.front.api.additions import AddedField, Addition, ServerTool
 from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI
 from chatlm.front.api.field_types import TEXT
@@ -141,57 +142,14 @@ def with_rounds(front: Front) -> bool:
     return with_tools(front) or any(annex.tools and annex.wanted(front) for annex in front.annexes)
 
 
-def toolbox_of(settings: Settings) -> Toolbox | None:
-    """The tools of --mcp-config; None without the flag. Raises ConfigError for a file that can't be used."""
-    if settings.mcp_config is None:
-        return None
-    from chatlm.front.tools.toolbox import Toolbox
-    return Toolbox.of(settings)
-
-
-async def database_of(settings: Settings, annexes: Seq[Annex[Any]]) -> Store | None:
-    """The store of --database, with the tables of annexes; None without the flag. Raises ConfigError if it
-    can't be used."""
-    if settings.database is None:
-        return None
-    from chatlm.front.store.store import open_store
-    return await open_store(settings, {annex.name: annex.tables() for annex in annexes if annex.tables})
-
-
-def budgets_of(settings: Settings) -> Budgets | None:
-    """What API keys may use; None if no key has a budget."""
-    if all(key.tokens_per_day is None for key in settings.keys):
-        return None
-    from chatlm.front.server.budgets import Budgets
-    return Budgets(settings.keys)
-
-
-def usage_writer_of(store: Store | None) -> UsageWriter | None:
-    """What writes to the database what was used; None without a database."""
-    if store is None:
-        return None
-    from chatlm.front.server.usage_writer import UsageWriter
-    return UsageWriter(store)
-
-
 # Tools that run here, and answers for which the server calls them
 
-def load_tools() -> Make[ToolRoutes]:
-    from chatlm.front.server.tooling import ToolRoutes
-    from chatlm.front.tools.toolbox import Toolbox
-    return lambda front: ToolRoutes(front.toolbox or Toolbox.of(front.settings), front.settings,
-                                    front.catalogue, front.bodies, front.access)
-
-
 def load_rounds() -> Make[Rounds]:
-    from chatlm.front.server.approvals import Approvals
-    from chatlm.front.server.rounds import Rounds
-    from chatlm.front.tools.rules import model_name
-    load_tools()
-    return lambda front: Rounds(
-        front.answers, front.room(TOOLS).toolbox, Approvals(front.store, front.owners, front.settings),
-        front.settings, {model_name(annex.name, tool.type): partial(tool.call, front.room(annex))
-                         for annex in front.wanted for tool in annex.tools})
+    TOOLS.load()
+    make = importer("chatlm.front.server.rounds:Rounds.of")()
+    return lambda front: make(front, front.room(TOOLS).toolbox, {
+        (annex.name, tool.type): partial(tool.call, front.room(annex))
+        for annex in front.wanted for tool in annex.tools})
 
 
 MODEL = Field("model", TEXT, "whose format of calls decides which parameters can be enforced")
@@ -210,7 +168,8 @@ TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
           "call one of these tools"),
 )
 TOOLS = Annex(
-    "tools", load_tools, TOOL_ROUTES, with_tools, lambda tools: tools.start(), lambda tools: tools.close(),
+    "tools", importer("chatlm.front.server.tooling:ToolRoutes.of"), TOOL_ROUTES, with_tools,
+    lambda tools: tools.start(), lambda tools: tools.close(),
     offers=lambda tools, http, envelope: tools.offered_to(http, envelope),
     metrics=lambda tools, families: tools.metric_families(families))
 ROUNDS = Annex(
@@ -221,27 +180,18 @@ ROUNDS = Annex(
 
 # What is kept: responses, conversations, files, batches
 
-def load_batches() -> Make[BatchRoutes]:
-    from chatlm.front.server.batches import BatchRoutes
-    from chatlm.front.server.budgets import Budgets
-    return lambda front: BatchRoutes(front.store, front.catalogue, front.bodies, front.owners, front.answers,
-                                     front.ledger)
-
-
 def load_files() -> Make[FileRoutes]:
-    load_batches()
+    BATCHES.load()
     return lambda front: front.room(BATCHES).files
 
 
 def load_kept() -> Make[ResponseKeeper]:
-    from chatlm.front.server.conversations import ResponseKeeper
-    return lambda front: ResponseKeeper(
-        front.store, front.bodies, front.settings.keep_days,
-        removed=lambda: front.room(BATCHES).wake_up(), cancel=front.cancel, follow=front.follow)
+    make = importer("chatlm.front.server.conversations:ResponseKeeper.of")()
+    return lambda front: make(front, lambda: front.room(BATCHES).wake_up())
 
 
 def load_conversations() -> Make[ConversationRoutes]:
-    load_kept()
+    KEPT.load()
     return lambda front: front.room(KEPT).routes
 
 
@@ -296,7 +246,8 @@ CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
           lambda kept, http: kept.handle_drop(http),
           "delete it; the answer is the conversation"),
 )
-BATCHES = Annex("batches", load_batches, BATCH_ROUTES, with_database, lambda batches: batches.start(),
+BATCHES = Annex("batches", importer("chatlm.front.server.batches:BatchRoutes.of"), BATCH_ROUTES,
+                with_database, lambda batches: batches.start(),
                 lambda batches: batches.close())
 FILES = Annex("files", load_files, FILE_ROUTES)
 KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.close(),
@@ -308,20 +259,6 @@ CONVERSATIONS = Annex("conversations", load_conversations, CONVERSATION_ROUTES)
 
 
 # Vector stores: files that are cut into passages, embedded and searched
-
-def load_knowledge() -> Make[KnowledgeRoutes]:
-    from chatlm.front.knowledge.routes import KnowledgeRoutes
-    from chatlm.front.knowledge.search import Search
-    from chatlm.front.server.budgets import Budgets
-    return lambda front: KnowledgeRoutes(
-        front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger,
-        Search.of(front) if front.store else None)
-
-
-def knowledge_tables() -> Seq[Step]:
-    from chatlm.front.knowledge.tables import KNOWLEDGE
-    return KNOWLEDGE
-
 
 A_PLACE = LIMIT, ORDER, AFTER, BEFORE
 KNOWLEDGE_ROUTES: tuple[Route[KnowledgeRoutes], ...] = (
@@ -369,31 +306,20 @@ FILE_SEARCH: ServerTool[KnowledgeRoutes] = ServerTool(
     "file_search", "Search the user's documents. Returns numbered passages that may help to answer.",
     FILE_SEARCH_PARAMETERS, lambda knowledge, call: knowledge.searched(call), FILE_SEARCH_OPTIONS,
     FILE_SEARCH_ITEM, first=QUERIES, rounds=3)
-KNOWLEDGE = Annex("knowledge", load_knowledge, KNOWLEDGE_ROUTES, with_knowledge,
+KNOWLEDGE = Annex("knowledge", importer("chatlm.front.knowledge.routes:KnowledgeRoutes.of"),
+                  KNOWLEDGE_ROUTES, with_knowledge,
                   lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
                   fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
                   needs="--database", tools=(FILE_SEARCH,),
                   prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
-                  tables=knowledge_tables,
+                  tables=importer("chatlm.front.knowledge.tables:KNOWLEDGE"),
                   metrics=lambda knowledge, families: knowledge.metric_families(families))
 
 
 # Chats that all devices of their owner have
 
-def load_chats() -> Make[ChatRoutes]:
-    from chatlm.front.chats.routes import ChatRoutes
-    from chatlm.front.chats.writing import Running
-    return lambda front: ChatRoutes(front.store, front.bodies, front.settings,
-                                    Running(front.recordings, front.cancel, front.cancel_unread))
-
-
 def with_chats(front: Front) -> bool:
     return front.store is not None and CHATS.name in front.store.tables and front.settings.chats
-
-
-def chat_tables() -> Seq[Step]:
-    from chatlm.front.chats.tables import STEPS
-    return STEPS
 
 
 CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
@@ -417,8 +343,9 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
           "a chat with its messages"),
     Route("DELETE", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_delete(http), "delete it"),
 )
-CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_chats, lambda chats: chats.start(),
-              lambda chats: chats.close(), tables=chat_tables, needs="--database",
+CHATS = Annex("chats", importer("chatlm.front.chats.routes:ChatRoutes.of"), CHAT_ROUTES, with_chats,
+              lambda chats: chats.start(),
+              lambda chats: chats.close(), tables=importer("chatlm.front.chats.tables:STEPS"), needs="--database",
               fields=(AddedField(CHAT_PLACE, (
                   "/chat/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
                   "/api/chat")),),
@@ -429,22 +356,12 @@ CHATS = Annex("chats", load_chats, CHAT_ROUTES, with_chats, lambda chats: chats.
 
 # What an operator does
 
-def load_downloads() -> Make[DownloadRoutes]:
-    from chatlm.front.server.downloading import DownloadRoutes
-    return lambda front: DownloadRoutes(front.catalogue, front.bodies)
-
-
-def load_exports() -> Make[ExportRoutes]:
-    from chatlm.front.server.exporting import ExportRoutes
-    return lambda front: ExportRoutes(front.catalogue, front.bodies)
-
-
 def load_metrics() -> Make[MetricRoutes]:
-    from chatlm.front.server.metric_families import MetricRoutes
     for annex in ANNEXES:
         if annex.metrics:
             annex.load()
-    return lambda front: MetricRoutes(front.metrics, [
+    make = importer("chatlm.front.server.metric_families:MetricRoutes")()
+    return lambda front: make(front.metrics, [
         partial(annex.metrics, front.room(annex)) for annex in front.annexes if annex.metrics])
 
 
@@ -483,25 +400,14 @@ METRIC_ROUTES: tuple[Route[MetricRoutes], ...] = (
     Route("GET", "/metrics", NANOCHAT, lambda metrics, http: metrics.handle_metrics(http),
           "Prometheus metrics", polled=True),
 )
-DOWNLOADS = Annex("downloads", load_downloads, DOWNLOAD_ROUTES, close=lambda downloads: downloads.close())
-EXPORTS = Annex("exports", load_exports, EXPORT_ROUTES, close=lambda exports: exports.close())
+DOWNLOADS = Annex("downloads", importer("chatlm.front.server.downloading:DownloadRoutes.of"),
+                  DOWNLOAD_ROUTES, close=lambda downloads: downloads.close())
+EXPORTS = Annex("exports", importer("chatlm.front.server.exporting:ExportRoutes.of"), EXPORT_ROUTES,
+                close=lambda exports: exports.close())
 METRICS = Annex("metrics", load_metrics, METRIC_ROUTES)
 
 
 # What an operator is told
-
-def load_usage() -> Make[UsageRoutes]:
-    from chatlm.front.server.usage import UsageRoutes
-    from chatlm.front.server.usage_writer import UsageWriter
-    return lambda front: UsageRoutes(front.ledger, front.store)
-
-
-def load_conversation_log() -> Make[Callable[[Request, AnswerState], Watcher]]:
-    from chatlm.front.server.conversation_log import ConversationLog
-    from chatlm.front.server.watching import Watcher
-    return lambda front: lambda request, state: (
-        Watcher() if request.params.temporary else ConversationLog(request, state))
-
 
 FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
 TO_DAY = Field("to", TEXT, "the last day; default: today")
@@ -510,23 +416,13 @@ USAGE_ROUTES: tuple[Route[UsageRoutes], ...] = (
           "what the request's API key used by day and model; a key with role=admin sees all keys",
           query=(FROM_DAY, TO_DAY)),
 )
-USAGE = Annex("usage", load_usage, USAGE_ROUTES)
-CONVERSATION_LOG = Annex("conversation log", load_conversation_log,
+USAGE = Annex("usage", importer("chatlm.front.server.usage:UsageRoutes.of"), USAGE_ROUTES)
+CONVERSATION_LOG = Annex("conversation log", importer("chatlm.front.server.conversation_log:watching"),
                          wanted=lambda front: front.settings.log_conversations,
                          watch=lambda make, request, state: make(request, state))
 
 
 # Several models and training runs
-
-def load_compare() -> Make[CompareRoutes]:
-    from chatlm.front.server.compare import CompareRoutes
-    return lambda front: CompareRoutes(front.bodies, front.answers, front.ledger, front.identified)
-
-
-def load_runs() -> Make[RunRoutes]:
-    from chatlm.front.server.runs import RunRoutes
-    return lambda front: RunRoutes(front.catalogue)
-
 
 COMPARE_ROUTES: tuple[Route[CompareRoutes], ...] = (
     Route("POST", "/v1/compare", OPENAI, lambda compare, http: compare.handle_compare(http),
@@ -563,8 +459,8 @@ RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
           "the steps of a run or a lineage",
           returns=A_RUN),
 )
-COMPARE = Annex("compare", load_compare, COMPARE_ROUTES)
-RUNS = Annex("runs", load_runs, RUN_ROUTES)
+COMPARE = Annex("compare", importer("chatlm.front.server.compare:CompareRoutes.of"), COMPARE_ROUTES)
+RUNS = Annex("runs", importer("chatlm.front.server.runs:RunRoutes.of"), RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (

@@ -17,19 +17,19 @@ from aiohttp import web
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
-from chatlm.front.annexes import (
-    ANNEXES, Annex, additions_of, budgets_of, usage_writer_of, with_parts)
+from chatlm.front.annexes import ANNEXES, Annex, additions_of, with_parts
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.dialect import TextForm
 from chatlm.front.api.encode import usage_body
 from chatlm.front.api.errors import NANOCHAT, OLLAMA, OPENAI, public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.api.spoken import all_places, answer_encoder, form_of, load_all, load_for
+from chatlm.front.api.spoken import all_places, answer_encoder, form_of
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.server.access import Access, AccessLog, Owners
 from chatlm.front.server.answering import Answers, Ask, Begin
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
+from chatlm.front.server.budgets import Budgets
 from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, stats_body)
 from chatlm.front.server.discovery import DISCOVERY_ROUTES
@@ -43,6 +43,7 @@ from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
 from chatlm.front.server.routes import Route, RouteTable
 from chatlm.front.server.streams import EventStream
+from chatlm.front.server.usage_writer import UsageWriter
 from chatlm.front.store.owners import rename_owners
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class Front:
         self.store = store
         self.access = Access(settings)
         self.owners = Owners(settings)
-        self.ledger = Ledger(settings, budgets_of(settings), usage_writer_of(store))
+        limited = any(key.tokens_per_day is not None for key in settings.keys)
+        self.ledger = Ledger(settings, Budgets(settings.keys) if limited else None,
+                             UsageWriter(store) if store else None)
         self.toolbox = toolbox
         self.annexes = annexes
         self.routes = routes_with(annexes)
@@ -225,7 +228,6 @@ class Front:
     async def handle_body(self, http: web.Request) -> web.StreamResponse:
         """Answer a body as its dialect says."""
         path = REQUEST_LOG.get().route.pattern
-        await load_for(path)
         if isinstance(form_of(path), TextForm):
             return await self.handle_text(http)
         return await self.handle_answer(http)
@@ -330,8 +332,7 @@ class Front:
         record.counts = counts | {"reason": reasons}
 
     async def handle_description(self, http: web.Request) -> web.Response:
-        """GET /openapi.json: it has the fields of all dialects, which are imported for it."""
-        await load_all()
+        """GET /openapi.json."""
         return json_response(openapi_document(self.routes, self.settings))
 
     async def handle_cancel(self, http: web.Request) -> web.Response:

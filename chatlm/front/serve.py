@@ -15,7 +15,7 @@ from chatlm.common.log import ProgressDisplay, log, tell
 from chatlm.common.memory import give_memory_back
 from chatlm.common.program import other_program, program_root
 from chatlm.front.aio import first_of, stop_signals, supervised
-from chatlm.front.annexes import ANNEXES, Annex, database_of, toolbox_of
+from chatlm.front.annexes import ANNEXES, Annex
 from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.front import create_app, routes_with
 from chatlm.front.held import MeasuredThreads
@@ -26,6 +26,8 @@ from chatlm.front.server.access import listen_on, server_urls
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.host_names import is_loopback
 from chatlm.front.server.routes import RouteTable
+from chatlm.front.store.store import Store, open_store
+from chatlm.front.tools.toolbox import Toolbox
 
 
 def announce(catalogue: Catalogue, settings: Settings, port: int):
@@ -61,12 +63,20 @@ def warn_of_another_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 
 
+async def database_of(settings: Settings, annexes: Seq[Annex]) -> Store | None:
+    """The store of --database, with the tables of annexes; None without the flag. Raises ConfigError if it
+    can't be used."""
+    if settings.database is None:
+        return None
+    return await open_store(settings, {annex.name: annex.tables() for annex in annexes if annex.tables})
+
+
 async def serve_forever(settings: Settings, catalogue: Catalogue | None = None,
                         annexes: Seq[Annex] = ANNEXES) -> int:
     """Listen, load, serve until a signal, drain, and stop. Returns the exit status.
 
     Raises ConfigError if the server cannot start."""
-    toolbox = toolbox_of(settings)
+    toolbox = Toolbox.of(settings) if settings.mcp_config else None
     asyncio.get_running_loop().set_default_executor(MeasuredThreads(None, "threads"))
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -93,7 +94,6 @@ class ProgramRun(NamedTuple):
 
     @classmethod
     def prepared(cls, text: bytes, folder: str, seconds: float) -> ProgramRun:
-        import resource
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         pipe = OPEN_FILES + secrets.randbelow(max(min(most, 1024) - OPEN_FILES, 1))
         word = secrets.token_hex(16).encode()

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 import sys
+import termios
 import textwrap
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -327,7 +328,6 @@ class Terminal:
         """Do not echo what is typed during an answer: it stays queued for the next prompt. Tab acts at once.
 
         Reading input here would take it from the next prompt, so the terminal turns Tab into a signal."""
-        import termios
         try:
             descriptor = sys.stdin.fileno()
             before = termios.tcgetattr(descriptor)

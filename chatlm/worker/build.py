@@ -20,6 +20,7 @@ from chatlm.worker.memory_plan import FITS, layers_of_floats, plan_model, prefil
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.parts import Making, make_parts
 from chatlm.worker.ranks.alone import PlannedRank, RankAlone
+from chatlm.worker.weights.adapters.serving import adapter_reader
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
@@ -164,7 +165,6 @@ def reader_of_adapters(model: LoadedModel, settings: Settings
     """What reads adapters; None if the model will be given none, or accepts none."""
     if not settings.takes_adapters:
         return None
-    from chatlm.worker.weights.adapters.serving import adapter_reader
     return adapter_reader(model)
 
 

@@ -16,6 +16,8 @@ from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
+from chatlm.worker.engine.draft_head import DraftHead
+from chatlm.worker.engine.draft_model import DraftModel
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.kernels.choosing import choose_backend, load_kernels
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.arrays.kinds import Device
-    from chatlm.worker.engine.draft_head import DraftHead
-    from chatlm.worker.engine.draft_model import DraftModel
     from chatlm.worker.kernels.kernels import Kernels
     from chatlm.worker.model.pages import KvType, LayerGroups
     from chatlm.worker.weights.loaded.model import LoadedModel
@@ -119,10 +119,8 @@ class DraftPlan(NamedTuple):
         if self.source:
             refuse_changed(self.source, self.settings)  # while they were read
         if model.architecture.joins:
-            from chatlm.worker.engine.draft_head import DraftHead
             return DraftHead(transformer, num_pages=num_pages, max_batch=self.max_batch,
                              prefill_chunk=self.prefill_chunk, stop_tokens=stop_tokens)
-        from chatlm.worker.engine.draft_model import DraftModel
         return DraftModel(transformer, num_pages=num_pages, max_batch=self.max_batch,
                           prefill_chunk=self.prefill_chunk, vocab_size=target.model.vocab_size,
                           stop_tokens=stop_tokens, called=model.name)

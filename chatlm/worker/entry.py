@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
+import ssl
 import sys
 import traceback
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chatlm.common.errors import (
     ConfigError, RanksFailed, error_text, lack_of_memory, line_of, printable, require_library)
+from chatlm.common.late import importer
 from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.memory import uncollected
 from chatlm.common.messages.doctor import DOCTOR_PIPE
@@ -22,51 +23,21 @@ from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.child import join_parent
 from chatlm.common.program import stamp_at_start
-from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
+from chatlm.worker.ranks.messages import RANK_PIPE
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.doctor import DoctorConfig
-    from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
-    from chatlm.common.messages.wire import Channel, Pipe
+    from chatlm.common.messages.wire import Pipe
 
 
-def run_worker(channel: Channel, config: WorkerConfig):
-    from chatlm.worker import process
-    process.run_worker(channel, config)
-
-
-def run_rank(channel: Channel, config: RankConfig):
-    from chatlm.worker import other_rank
-    other_rank.run_rank(channel, config)
-
-
-def run_survey(channel: Channel, config: SurveyConfig):
-    from chatlm.worker.survey import survey_models
-    survey_models(channel, config)
-
-
-def run_doctor(channel: Channel, config: DoctorConfig):
-    from chatlm.worker.doctor.examine import examine
-    examine(channel, config)
-
-
-AHEAD = {  # what a process imports while it waits for its first message, by its pipe
-    WORKER_PIPE: "chatlm.worker.process", RANK_PIPE: "chatlm.worker.other_rank",
-    SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine",
-    QUANTIZE_PIPE: "chatlm.export.gguf.export", IMATRIX_PIPE: "chatlm.export.gguf.measure"}
-# modules that read the models which most servers have
-READERS_AHEAD = "chatlm.worker.weights.formats.gguf.model", "chatlm.worker.weights.families.plain"
-
-
-def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
-    """Join the parent and `run` until the other end hangs up."""
+def worker_main(place: str, pipe: Pipe, arguments: Seq[str]) -> int:
+    """Join the parent, and run the function at `place`, MODULE:NAME, until the other end hangs up. It gets
+    the channel and the first message."""
     channel = join_parent(arguments, pipe)
+    load = importer(place)
     if pipe is WORKER_PIPE:
         stamp_at_start()  # before any module of which others, imported later, must be of the same version
-    # it may have been started ahead; what is missing is said below
-    with suppress(ImportError), uncollected():
-        for module in (AHEAD[pipe], *READERS_AHEAD):
-            importlib.import_module(module)
+    with suppress(ImportError), uncollected():  # what is missing is said below
+        load()  # while the first message is on its way
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
@@ -76,8 +47,8 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
         CalmLog.over_bar = True  # the front shows this process's progress
         channel.send(Loading("importing libraries", 0.0))
         require_library("numpy", "chat_server")
-        run(channel, config)
-    except hung_up():
+        load()(channel, config)
+    except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):  # the other end has gone
         pass
     except BadMessage as error:
         log.error("the other end of the connection sends messages that are not ours: %s", error)
@@ -100,22 +71,17 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     return 0
 
 
-def hung_up() -> tuple[type[Exception], ...]:
-    """The errors that say that the other end of the connection has gone. Only connections with TLS have
-    imported ssl."""
-    tls = sys.modules.get("ssl")
-    return EOFError, ConnectionError, TimeoutError, *([tls.SSLError] if tls else [])
-
-
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:
     """The advice if a GPU's memory has run out; None for any other error."""
     if "torch" not in sys.modules:
         return None
-    from chatlm.worker.device import lack_of_gpu_memory
+    from chatlm.worker.device import lack_of_gpu_memory  # needs numpy, which may be what is missing
     return lack_of_gpu_memory(error, config)
 
 
-worker_role = partial(worker_main, run_worker, WORKER_PIPE)  # the role `worker FD PARENT`
-rank_role = partial(worker_main, run_rank, RANK_PIPE)        # the role `rank FD PARENT`
-survey_role = partial(worker_main, run_survey, SURVEY_PIPE)  # the role `survey FD PARENT`
-doctor_role = partial(worker_main, run_doctor, DOCTOR_PIPE)  # the role `doctor FD PARENT`
+worker_role = partial(worker_main, "chatlm.worker.process:run_worker", WORKER_PIPE)  # `worker FD PARENT`
+rank_role = partial(worker_main, "chatlm.worker.other_rank:run_rank", RANK_PIPE)     # and so on
+survey_role = partial(worker_main, "chatlm.worker.survey:survey_models", SURVEY_PIPE)
+doctor_role = partial(worker_main, "chatlm.worker.doctor.examine:examine", DOCTOR_PIPE)
+quantize_role = partial(worker_main, "chatlm.export.gguf.roles:run_quantize", QUANTIZE_PIPE)
+imatrix_role = partial(worker_main, "chatlm.export.gguf.roles:run_imatrix", IMATRIX_PIPE)

@@ -23,6 +23,7 @@ from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.loop import WorkerLoop
 from chatlm.worker.prefixes import PrefixPlan
+from chatlm.worker.ranks.ranks import gather_ranks
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -78,7 +79,6 @@ def start_engine(channel: Channel, config: WorkerConfig) -> tuple[Engine, WarmUp
     progress = LoadingProgress(channel, config.device)
     ranks = None
     if ranks_per_replica(settings) > 1:
-        from chatlm.worker.ranks.ranks import gather_ranks
         ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
     device = prepare_device(config)
     bound = bind_to_node(config, 0)

@@ -523,7 +523,6 @@ RUNS_CODE = {  # (module of chatlm, what) -> why it may
     ("common/errors.py", "import_module"): "libraries that this program names",
     ("common/hub/huggingface.py", "import_module"): "parts of huggingface_hub that it names",
     ("common/late.py", "import_module"): "names that stand in tables of this program, and tasks that the front names",
-    ("worker/entry.py", "import_module"): "AHEAD and READERS_AHEAD, two tables",
     ("worker/weights/files/torch_file.py", "pickle"): "PlainUnpickler loads no global, and so calls nothing",
     ("worker/weights/formats/nanochat/checkpoint.py", "pickle"): "the number of an opcode",
     ("worker/engine/calculator.py", "compile"): "finds errors in arithmetic; what it makes is never run"}

@@ -1,67 +1,46 @@
 """What a request imports that no other had needed before."""
 
-import asyncio
 import json
-import threading
+import sys
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
-import aiohttp
 import pytest
 
 from chatlm.common import program
 from chatlm.common.errors import Overloaded
-from chatlm.front.api.spoken import load_for, rows_by_path
-from chatlm.front.late import Late
-from fake_pool import FakePool, conversation, serving
+from chatlm.common.late import importer
+from chatlm.common.program import imported_later
+from fake_pool import conversation
 from patching import patch
 from real_server import copy_program, post, server
 
-ANSWERS = {"/v1/messages": {"max_tokens": 5}, "/api/chat": {"stream": False}}
-
-
-async def test_it_is_imported_in_a_thread_and_kept():
-    threads = []
-    late = Late(lambda: threads.append(threading.current_thread()) or [])
-    first = await late.get()
-    assert threads != [threading.current_thread()] and await late.get() is first is late.now()
-    assert len(threads) == 1
-    assert len({id(each) for each in await asyncio.gather(*(late.get() for _ in range(8)))}) == 1
-
 
 @pytest.mark.parametrize("error", [None, ImportError("no x"), SyntaxError("half a file"), KeyError("x")])
-async def test_what_may_not_fit_is_refused_and_not_kept(error, monkeypatch):
+def test_what_may_not_fit_is_refused(error, monkeypatch):
     def load():
         if error:
             raise error
         return "new"
 
-    late = Late(load)
     with monkeypatch.context() as meanwhile:
         patch(meanwhile, program, "program_stamp", lambda: (0, 0))
         with pytest.raises(Overloaded, match="the program has changed since this server started"):
-            await late.get()
-    assert late.loaded is None
+            imported_later(load)
     if error:
         with pytest.raises(type(error)):
-            await late.get()
+            imported_later(load)
     else:
-        assert await late.get() == "new"
+        assert imported_later(load) == "new"
 
 
-async def test_a_dialect_that_was_replaced_answers_503(monkeypatch):
-    """APIs that were asked before go on."""
-    for path in ANSWERS:
-        monkeypatch.setattr(rows_by_path()[path].dialect, "loaded", None)
-    await load_for("/v1/chat/completions")
-    patch(monkeypatch, program, "program_stamp", lambda: (0, 0))
-    pool = FakePool()
-    async with serving(pool) as url, aiohttp.ClientSession(url) as session:
-        for path, more in ANSWERS.items():
-            async with session.post(path, json=conversation() | more) as response:
-                assert response.status == 503 and "the program has changed" in await response.text()
-        async with session.post("/v1/chat/completions", json=conversation()) as response:
-            assert response.status == 200
-    assert len(pool.requests) == 1 and pool.open == 0
+def test_eight_threads_import_one_module_once(tmp_path, monkeypatch):
+    (tmp_path / "slowly.py").write_text("import time\ntime.sleep(0.05)\nMADE = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        made = [*threads.map(lambda load: load(), 8 * [importer("slowly:MADE")])]
+    monkeypatch.delitem(sys.modules, "slowly")
+    assert len({id(each) for each in made}) == 1
 
 
 def status_of(url, body, large):

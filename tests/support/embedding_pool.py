@@ -13,7 +13,8 @@ from annex_place import Place
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.requests import Accepted, Embedder, Embedding, ModelFacts
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.serve import database_of
 from chatlm.front.documents.extract import extract_text
 from fake_pool import FakePool, finished
 from left_texts import Asking

@@ -15,13 +15,8 @@ def parts_of(transformer, tokenizer, model=None, settings=SERVING, rows=None):
     return make_parts(Making(settings, model, transformer, tokenizer, Device("cpu"), 64), rows)
 
 
-def grammars_of(engine):
-    """Its compiled grammars, also before any answer has needed one."""
-    return engine.given.grammars.get()
-
-
 def use_tokenizer(engine, tokenizer):
     """Have answers from now on be of another tokenizer."""
     engine.tokenizer = engine.answers.tokenizer = tokenizer
-    engine.given.grammars.loaded = Grammars(tokenizer)
+    engine.answers.grammars = Grammars(tokenizer)
     return tokenizer

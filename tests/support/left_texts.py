@@ -7,7 +7,7 @@ import aiohttp
 
 from annex_place import Place
 from chatlm.common.config import Settings
-from chatlm.front.annexes import database_of
+from chatlm.front.serve import database_of
 
 CHAT = "/v1/chat/completions"
 LINES = json.dumps({"custom_id": "1", "method": "POST", "url": CHAT, "body": {

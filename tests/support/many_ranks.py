@@ -43,4 +43,4 @@ def run(channel, config):
 if __name__ == "__main__":
     replace_everywhere(wire, "Channel", Configs)
     Configs.computing = False
-    sys.exit(worker_main(run, RANK_PIPE, sys.argv[2:]))
+    sys.exit(worker_main("__main__:run", RANK_PIPE, sys.argv[2:]))

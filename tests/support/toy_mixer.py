@@ -20,7 +20,6 @@ from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mixer, buffers_of, run
 from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.families.family import Family
-from chatlm.worker.weights.families.table import RowPlace
 from chatlm.worker.weights.formats.folder.description import described_blocks
 from chatlm.worker.weights.formats.sources import file_shapes, tensor_sources
 from families import write_tokenizer
@@ -96,7 +95,6 @@ def toy(facts):
 ROW = Family("Toy", {"layer_types": None}, toy, {
     ours: (f"model.layers.{{}}.leak.{theirs}",) for ours, theirs in (
         ("mix_in", "in_proj.weight"), ("decay", "decay"), ("mix_out", "out_proj.weight"))}, kinds=("leak",))
-PLACE = RowPlace(lambda: {"toy": ROW})
 
 
 def write_model(folder):

@@ -1,7 +1,5 @@
 """Parts of the tests, as later features would be: one reads hidden states, one changes a step's input."""
 
-import threading
-
 from chatlm.common.messages.requests import PartSays
 from chatlm.worker.engine.part import EnginePart
 from chatlm.worker.parts import PartRow
@@ -14,7 +12,6 @@ class Lens(EnginePart):
     MOST = 1  # such tokens
 
     def __init__(self, transformer):
-        self.made_in = threading.current_thread()
         self.transformer = transformer
         self.sizes = {}    # sequence -> position -> size, of those not sent yet
         self.ended = []    # ids of answers
@@ -51,11 +48,7 @@ class Lens(EnginePart):
         self.sizes = {sequence: {} for sequence in self.sizes}
 
 
-def load_lens():
-    return lambda making: Lens(making.transformer)
-
-
-LENS = PartRow("lens", load_lens, asked=lambda work: bool(work.params.logprob_ids))
+LENS = PartRow("lens", lambda making: Lens(making.transformer))
 
 
 class Counter(EnginePart):
@@ -81,7 +74,7 @@ class Counter(EnginePart):
         self.asked.pop(sequence, None)
 
 
-COUNTER = PartRow("counter", lambda: lambda making: Counter())
+COUNTER = PartRow("counter", lambda making: Counter())
 
 
 class Steering(EnginePart):
@@ -98,4 +91,4 @@ class Steering(EnginePart):
         self.noted.append((len(self.engine.under_way), sum(chunk.count for chunk in chunks)))
 
 
-STEERING = PartRow("steering", lambda: lambda making: Steering(), wanted=lambda making: True)
+STEERING = PartRow("steering", lambda making: Steering())

@@ -4,20 +4,14 @@ there: `sitecustomize` of a real server's processes does."""
 from chatlm.front.api import spoken
 from chatlm.front.api.errors import Api
 from chatlm.front.api.spoken import DialectRow, of_api
-from chatlm.front.late import Late
-
-
-def load_toy():
-    from toy_dialect import DIALECT
-    return DIALECT
+from toy_dialect import DIALECT
 
 
 TOY_API = Api("toy", lambda error, request_id: {"oops": str(error), "about": error.param, "id": request_id})
 
 
 def toy_row():
-    """As new: its dialect is not loaded."""
-    return DialectRow(Late(load_toy), of_api(TOY_API, {
+    return DialectRow(DIALECT, of_api(TOY_API, {
         "/toy/say": "the toy's answer", "/toy/count": "how many tokens a text has"}))
 
 

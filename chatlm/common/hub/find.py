@@ -18,6 +18,7 @@ from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import opened, refuse_pointer, truncated
 from chatlm.common.hub.default_model import EMBEDDERS, fetch_default_model, fetch_embedder
 from chatlm.common.hub.guesses import near_model, near_path
+from chatlm.common.hub.huggingface import DownloadLimits, fetch_from_hub
 from chatlm.common.hub.repository import SPLIT_GGUF, hub_model, models_among, other_weights
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat_checkpoints import (
@@ -25,6 +26,8 @@ from chatlm.common.hub.nanochat_checkpoints import (
 from chatlm.common.hub.packaged import CannotDownload
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.hub.trainer_files import LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
+from chatlm.common.hub.trainers import (
+    build_nanogpt_steps, foreign, foreign_in, is_build_nanogpt, unknown_torch_file)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
 from chatlm.common.program import program_place
@@ -153,7 +156,6 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if not named_path.exists():
             raise ConfigError(no_model_in(path))
     if named_path.name == NANOGPT_FILE and named_path.exists():
-        from chatlm.common.hub.trainers import foreign
         if error := foreign(named_path):
             raise ConfigError(error)
         refuse_checkpoint_flags(settings, f"{named_path} is nanoGPT's")
@@ -174,8 +176,6 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
     Raises ConfigError for a file of another trainer, and says how to convert it."""
     if path.is_file() and begins_as_gguf(path):
         return None
-    from chatlm.common.hub.trainers import (
-        build_nanogpt_steps, foreign, is_build_nanogpt, unknown_torch_file)
     folder = path.parent if path.name == LITGPT_FILE else path
     if is_litgpt_folder(folder):
         refuse_checkpoint_flags(settings, f"{folder} is a litgpt folder")
@@ -226,7 +226,6 @@ def no_model_in(path: Path) -> str:
         return f"{path} has GGUF files; give one of them: {', '.join(ggufs[:20])}"
     if "adapter_config.json" in names:
         return f"{path} is an adapter: give the model that it is for, and --lora {path}"
-    from chatlm.common.hub.trainers import foreign_in
     other_trainers = foreign_in(path)
     if "config.json" in names:
         more = other_weights(names) or other_trainers and f"; {other_trainers}"
@@ -261,7 +260,6 @@ def resolve_gguf(path: Path) -> ModelSource:
 
 
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
-    from chatlm.common.hub.huggingface import DownloadLimits, fetch_from_hub
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     images = not (settings.mmproj or several)  # models see in one process
     limits = DownloadLimits(settings.downloads, settings.models_disk, images=images)

@@ -18,6 +18,7 @@ from chatlm.common.hub.repository import ENCODER, SPLIT_GGUF
 from chatlm.common.hub.nanochat_checkpoints import checkpoints_in, step_of
 from chatlm.common.hub.stamps import FoundFiles, files_of, stamp_of
 from chatlm.common.hub.trainer_files import NANOGPT_FILE, is_hugging_face, is_litgpt
+from chatlm.common.hub.trainers import foreign, is_build_nanogpt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -198,7 +199,6 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[ModelFiles]:
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
         return ModelFiles(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
 
-    from chatlm.common.hub.trainers import foreign, is_build_nanogpt
     if is_hugging_face(names):
         yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
     parts: dict[str, list[Path]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -45,7 +46,6 @@ def has_room(folder: Path, needed: int) -> bool:
 @contextmanager
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock for downloads; the system releases it if the process dies."""
-    import fcntl  # POSIX only, but so are the workers
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(cache / ".lock", flags, 0o666), "r+b", buffering=0) as file:
         while True:

@@ -14,6 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.repository import TOKENIZERS, mmproj_for
 from chatlm.common.hub.nanochat_checkpoints import meta_of, nanochat_tokenizers, step_of
 from chatlm.common.hub.trainer_files import LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_litgpt_folder
+from chatlm.common.hub.trainers import is_build_nanogpt
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -80,7 +81,6 @@ def files_of(path: Path) -> list[Path]:
     is_nanogpt = path.name == NANOGPT_FILE
     is_step = step_of(path.name) is not None
     if is_step:
-        from chatlm.common.hub.trainers import is_build_nanogpt  # here: few models have such a name
         is_nanogpt = is_build_nanogpt(path)
     if is_step and not is_nanogpt:
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]

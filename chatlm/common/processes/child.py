@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.late import importer
+from chatlm.common.libraries import use_found_libraries
 from chatlm.common.memory import uncollected
 from chatlm.common.messages.wire import Channel
+from chatlm.common.processes.connect import admit_front
 from chatlm.common.processes.start import NICENESS
 from chatlm.common.program import program_root
 
@@ -35,8 +37,8 @@ ROLES = {
     "doctor": "chatlm.worker.entry:doctor_role",
     "export": "chatlm.export.command:export_main",
     "check": "chatlm.worker.kernels.check:check_main",
-    "quantize": "chatlm.export.gguf.roles:quantize_role",
-    "imatrix": "chatlm.export.gguf.roles:imatrix_role",
+    "quantize": "chatlm.worker.entry:quantize_role",
+    "imatrix": "chatlm.worker.entry:imatrix_role",
     "vectors": "chatlm.worker.vectors.process:vectors_main",
     "guard": "chatlm.front.tools.guard:guard_main",
 }
@@ -45,7 +47,6 @@ ROLES = {
 def run_role(role: str, *arguments: str) -> int:
     """Run one of ROLES in this process; returns its exit status."""
     if program_root().is_file():  # a bundle
-        from chatlm.common.libraries import use_found_libraries
         use_found_libraries()
     with uncollected():
         run = importer(ROLES[role])()
@@ -67,7 +68,6 @@ def join_parent(arguments: Seq[str], pipe: Pipe) -> Channel:
     die_with_parent(int(parent))
     if descriptor.isdigit():
         return Channel(socket.socket(fileno=int(descriptor)), pipe)
-    from chatlm.common.processes.connect import admit_front  # imports ssl, which takes 24 ms and 7 MB
     return Channel(admit_front(descriptor), pipe)
 
 

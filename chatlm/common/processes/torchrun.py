@@ -19,6 +19,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.messages.wire import Channel, Pipe, wire_message
+from chatlm.common.processes.connect import Listener, address_towards, dial, listen
 from chatlm.common.processes.start import (
     PROCESS_COMMAND, PROGRAM, exit_in_words, process_environment, threads_per_worker)
 from chatlm.common.program import program_digest
@@ -121,7 +122,6 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect to rank 0 and the stages before and after, and compute in another process until it ends."""
-    from chatlm.common.processes.connect import Listener, address_towards, dial, listen  # imports ssl
     rank = start.rank
     host, port, secret, theirs = store.look(f"{life}/0")
     own = same_on_all_nodes(settings)

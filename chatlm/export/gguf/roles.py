@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, visible
 from chatlm.common.files import read_text_of
 from chatlm.common.messages.protocol import Loading
-from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE, FileWritten
-from chatlm.worker.entry import worker_main
+from chatlm.common.messages.quantizing import FileWritten
+from chatlm.export.gguf.export import export_gguf
+from chatlm.export.gguf.importance import write_importance
+from chatlm.export.gguf.measure import measure_importance
 
 if TYPE_CHECKING:
     from chatlm.common.messages.quantizing import ImatrixConfig, QuantizeConfig
@@ -35,7 +36,6 @@ class Reporter:
 
 
 def run_quantize(channel: Channel, config: QuantizeConfig):
-    from chatlm.export.gguf.export import export_gguf
     settings = config.settings
     imatrix = Path(settings.imatrix).expanduser() if settings.imatrix else None
     result = export_gguf(config.source, Path(config.output), type=settings.type, imatrix=imatrix,
@@ -45,8 +45,6 @@ def run_quantize(channel: Channel, config: QuantizeConfig):
 
 
 def run_imatrix(channel: Channel, config: ImatrixConfig):
-    from chatlm.export.gguf.importance import write_importance
-    from chatlm.export.gguf.measure import measure_importance
     settings = config.settings
     name = settings.text
     if name is None:
@@ -57,7 +55,3 @@ def run_imatrix(channel: Channel, config: ImatrixConfig):
     write_importance(measured.importance, Path(config.output))
     channel.send(FileWritten(tuple(measured.lines(visible(config.output)))))
     channel.receive(wait=True)
-
-
-quantize_role = partial(worker_main, run_quantize, QUANTIZE_PIPE)  # the role `quantize FD PARENT`
-imatrix_role = partial(worker_main, run_imatrix, IMATRIX_PIPE)     # the role `imatrix FD PARENT`

@@ -13,6 +13,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, error_text, printable
 from chatlm.common.jsontext import is_number, is_text, whole_unicode
 from chatlm.common.text.calculations import STRAY_MARKS
+from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
 from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, as_list, as_prompts,
@@ -41,7 +42,6 @@ def response_grammar(value: dict, param: str = "response_format") -> tuple[str, 
     if not isinstance(schema, (dict, bool)):
         raise RequestError(f"{param} needs a schema that is an object, true or false",
                            code="invalid_json_schema", param=param)
-    from chatlm.common.text.grammar import json_grammar
     return json_grammar(schema, param), param
 
 
@@ -83,7 +83,6 @@ GBNF_RULE = re.compile(r"^\s*[A-Za-z0-9_-]+\s*::=", re.MULTILINE)  # a rule of L
 
 def other_grammar(value, language: str, param: str) -> tuple[str, str]:
     """The grammar of a constraint of vLLM's or llama-server's, and the field that asks for it."""
-    from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
     grammar = ""
     require_llguidance(param)
     try:
@@ -262,7 +261,6 @@ def ollama_grammar(value: str | dict) -> tuple[str, str]:
     """The grammar of Ollama's `format`: "", "json" or a JSON schema."""
     if value == "":
         return "", "format"
-    from chatlm.common.text.grammar import json_grammar
     schema = {"type": "object"} if is_text(value) else value
     return json_grammar(schema, "format"), "format"
 

@@ -15,6 +15,8 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
+from chatlm.common.text.grammar import unusable_schema
+from chatlm.front.api.call_grammars import call_grammar, parameter_types, parameters_schema, tool_grammar
 from chatlm.front.api.message_readers import openai_messages, template_options
 from chatlm.front.api.earlier_calculations import with_names_read
 from chatlm.front.api.fields import ToolChoice, names_in, parse_fields, within_limit
@@ -156,7 +158,6 @@ def required_grammar(tools: Seq[dict], operators: Mapping[str, bool], tool_forma
     """A grammar that allows only calls of the tools. An operator's tool never makes it fail: if its
     parameters can't be enforced, it may have any arguments. If the grammar is still too large, only the
     body's own functions are required; without any, the grammar is ""."""
-    from chatlm.front.api.call_grammars import tool_grammar
     loose = [name for name, is_enforced in operators.items() if not is_enforced]
     try:
         return tool_grammar([*with_any_arguments(tools, loose)], tool_format, parallel)
@@ -180,8 +181,6 @@ def is_strict(function: Mapping) -> bool:
 
 def strict_grammars(functions: Seq[Mapping], tool_format: str) -> tuple[str, ...]:
     """What the arguments of each function must match; "" for one that is not strict."""
-    from chatlm.common.text.grammar import unusable_schema
-    from chatlm.front.api.call_grammars import call_grammar
     grammars = list[str]()
     strict = sum(map(is_strict, functions))
     within_limit("strict functions", strict, LIMITS.strict_functions, "tools")
@@ -199,7 +198,6 @@ def types_of_parameters(tools: Seq[dict], names: Seq[str], tool_format: str | No
     RequestError for names that are too long together."""
     types = ()
     if tools and tool_format and CALL_FORMATS[tool_format].typed:
-        from chatlm.front.api.call_grammars import parameter_types
         steps = iter(range(8192))  # of 11 us: a small schema can say much
         types = tuple(parameter_types(tool, steps) for tool in tools)
     size = len(as_plain_json((names, types)))
@@ -214,7 +212,6 @@ def schemas_of_loose_calls(functions: Seq[dict], tool_format: str | None) -> tup
     from other JSON. One that is very large is left out: any object fits then."""
     if not functions or not tool_format or not CALL_FORMATS[tool_format].loose:
         return ()
-    from chatlm.front.api.call_grammars import parameters_schema
     texts = [as_plain_json(parameters_schema(function)) for function in functions]
     return tuple(text if len(text) <= LIMITS.grammar_characters else "" for text in texts)
 

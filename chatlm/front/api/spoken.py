@@ -1,10 +1,4 @@
-"""The dialects that this server speaks, and where. This table is always loaded; a dialect itself is imported
-for the first body that needs it.
-
-None is imported ahead, not even nanochat's and OpenAI's once the server is ready. Those two cost the first
-chat 7 ms of processor time in a thread, half of it for a look at the program's files (median of 11 processes,
-AMD EPYC Zen 3, two busy cores, November 2026). If the files were replaced before that chat, it gets a 503, as
-do all requests then that need a new sandbox or worker: the server must be restarted in any case.
+"""The dialects that this server speaks, and where.
 
 A further dialect is one file in chatlm/front/api/dialects/ and one row of `DIALECTS`."""
 
@@ -14,15 +8,14 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.late import importer
-from chatlm.front.api.dialect import Form, TextForm
+from chatlm.front.api.dialect import Dialect, Form, TextForm
+from chatlm.front.api.dialects import (
+    messages, native, ollama, openai, own, responses, retrieval, tokenization)
 from chatlm.front.api.errors import ANTHROPIC, NANOCHAT, OLLAMA, OPENAI, Api
-from chatlm.front.late import Late
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.api.dialect import Dialect
     from chatlm.front.api.encode import Encoder
     from chatlm.front.api.fields import Field
 
@@ -44,9 +37,7 @@ class DialectPath(NamedTuple):
 
 
 class DialectRow(NamedTuple):
-    """A dialect, without what it takes to speak it."""
-
-    dialect: Late[Dialect]
+    dialect: Dialect
     places: Mapping[str, DialectPath]  # by path
 
 
@@ -55,24 +46,20 @@ def of_api(api: Api, docs: Mapping[str, str]) -> dict[str, DialectPath]:
     return {path: DialectPath(api, doc) for path, doc in docs.items()}
 
 
-def dialect(name: str) -> Late[Dialect]:
-    return Late(importer(f"chatlm.front.api.dialects.{name}:DIALECT"))
-
-
 VECTORS = "a vector for each input, from the model's final hidden states"
 RANKING = "documents by how well they suit a query"
 SCORES = "scores of pairs of texts"
 # The API of the first row with a path below /api answers for all that is not there below /api, and so on
 DIALECTS: tuple[DialectRow, ...] = (
-    DialectRow(dialect("native"), {
+    DialectRow(native.DIALECT, {
         "/chat/completions": DialectPath(
             NANOCHAT, "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
             with_model="/v1/chat/completions")}),
-    DialectRow(dialect("ollama"), of_api(OLLAMA, {
+    DialectRow(ollama.DIALECT, of_api(OLLAMA, {
         "/api/chat": "an answer in Ollama's format",
         "/api/generate": "an answer in Ollama's format",
         "/api/show": ""})),
-    DialectRow(dialect("openai"), {
+    DialectRow(openai.DIALECT, {
         "/v1/chat/completions": DialectPath(
             OPENAI, "an answer in OpenAI's format, streamed or whole", in_batches=InBatches()),
         "/v1/completions": DialectPath(
@@ -81,16 +68,16 @@ DIALECTS: tuple[DialectRow, ...] = (
             "/infill": "the text between two others, in llama-server's format, streamed or whole",
             "/api/v0/chat/completions": "as /v1/chat/completions, for clients of LM Studio",
             "/api/v0/completions": "as /v1/completions, for clients of LM Studio"})}),
-    DialectRow(dialect("responses"), {
+    DialectRow(responses.DIALECT, {
         "/v1/responses": DialectPath(
             OPENAI, "an answer in the format of OpenAI's Responses, streamed or whole",
             in_batches=InBatches(seed_is_ours=True)),
         "/v1/responses/input_tokens": DialectPath(
             OPENAI, "how many tokens the prompt of such a response has")}),
-    DialectRow(dialect("messages"), of_api(ANTHROPIC, {
+    DialectRow(messages.DIALECT, of_api(ANTHROPIC, {
         "/v1/messages": "an answer in the format of Anthropic's Messages, streamed or whole",
         "/v1/messages/count_tokens": "how many tokens such a request has"})),
-    DialectRow(dialect("retrieval"), {
+    DialectRow(retrieval.DIALECT, {
         "/v1/embeddings": DialectPath(OPENAI, VECTORS, in_batches=InBatches(has_seed=False)),
     } | of_api(OPENAI, {
         "/api/v0/embeddings": VECTORS,
@@ -101,11 +88,11 @@ DIALECTS: tuple[DialectRow, ...] = (
         "/v1/score": SCORES, "/score": SCORES}) | of_api(OLLAMA, {
             "/api/embed": "embeddings in Ollama's format",
             "/api/embeddings": "one embedding, for older clients"})),
-    DialectRow(dialect("tokenization"), of_api(OPENAI, {
+    DialectRow(tokenization.DIALECT, of_api(OPENAI, {
         "/tokenize": "text to token ids",
         "/detokenize": "token ids to text",
         "/apply-template": "a conversation to the text of its prompt"})),
-    DialectRow(dialect("own"), of_api(OPENAI, {
+    DialectRow(own.DIALECT, of_api(OPENAI, {
         "/v1/compare": "", "/models/load": "", "/models/unload": ""})),
 )
 
@@ -150,29 +137,9 @@ def paths_of(path: str) -> tuple[str, ...]:
     return tuple(rows_by_path()[path].places)
 
 
-def dialects_of(path: str) -> list[Late[Dialect]]:
-    """What reads and answers the bodies of a path; nothing if they are not of a dialect."""
-    if not has_body(path):
-        return []
-    paths = dict.fromkeys((path, path_of_form(path, names_model=True)))
-    return [rows_by_path()[each].dialect for each in paths]
-
-
-async def load_for(path: str):
-    """Import the dialects of a path, in a thread. Raises Overloaded if they may be newer than what runs."""
-    for dialect in dialects_of(path):
-        await dialect.get()
-
-
-async def load_all():
-    """Import all dialects, as `load_for` does."""
-    for row in DIALECTS:
-        await row.dialect.get()
-
-
 def form_of(path: str) -> Form | TextForm:
-    """What bodies of a path are. Their dialect is imported now, if nobody has awaited `load_for`."""
-    return rows_by_path()[path].dialect.now().forms[path]
+    """What bodies of a path are."""
+    return rows_by_path()[path].dialect.forms[path]
 
 
 def answer_form(path: str) -> Form:

@@ -20,6 +20,7 @@ from chatlm.common.jsontext import dump
 from chatlm.common.request_ids import is_unguessable
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.api.dialects.openai import OpenAIEncoder
 from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
 from chatlm.front.chats import changes, growing, listing, pictures, search
 from chatlm.front.chats.changes import Outcome, Told
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.chats.writing import Running
+    from chatlm.front.front import Front
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.answering import Ask, Begin
     from chatlm.front.server.bodies import Bodies
@@ -67,6 +69,11 @@ class ChatRoutes:
         self.forgetting = set[str]()  # owners who have deleted something
         self.readers = Readers(store.path, "chat search") if store else None
         self.task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, front: Front) -> ChatRoutes:
+        return cls(front.store, front.bodies, front.settings,
+                   Running(front.recordings, front.cancel, front.cancel_unread))
 
     async def start(self):
         if self.store:

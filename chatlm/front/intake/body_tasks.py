@@ -13,7 +13,6 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.additions import AddedNames
-from chatlm.front.api.spoken import dialects_of
 from chatlm.front.intake.crossing import packed_body, unpacked_sizes
 from chatlm.front.intake.envelope import open_body
 from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_lines
@@ -33,10 +32,6 @@ class BodyTasks:
 
     def prepare(self, name: str, arguments: Seq):
         """Do once what no task should pay for."""
-        if name in ("open", "read"):
-            route, *_ = arguments
-            for dialect in dialects_of(route):
-                dialect.now()
         if name == "read":
             _ = self.prompts
 

@@ -14,10 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
 from chatlm.front.aio import supervised
 from chatlm.front.api.additions import NO_ADDITIONS, Additions
-from chatlm.front.api.grammars import GRAMMARS, may_need_grammars
-from chatlm.front.api.kept_fields import ENDPOINTS
 from chatlm.front.api.picture_parts import with_files, with_pixels
-from chatlm.front.api.spoken import fields_of, load_for, path_of_form
 from chatlm.front.intake.opened_body import Caller, OpenedBody
 from chatlm.front.intake.budget import Budget, Holding
 from chatlm.front.intake.crossing import packed_sizes, unpacked_body
@@ -153,8 +150,6 @@ class Intake:
 
     async def check_lines(self, caller: Caller, lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """Check each line of a batch for the model that it names. Lines have no line break."""
-        for url in ENDPOINTS:
-            await load_for(url)
         usual = self.catalogue.find("", caller.bound)
         checked = await self._check(caller, usual, lines)
         by_model: dict[str, list[int]] = {}
@@ -247,7 +242,6 @@ class Intake:
         """Parse a body. The other parts: as in open_body. number: the body is this line of
         a batch. times: how often it may be read. opener: has the sandbox that opens a large body; by default
         that is the usual model's."""
-        await load_for(caller.route)
         most = LIMITS.inline_bytes // times
         names = self.additions.names(caller.route)
         if sum(map(len, parts)) <= most:
@@ -344,11 +338,6 @@ class Intake:
         """Run one of TASKS on a body, here or in a sandbox. Only this method chooses where. Raises Overloaded
         while the model loads: what it can do is not known yet, so nothing that a body asks of it can be
         refused."""
-        envelope = opened_body.envelope
-        line = envelope.line
-        read_as = path_of_form(line.url if line else opened_body.caller.route, envelope.names_model)
-        if envelope.fields and may_need_grammars(envelope.fields, fields_of(read_as)):
-            await GRAMMARS.get()
         loaded_tokenizer(served.pool)
         admission = served.pool.admission
         caller = opened_body.caller

@@ -20,7 +20,11 @@ from chatlm.common.messages.protocol import (
     SandboxConfig)
 from chatlm.common.processes.child import join_parent
 from chatlm.common.program import stamp_at_start, why_outdated
+from chatlm.common.text.grammar import byte_vocabulary, check_grammar
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
+from chatlm.front.api.picture_files import PictureTasks
+from chatlm.front.api.tool_calls import CallTasks
+from chatlm.front.tools.reading import MessageTasks
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SandboxTask
@@ -79,17 +83,14 @@ class Tasks:
 
     @cached_property
     def pictures(self):
-        from chatlm.front.api.picture_files import PictureTasks
         return PictureTasks()
 
     @cached_property
     def messages(self):
-        from chatlm.front.tools.reading import MessageTasks
         return MessageTasks()
 
     @cached_property
     def calls(self):
-        from chatlm.front.api.tool_calls import CallTasks
         return CallTasks()
 
     def prepare(self, name: str, arguments: Seq):
@@ -97,7 +98,6 @@ class Tasks:
         if name == "fill_template":
             _ = self.template
         elif name == "check_grammar":
-            from chatlm.common.text.grammar import byte_vocabulary
             byte_vocabulary()
         elif name in PLACES:
             getattr(self, PLACES[name]).prepare(name, arguments)
@@ -110,7 +110,6 @@ class Tasks:
         return SandboxResult(text)
 
     def check_grammar(self, source: str, param: str) -> SandboxResult:
-        from chatlm.common.text.grammar import check_grammar
         return SandboxResult(check_grammar(source, param))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
 from chatlm.front.api.batch_lines import read_line
+from chatlm.front.api.dialects.own import read_variants
 from chatlm.front.api.reading import read_answer, read_text
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ async def line(reading: Reading) -> list[ParsedBody]:
 
 async def variants(reading: Reading, indices: Seq[int], seed: int) -> list[ParsedBody]:
     """Read what a comparison asks of one model. indices: the numbers of its answers."""
-    from chatlm.front.api.dialects.own import read_variants  # its body was opened, so it is imported
     return read_variants(reading.fields, indices, seed, reading.known)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.api.additions import ToolCall
+    from chatlm.front.front import Front
     from chatlm.front.intake.opened_body import Caller
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
@@ -85,6 +86,11 @@ class KnowledgeRoutes:
                              ledger) if store else None
         folders = catalogue.settings.knowledge
         self.following = Following(store, folders, self.wake_up) if store else None
+
+    @classmethod
+    def of(cls, front: Front) -> KnowledgeRoutes:
+        return cls(front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger,
+                   Search.of(front) if front.store else None)
 
     async def start(self):
         if self.ingest:

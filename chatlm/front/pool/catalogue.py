@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
 from chatlm.common.config import ModelEntry
 from chatlm.common.errors import RequestError
+from chatlm.common.hub.offers import is_of_hub
 from chatlm.common.invocation import program_command
 from chatlm.front.pool.models import Registry, ServedModel
 from chatlm.front.pool.names import default_among
@@ -218,7 +219,6 @@ class Catalogue:
     def check_unread(self, repository: str, file: str, leaving: Seq[ServedModel] = ()):
         """Raise RequestError 409 if a model also reads these files: to draft, to see, or as an adapter.
         Models that are `leaving` do not count."""
-        from chatlm.common.hub.offers import is_of_hub  # here, because few servers need it
         for model in self.registry.models:
             if model.pool and model not in leaving and any(
                     is_of_hub(path, repository, file) for path in model.pool.other_files):
@@ -232,7 +232,6 @@ class Catalogue:
 
     def models_of_hub(self, repository: str, file: str) -> list[ServedModel]:
         """The models whose files are of a repository in the hub's cache."""
-        from chatlm.common.hub.offers import is_of_hub
         models = []
         for model in self.registry.models:
             source = model.source or (model.pool and model.pool.source)

@@ -22,6 +22,7 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.admission.admission import Admission
 from chatlm.front.admission.known import known_with
 from chatlm.front.pool.pool_adapters import PoolAdapters
+from chatlm.front.pool.ray_nodes import RayNodes
 from chatlm.front.pool.shared_resources import SharedResources
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local_devices import LocalDevices, cuda_device_count
@@ -381,7 +382,6 @@ class WorkerPool:
 def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
     """The pool of a model that has what models have in common for itself."""
     if settings.ray_address:
-        from chatlm.front.pool.ray_nodes import RayNodes  # here, because few servers need it
         return WorkerPool(settings, RayNodes(settings, worker_command), SharedResources())
     shared = SharedResources(Prefixes(settings))
     return WorkerPool(settings, LocalDevices(settings, worker_command, prefixes=shared.prefixes), shared)

@@ -38,6 +38,7 @@ from chatlm.front.store.batches import BatchRow
 from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
+    from chatlm.front.front import Front
     from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.access import Owners
@@ -71,6 +72,10 @@ class BatchRoutes:
         self.files = FileRoutes(store, bodies, catalogue.settings.keep_days, self.wake_up)
         self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
+
+    @classmethod
+    def of(cls, front: Front) -> BatchRoutes:
+        return cls(front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger)
 
     async def start(self):
         if self.worker:

@@ -29,6 +29,7 @@ from chatlm.front.server.watching import watched
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.requests import Accepted, Event, Request
+    from chatlm.front.front import Front
     from chatlm.front.intake.opened_body import OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.intake.intake import Intake
@@ -244,6 +245,10 @@ class CompareRoutes:
         self.answers = answers
         self.ledger = ledger
         self.identified = identified
+
+    @classmethod
+    def of(cls, front: Front) -> CompareRoutes:
+        return cls(front.bodies, front.answers, front.ledger, front.identified)
 
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -206,7 +207,6 @@ def room_for_connections(settings: Settings) -> int:
 
     A connection takes one descriptor. Some are reserved for pipes, surplus connections, connections that are
     being accepted or closed, and whatever else the process opens."""
-    import resource
     reserved = (128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
                 + segments_in_memory())
     wanted = reserved + LIMITS.connections

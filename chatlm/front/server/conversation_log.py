@@ -9,8 +9,10 @@ from chatlm.common.log import log
 from chatlm.front.server.watching import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from chatlm.common.messages.requests import Request
     from chatlm.front.api.answer_state import AnswerState
+    from chatlm.front.front import Front
 
 
 class ConversationLog(Watcher):
@@ -27,3 +29,9 @@ class ConversationLog(Watcher):
         turns = self.turns + [["assistant", text] for text in texts]
         log.info("conversation %s %s", self.id, dump(turns).decode(),
                  extra={"fields": {"id": self.id, "turns": turns}})
+
+
+def watching(front: Front) -> Callable[[Request, AnswerState], Watcher]:
+    """What makes the watcher of each answer. A conversation that is temporary is not logged."""
+    return lambda request, state: (
+        Watcher() if request.params.temporary else ConversationLog(request, state))

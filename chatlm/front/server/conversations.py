@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.dialect import KeptAnswer, Reference
     from chatlm.front.api.encode import Encoder
+    from chatlm.front.front import Front
     from chatlm.front.intake.opened_body import Caller, OpenedBody
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.bodies import Bodies
@@ -95,6 +96,11 @@ class ResponseKeeper:
         self.running: dict[str, RunningResponse] = {}  # by their ids
         self.cancel = cancel
         self.follow = follow
+
+    @classmethod
+    def of(cls, front: Front, removed: Callable[[], None]) -> ResponseKeeper:
+        """removed: as above."""
+        return cls(front.store, front.bodies, front.settings.keep_days, removed, front.cancel, front.follow)
 
     async def close(self):
         if self.saving:

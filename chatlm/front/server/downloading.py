@@ -24,6 +24,7 @@ from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from chatlm.front.front import Front
 
     from chatlm.common.messages.protocol import Offer
     from chatlm.front.pool.catalogue import Catalogue
@@ -39,6 +40,10 @@ class DownloadRoutes:
         self.catalogue = catalogue
         self.bodies = bodies
         self.downloads = Downloads(catalogue.settings, catalogue)
+
+    @classmethod
+    def of(cls, front: Front) -> DownloadRoutes:
+        return cls(front.catalogue, front.bodies)
 
     async def close(self):
         await self.downloads.close()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
+    from chatlm.front.front import Front
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import ServedModel
     from chatlm.front.server.bodies import Bodies
@@ -34,6 +35,10 @@ class ExportRoutes:
         self.bodies = bodies
         self.process: asyncio.subprocess.Process | None = None
         self.busy = False
+
+    @classmethod
+    def of(cls, front: Front) -> ExportRoutes:
+        return cls(front.catalogue, front.bodies)
 
     async def close(self):
         """End a running export, which removes what it has written."""

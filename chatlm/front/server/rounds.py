@@ -27,21 +27,22 @@ from chatlm.front.api.additions import ToolCall
 from chatlm.front.api.answer_state import AnswerState, ChoiceState
 from chatlm.front.api.found_tools import without_tools
 from chatlm.front.api.message_readers import earlier_arguments
+from chatlm.front.server.approvals import Approvals
 from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.watching import watched
 from chatlm.front.tools.results import ToolResult
 from chatlm.front.tools.rules import (
     CHANGED, CUT_OFF, PICTURES_OF_RESULTS, QUESTION, SEEN_PICTURES, TOO_MANY, UNSEEN_PICTURES, arguments_of,
-    why_not_run)
+    model_name, why_not_run)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import AnswerParams, Event, Picture, Request
     from chatlm.common.messages.tool_rounds import ApprovedCall, PlannedTool, ToolPlan
+    from chatlm.front.front import Front
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.answering import Answering, Answers, Ask, Begin
-    from chatlm.front.server.approvals import Approvals
     from chatlm.front.tools.toolbox import OfferedTool, Toolbox
 
 RunTool = Callable[[ToolCall], Awaitable[ToolResult]]
@@ -62,6 +63,13 @@ class Rounds:
         self.own = own
         self.approvals = approvals
         self.settings = settings
+
+    @classmethod
+    def of(cls, front: Front, toolbox: Toolbox, own: Mapping[tuple[str, str], RunTool]) -> Rounds:
+        """own: the server's tools by the name of their annex and their type."""
+        named = {model_name(*name): call for name, call in own.items()}
+        return cls(front.answers, toolbox, Approvals(front.store, front.owners, front.settings),
+                   front.settings, named)
 
     def marked(self, parsed: ParsedBody) -> ParsedBody:
         """A body whose answer asks for approvals that this server will know again."""

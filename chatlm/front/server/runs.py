@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
 from chatlm.common.jsontext import dump
-from chatlm.common.late import importer
-from chatlm.front.late import Late
+from chatlm.front.evals.flips import flips
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence as Seq
+    from collections.abc import Mapping, Sequence as Seq
     from chatlm.front.evals.flips import Verdicts
+    from chatlm.front.front import Front
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import ModelOrAdapter
 
@@ -119,15 +119,15 @@ def verdicts_among(seen: Seq[ModelOrAdapter], removed: Seq[dict], tag: str, name
     return found
 
 
-FLIPS: Late[Callable[[Verdicts, Verdicts], dict[str, Any]]] = Late(
-    importer("chatlm.front.evals.flips:flips"))
-
-
 class RunRoutes:
     """The handlers of /v1/runs."""
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
+
+    @classmethod
+    def of(cls, front: Front) -> RunRoutes:
+        return cls(front.catalogue)
 
     async def _steps(self) -> tuple[list[ModelOrAdapter], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
@@ -148,7 +148,7 @@ class RunRoutes:
             before = verdicts_among(seen, removed, tag, "before", http.query.get("before"))
             after = verdicts_among(seen, removed, tag, "after", http.query.get("after"))
             try:
-                body["flips"] = await asyncio.to_thread(await FLIPS.get(), before, after)
+                body["flips"] = await asyncio.to_thread(flips, before, after)
             except ConfigError as error:
                 raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
                                    status=409) from None

@@ -27,6 +27,7 @@ from chatlm.front.tools.toolbox import Toolbox
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.front.api.dialect import NamedServer
+    from chatlm.front.front import Front
     from chatlm.front.intake.envelope import Envelope
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.pool import WorkerPool
@@ -50,6 +51,11 @@ class ToolRoutes:
         self.access = access
         # why a tool's parameters can't be enforced ("": they are), by digest and format of calls
         self.unenforced: OrderedDict[tuple[str, str | None], str] = OrderedDict()
+
+    @classmethod
+    def of(cls, front: Front) -> ToolRoutes:
+        return cls(front.toolbox or Toolbox.of(front.settings), front.settings, front.catalogue,
+                   front.bodies, front.access)
 
     async def start(self):
         self.toolbox.start()

@@ -19,6 +19,7 @@ from chatlm.front.store import usage
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.front import Front
 
     from chatlm.front.server.ledger import Ledger
     from chatlm.front.store.store import Store
@@ -33,6 +34,10 @@ class UsageRoutes:
     def __init__(self, ledger: Ledger, store: Store | None):
         self.ledger = ledger
         self.store = store
+
+    @classmethod
+    def of(cls, front: Front) -> UsageRoutes:
+        return cls(front.ledger, front.store)
 
     async def handle_usage(self, http: web.Request) -> web.Response:
         """GET /v1/usage: what the request's key has used. A key with role=admin sees all keys; without keys

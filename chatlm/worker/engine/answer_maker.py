@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Failed
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.grammar import Grammar
-    from chatlm.worker.engine.grammars import Grammars
     from chatlm.worker.engine.sequence import Sequence
 
 
@@ -40,15 +39,10 @@ class AnswerMaker:
 
     def __init__(self, tokenizer: Tokenizer, parts: EngineParts = NO_PARTS):
         self.tokenizer = tokenizer
-        self.parts = parts
+        self.calculator = parts.calculator
+        self.grammars = parts.grammars
         self.compiling = FairThread("grammars")
         self.lacking: deque[tuple[Sequence, Failed]] = deque()
-
-    @property
-    def grammars(self) -> Grammars | None:
-        """None: no answer has needed one, so none has a grammar."""
-        late = self.parts.grammars
-        return late.loaded if late else None
 
     def make(self, sequence: Sequence):
         """Set `SequenceOutput.answer`. A thread does it if the answer needs a grammar or its draws a
@@ -144,9 +138,9 @@ class AnswerMaker:
 
     def compiled(self, owner: str, source: str) -> Grammar:
         """A grammar of its own for an answer. ConfigError if this engine makes none."""
-        if not self.parts.grammars:
+        if not self.grammars:
             raise ConfigError("this engine makes no grammars")
-        return self.parts.grammars.get().compiled(owner, source)
+        return self.grammars.compiled(owner, source)
 
     def _new_answer(self, sequence: Sequence) -> Answer:
         work = sequence.work
@@ -154,7 +148,6 @@ class AnswerMaker:
         source = work.params.grammar
         if source and (reader := answer_reader(self.tokenizer, work.params, work.prompt_ids)):
             source = reader.grammar(work.params)  # of the whole answer
-        calculator = self.parts.calculator
-        tool = calculator(self.tokenizer) if calculator else None
+        tool = self.calculator(self.tokenizer) if self.calculator else None
         return Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
                       sequence.limit - len(work.prompt_ids), tool)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.worker.engine.answer_maker import AnswerMaker
     from chatlm.worker.engine.embedding import Pooler
-    from chatlm.worker.engine.part import LatePart
     from chatlm.worker.engine.sequence import Chunk, Sequence
     from chatlm.worker.kernels.kernels import StepRunner
     from chatlm.worker.model.transformer import Transformer
@@ -29,18 +28,12 @@ class HostSteps:
     """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
 
     def __init__(self, transformer: Transformer, runner: StepRunner, answers: AnswerMaker,
-                 texts: LatePart[Pooler] | None, emit: Callable[[Sequence, WorkerEvent], None]):
+                 texts: Pooler | None, emit: Callable[[Sequence, WorkerEvent], None]):
         self.transformer = transformer
         self.runner = runner
         self.answers = answers
-        self.late_texts = texts
+        self.texts = texts
         self.emit = emit
-
-    @property
-    def texts(self) -> Pooler:
-        """What pools texts: the first one has waited for it."""
-        assert self.late_texts and self.late_texts.loaded
-        return self.late_texts.loaded
 
     def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
         """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
@@ -53,6 +46,7 @@ class HostSteps:
         self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
+                assert self.texts    # else the engine has refused the sequence
                 self.texts.pool(chunk, first, last)
         late = self._without_mask(plan)
         rows = itertools.accumulate((chunk.rows for chunk in plan), initial=0)

@@ -1,14 +1,12 @@
-"""What an engine has beside its core: the hooks of a part, and parts that the first request for them imports.
+"""What an engine has beside its core: the hooks of a part, and all parts that it is made with.
 
-The rows of all parts are in chatlm/worker/parts.py. The engine gets them made, and imports none."""
+The rows of all parts are in chatlm/worker/parts.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, Generic, TYPE_CHECKING, TypeVar
-
-from chatlm.common.program import imported_later
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.model_drafts import ModelDrafts
     from chatlm.worker.engine.sequence import Assignment, Chunk, Sequence
     from chatlm.worker.engine.encoded_pictures import Pictures
-
-T = TypeVar("T")
 
 
 class EnginePart:
@@ -86,29 +82,6 @@ class EnginePart:
         return {}
 
 
-def of_no_request(work: Assignment) -> bool:
-    return False
-
-
-class LatePart(Generic[T]):
-    """A part that the first request for it imports and makes. loaded: it, if it is here already."""
-
-    def __init__(self, name: str, load: Callable[[], T], asked: Callable[[Assignment], bool] = of_no_request,
-                 loaded: T | None = None):
-        """asked: does an answer need it?"""
-        self.name = name
-        self.load = load
-        self.asked = asked
-        self.loaded = loaded
-
-    def get(self) -> T:
-        """It, imported and made if it is not here yet: call it in a thread. Overloaded if it may be newer
-        than the program that runs."""
-        if self.loaded is None:
-            self.loaded = imported_later(self.load)
-        return self.loaded
-
-
 @dataclass(frozen=True)
 class MissingPart:
     """What this engine is without, and what an answer is told that needs it."""
@@ -126,16 +99,11 @@ class EngineParts:
     draft_models: Seq[ModelDrafts] = ()
     adapters: AdapterSlots | None = None
     pictures: Pictures | None = None
-    texts: LatePart[Pooler] | None = None           # what becomes vectors and scores
-    grammars: LatePart[Grammars] | None = None
+    texts: Pooler | None = None                     # what becomes vectors and scores
+    grammars: Grammars | None = None
     calculator: Callable[[Tokenizer], CalculatorTool] | None = None
-    others: Seq[LatePart[Any]] = ()                 # of later features
+    others: Mapping[str, EnginePart] = field(default_factory=dict)  # of later features, by name
     refusals: Seq[MissingPart] = ()
-
-    def missing(self, work: Assignment) -> list[LatePart[Any]]:
-        """The parts that an answer is the first to need."""
-        late = (self.texts, self.grammars, *self.others)
-        return [part for part in late if part and part.loaded is None and part.asked(work)]
 
 
 NO_PARTS = EngineParts()

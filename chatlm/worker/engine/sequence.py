@@ -11,6 +11,7 @@ from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.states import HeldStates
+from chatlm.worker.ops.sampling import drawn_on_host
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -45,7 +46,6 @@ class Assignment:
     @cached_property
     def needs_logits(self) -> bool:
         """Does the host need its logits?"""
-        from chatlm.worker.ops.sampling import drawn_on_host  # imports numpy, which scheduling does not need
         params = self.params
         return (params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
                 or drawn_on_host(params.sampling))
@@ -54,7 +54,6 @@ class Assignment:
     def may_draft(self) -> bool:
         """Can one step verify several of its tokens? Only if tokens affect its draws through the logits and a
         grammar alone."""
-        from chatlm.worker.ops.sampling import drawn_on_host
         return (self.params.prompt_logprobs is None and not self.sampling.counts_tokens
                 and not drawn_on_host(self.params.sampling))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import numpy
 from typing import TYPE_CHECKING, Any
 
 from chatlm.worker.kernels.library import _core
@@ -74,7 +75,6 @@ def _parts(name: str, array) -> tuple:
 
 def bits_of(name: str, array, types: tuple, *shape) -> tuple[str, numpy.ndarray]:
     """(type name, numpy's view of a contiguous array). The view has the bits where numpy lacks the type."""
-    import numpy        # most of the package needs no numpy
     address, kind, size, _ = look_at(name, array, types, *shape)
     count = math.prod(size)
     memory: Any = (ctypes.c_uint8 * (count * BYTES[kind])).from_address(address)

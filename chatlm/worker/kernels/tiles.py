@@ -14,6 +14,7 @@ their row. For float types it stays float32. A row's bits depend on that row alo
 ValueError that names it.
 """
 
+import numpy
 from chatlm.worker.kernels.arrays import FLOAT32, look_at, vector, vector_or_none
 from chatlm.worker.kernels.library import _core
 
@@ -132,16 +133,14 @@ class Matrix:
 
     def dequantize(self):
         """Exactly the values that the tiles hold: a numpy array (rows, columns) float32."""
-        import numpy as np
-        out = np.empty((self.rows, self.columns), np.float32)
-        embed(self, np.arange(self.rows), out)
+        out = numpy.empty((self.rows, self.columns), numpy.float32)
+        embed(self, numpy.arange(self.rows), out)
         return out
 
 
 def check_row_scales(source, rows: int) -> None:
     """Blocks of i8_row begin with their scale, and a row of tiles has one."""
-    import numpy as np
-    scales = np.asarray(source).reshape(rows, -1, 260)[:, :, :4]
+    scales = numpy.asarray(source).reshape(rows, -1, 260)[:, :, :4]
     if (scales != scales[:, :1]).any():
         raise ValueError("source: all blocks of a row of i8_row must have the same scale")
 

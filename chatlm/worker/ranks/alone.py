@@ -6,6 +6,7 @@ import socket
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.processes.launch import ranks_here
+from chatlm.worker.weights.loaded.shards import shard_model, stage_model
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -31,7 +32,6 @@ class RankAlone:
         """This rank's share of a model that is not read yet. ConfigError if it cannot be divided that way."""
         if self.tp == self.stages == 1:
             return model
-        from chatlm.worker.weights.loaded.shards import shard_model, stage_model
         stage = stage_model(model, self.rank // self.tp, self.stages)  # the same for all ranks of a stage
         return shard_model(stage, self.rank % self.tp, self.tp, quantize)
 

@@ -28,6 +28,7 @@ from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.protocol import Ready, Unusable
 from chatlm.common.processes.launch import torchrun
 from chatlm.worker.ranks.alone import RankAlone
+from chatlm.worker.ranks.links import ProcessLinks, TcpLinks
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankPages
 from chatlm.worker.ranks.runners import RankRunner, Stage, StagedRunner, join_ranks, rank_device
 
@@ -187,6 +188,5 @@ class RankZero(RankAlone):
 
 def gather_ranks(config: WorkerConfig, progress: Progress) -> RankZero:
     """Start the other ranks of a replica, or under torchrun wait for them."""
-    from chatlm.worker.ranks.links import ProcessLinks, TcpLinks  # imports ssl, which few workers need
     links = TcpLinks(config, progress) if torchrun(config.settings) else ProcessLinks(config)
     return RankZero(config, links, progress)

@@ -17,10 +17,21 @@ from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.kernels.choosing import choose_backend
+from chatlm.worker.weights.adapters.merging import merge
+from chatlm.worker.weights.formats.folder.model import read_folder_model
+from chatlm.worker.weights.formats.gguf.file import read_gguf, readable
+from chatlm.worker.weights.formats.gguf.model import gguf_model
+from chatlm.worker.weights.formats.litgpt import read_litgpt_model
+from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_model
+from chatlm.worker.weights.formats.nanochat.folder import MODEL_TYPE, read_nanochat_folder
+from chatlm.worker.weights.formats.nanochat.gguf import is_nanochat, read_nanochat_gguf
+from chatlm.worker.weights.formats.nanogpt import read_nanogpt_model
 from chatlm.worker.weights.formats.sources import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.formats.stored_model import Adaptable, Merged
 from chatlm.worker.weights.loaded.model import LoadedModel
 from chatlm.worker.weights.rules import read_json
+from chatlm.worker.weights.towers.folder import folder_tower
+from chatlm.worker.weights.towers.mmproj import gguf_tower
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -36,7 +47,7 @@ def open_model(source: ModelSource, settings: Settings, device: str = "cpu") -> 
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind."""
-    form = format_of(source.kind)
+    form = FORMATS[source.kind]
     with form.readable(source.path):
         stored = form.read(source, settings)
         model = load(stored, settings, device)
@@ -88,7 +99,6 @@ def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) ->
     tied = targets.tied if stored.model.tied else ()
     if not settings.lora:
         return Merged(stored, sources, {}, "", tied)
-    from chatlm.worker.weights.adapters.merging import merge
     return merge(settings, stored, sources, targets, tied)
 
 
@@ -127,46 +137,27 @@ class Format(NamedTuple):
     readable: Callable[[Path], AbstractContextManager] = lambda path: nullcontext()
 
 
-def format_of(kind: str) -> Format:
-    """How files of this kind are read. The modules of other formats are not imported, which shortens a
-    start."""
-    if kind == "gguf":
-        from chatlm.worker.weights.formats.gguf.file import readable
-        return Format(read_gguf_model, readable)
-    if kind == "hf":
-        return Format(read_hf_model)
-    if kind == "litgpt":
-        from chatlm.worker.weights.formats.litgpt import read_litgpt_model
-        return Format(read_litgpt_model)
-    if kind == "nanochat":
-        from chatlm.worker.weights.formats.nanochat.checkpoint import read_nanochat_model
-        return Format(read_nanochat_model)
-    if kind == "nanogpt":
-        from chatlm.worker.weights.formats.nanogpt import read_nanogpt_model
-        return Format(read_nanogpt_model)
-    raise KeyError(kind)
-
-
 def read_gguf_model(source: ModelSource, settings: Settings) -> StoredModel:
     """The model of a GGUF file: one of nanochat's, or one of a family in the table."""
-    from chatlm.worker.weights.formats.gguf.file import read_gguf
     metadata, stored = read_gguf(source.path)
     if str(metadata.get("general.architecture")).startswith("nanochat"):
-        from chatlm.worker.weights.formats.nanochat.gguf import is_nanochat, read_nanochat_gguf
         if is_nanochat(metadata):
             return read_nanochat_gguf(source, settings, metadata, stored)
-    from chatlm.worker.weights.formats.gguf.model import gguf_model
     return gguf_model(source, settings, metadata, stored)
 
 
 def read_hf_model(source: ModelSource, settings: Settings) -> StoredModel:
     """The model of a Hugging Face folder: one of nanochat's, or one of a family in the table."""
     refuse_links_out(source.path)
-    from chatlm.worker.weights.formats.nanochat.folder import MODEL_TYPE, read_nanochat_folder
     if read_json(source.path / "config.json").get("model_type") == MODEL_TYPE:
         return read_nanochat_folder(source, settings)
-    from chatlm.worker.weights.formats.folder.model import read_folder_model
     return read_folder_model(source, settings)
+
+
+FORMATS = {
+    "gguf": Format(read_gguf_model, readable), "hf": Format(read_hf_model),
+    "litgpt": Format(read_litgpt_model), "nanochat": Format(read_nanochat_model),
+    "nanogpt": Format(read_nanogpt_model)}
 
 
 def add_tower(model: LoadedModel, source: ModelSource, settings: Settings, device: str):
@@ -198,10 +189,8 @@ def stored_tower_of(model: LoadedModel, source: ModelSource, settings: Settings,
         path = mmproj_of(source.path, settings)
         if path is None:
             return None
-        from chatlm.worker.weights.towers.mmproj import gguf_tower
         return gguf_tower(path, source.path, settings, model, device)
     if source.kind == "hf":
-        from chatlm.worker.weights.towers.folder import folder_tower
         return folder_tower(source.path, settings, model.architecture, model.dtype or "float32")
     return None
 

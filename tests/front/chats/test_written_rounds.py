@@ -5,7 +5,8 @@ import json
 import pytest
 
 import tool_rounds
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.serve import database_of
 from tool_rounds import calls, tool_place
 
 SPACE = {"X-Chat-Space": "A" * 22}

@@ -12,7 +12,8 @@ import pytest
 
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded
-from chatlm.front.annexes import ANNEXES, database_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.serve import database_of
 from chatlm.front.documents import texts
 from chatlm.front.knowledge import ingest, stores
 from chatlm.front.knowledge.tables import words_table

@@ -687,16 +687,6 @@ def test_a_sandbox_imports_before_it_yields(monkeypatch):
     ]
 
 
-def test_a_dialect_is_imported_before_the_time_of_a_task_counts(monkeypatch):
-    late = rows_by_path()["/v1/rerank"].dialect
-    monkeypatch.setattr(late, "loaded", None)
-    tasks = sandboxed.Tasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), sandboxed.OpenBodyCache())
-    tasks.prepare("forget", [])
-    assert late.loaded is None
-    tasks.prepare("open", ["/v1/rerank", None, 9, []])
-    assert "/v1/rerank" in late.loaded.forms
-
-
 async def test_the_sandbox_of_templates_starts_ahead(admission, chat_text):
     """Before the model's text is known; the process that has started fills in the model's template."""
     sandbox = admission.sandboxes["templates"]

@@ -140,8 +140,8 @@ def test_embedding_restarts_after_a_failed_step(nanochat_fixtures, monkeypatch):
         assert first.computed
         engine.queue.preempt(first)
         engine.step(), engine.step()
-        pool = engine.given.texts.get().pool
-        monkeypatch.setattr(engine.given.texts.get(), "pool", lambda *chunk: pool(*chunk) or 1 / 0)
+        pool = engine.given.texts.pool
+        monkeypatch.setattr(engine.given.texts, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
         monkeypatch.undo()

@@ -25,7 +25,6 @@ from chatlm.worker.engine.fair_thread import FairThread
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Sequence
-from engine_parts import grammars_of
 from engines import make_engine, pieces, step_pieces
 from nightly import by_day
 from pools import work_of
@@ -65,7 +64,7 @@ def forget_grammars(engine):
     """Wait for those that earlier tests have in the queue, which would be compiled beside the next ones, and
     forget all."""
     engine.answers.compiling.thread.submit(int).result()
-    grammars_of(engine).kept.clear()
+    engine.given.grammars.kept.clear()
 
 
 def text_of(found):

@@ -15,7 +15,7 @@ from chatlm.common.text.load import byte_of_character
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.grammars import Grammars
-from chatlm.worker.engine.part import EngineParts, LatePart
+from chatlm.worker.engine.part import EngineParts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import WarmUp
@@ -38,7 +38,7 @@ def tokenizer(default_model_path):
 
 
 def maker_of(tokenizer):
-    return AnswerMaker(tokenizer, EngineParts(grammars=LatePart("grammars", lambda: Grammars(tokenizer))))
+    return AnswerMaker(tokenizer, EngineParts(grammars=Grammars(tokenizer)))
 
 
 def made(tokenizer):

@@ -14,7 +14,7 @@ from chatlm.worker.weights.loaded.shards import refuse_ranks
 from engines import forward_logits, make_batch, make_engine, run
 from families import load, transformer
 from tiny_specs import rank_model, stage_of
-from toy_mixer import CONFIG, PLACE, Leak, write_model
+from toy_mixer import CONFIG, ROW, Leak, write_model
 from works import assignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ LENGTH = 70
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    monkeypatch.setitem(FAMILIES.places, "toy", PLACE)
+    monkeypatch.setitem(FAMILIES, "toy", ROW)
     return tmp_path, {name: tensor.double() for name, tensor in write_model(tmp_path).items()}
 
 

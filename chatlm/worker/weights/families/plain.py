@@ -16,6 +16,7 @@ from chatlm.worker.weights.facts import Facts
 from chatlm.worker.weights.families.family import (
     AFTER_ATTENTION, EXPERTS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors,
     usual_biases)
+from chatlm.worker.weights.packed.mxfp4 import Mxfp4
 from chatlm.worker.weights.rules import JITTER, ROPE_BASE, Rule, checked
 
 # ---- blocks
@@ -152,7 +153,6 @@ GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_sl
 def repack_gpt_oss(state: Mapping) -> dict:
     """Folders of gpt-oss interleave the rows of gate and up, and store the experts' matrices as (experts, in,
     out) or in MXFP4."""
-    from chatlm.worker.weights.packed.mxfp4 import Mxfp4
     repacked = dict(state)
     for name, tensor in state.items():
         stem, _, ending = name.rpartition("_proj")

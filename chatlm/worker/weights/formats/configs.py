@@ -17,6 +17,7 @@ from chatlm.worker.weights.families.family import GATED, Family
 from chatlm.worker.weights.families.table import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.formats.refused import REFUSED
 from chatlm.worker.weights.formats.rope_scaling import ORIGINAL, ORIGINAL_RULE
+from chatlm.worker.weights.packed.fp8 import fp8_block
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
     Rule, check_divides, checked)
@@ -134,7 +135,6 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
     if family not in FAMILIES and family not in VISION:
         raise ConfigError(f"{path}: {unsupported(family)}")
     if "quantization_config" not in FAMILIES.get(family, FAMILIES["llama"]).config:
-        from chatlm.worker.weights.packed.fp8 import fp8_block
         fp8_block(path, raw)  # refuses what is not read
     if family in VISION:
         family, raw = text_part(path, family, raw)

@@ -52,7 +52,7 @@ async def asked(place, path, body, method="POST"):
 
 @pytest.mark.parametrize("row", DIALECTS, ids=lambda row: next(iter(row.places)))
 def test_a_row_has_the_paths_of_its_dialect(row):
-    assert {*row.places} == {*row.dialect.now().forms}
+    assert {*row.places} == {*row.dialect.forms}
     for place in row.places.values():
         assert place.with_model in ("", *all_paths())
 
@@ -81,7 +81,6 @@ def test_a_body_with_a_model_counts_as_one_of_another_api():
 
 async def test_a_toy_answers_and_streams(toy):
     async with Place() as place:
-        assert toy.dialect.loaded is None
         assert await asked(place, "/toy/say", {"say": "Hi"}) == (
             200, "application/json", '{"model": "fake-model", "said": "Hello, world!"}')
         assert await asked(place, "/toy/say", {"say": "Hi", "lines": True, "loud": True}) == (
@@ -125,13 +124,12 @@ async def test_what_is_not_there_is_refused_in_a_toy_s_words(toy):
                                      ("POST", "/toy/nothing", 404), ("GET", "/toy", 404)):
             got, _, text = await asked(place, path, b"", method)
             assert got == status and path in json.loads(text)["oops"]
-        assert toy.dialect.loaded is None                       # none of this needs it
 
 
 async def test_a_key_is_asked_for_in_a_toy_s_words(toy):
     async with Place(settings=Settings(keys=(ApiKey.hashed("secret", "me"),))) as place:
         status, _, text = await asked(place, "/toy/say", {"say": "Hi"})
-        assert status == 401 and "API key" in json.loads(text)["oops"] and toy.dialect.loaded is None
+        assert status == 401 and "API key" in json.loads(text)["oops"]
 
 
 @pytest.mark.parametrize("pieces, last", [
@@ -168,27 +166,6 @@ async def test_an_annex_adds_a_field_to_a_toy_s_bodies(toy):
         described = json.loads((await place.get("/openapi.json"))[1])["paths"]
     assert "words that the toy puts" in json.dumps(described["/toy/say"])
     assert "words that the toy puts" not in json.dumps(described["/v1/completions"])
-
-
-@pytest.mark.parametrize("error", [None, ImportError("cannot import name 'x'"), SyntaxError("half a file")])
-async def test_a_toy_that_was_replaced_is_not_loaded(toy, monkeypatch, error):
-    """The files were replaced while the server runs: what it imports now may not fit."""
-    def broken():
-        raise error
-
-    monkeypatch.setattr(toy.dialect, "load", broken if error else toy.dialect.load)
-    async with Place() as place:
-        await place.post("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}]})
-        with monkeypatch.context() as meanwhile:
-            patch(meanwhile, program, "program_stamp", lambda: (0, 0))
-            for path in ("/toy/say", "/toy/count"):
-                status, headers, body = await place.post(path, {"say": "Hi"})
-                assert status == 503 and "the program has changed since this server" in body["oops"]
-                assert "Retry-After" in headers
-            assert (await place.get("/openapi.json"))[0] == 503
-            body = {"messages": [{"role": "user", "content": "Hi"}]}
-            assert (await place.post("/v1/messages", body))[0] == 200     # it is loaded
-        assert (await place.post("/toy/say", {"say": "Hi"}))[0] == (500 if error else 200)
 
 
 def test_two_dialects_cannot_have_one_path(toy, monkeypatch):

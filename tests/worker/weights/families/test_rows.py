@@ -1,18 +1,19 @@
 """A row of a family says what its files may have. What another row says does not matter to it."""
 
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 from chatlm.common.errors import ConfigError
+from chatlm.worker.weights import families
+from chatlm.worker.weights.families import table
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.formats.configs import HF_KEYS, rule_of
 from chatlm.worker.weights.formats.gguf.description import gguf_blocks
 from chatlm.worker.weights.formats.gguf.file import GGUF_KEYS, GGUF_OWN, gguf_rule, gguf_value
 
-ROOT = Path(__file__).resolve().parents[4]
 ROWS = {name: FAMILIES[name] for name in FAMILIES}
 BY_ROW = "hidden_act", "hidden_activation"        # `Family.activations` says what these may be
 
@@ -77,30 +78,11 @@ def test_a_key_of_other_families_has_no_rule():
         gguf_rule("llama.moe_every_n_layers")
 
 
-def test_the_table_says_what_the_modules_of_rows_say():
-    places = FAMILIES.places
-    for name, place in places.items():
-        assert place.architectures == ROWS[name].gguf.architectures, name
-    for rows in {place.rows for place in places.values()}:
-        assert {*rows()} == {name for name, place in places.items() if place.rows is rows}, rows
-        assert list(rows()) == [name for name in places if name in rows()], "in another order"
-
-
-def loaded(code):
-    """The modules of rows that some code imports."""
-    code += "; print(*(name for name in sys.modules if name.startswith('chatlm.worker.weights.')))"
-    code = f"import sys; from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION; {code}"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = {path.stem for path in (ROOT / "chatlm/worker/weights/families").glob("*.py") if "\nFAMILIES = {" in path.read_text()}
-    return {name.rpartition(".")[2] for name in told.stdout.split()} & modules
-
-
-@pytest.mark.parametrize("code, modules", [
-    ("len(FAMILIES), list(FAMILIES), 'gemma4_text' in FAMILIES, GGUF_FAMILIES['lfm2']", set()),
-    ("FAMILIES['lfm2_moe']", {"lfm2"}), ("FAMILIES.get('llama')", {"plain"}),
-    ("FAMILIES[VISION['gemma4']]", {"gemma4"})])
-def test_a_row_s_module_is_imported_when_it_is_looked_up(code, modules):
-    assert loaded(code) == modules
+def test_the_table_has_each_row_once():
+    modules = [import_module(f"{families.__name__}.{each.name}") for each in iter_modules(families.__path__)]
+    rows = [name for module in modules if module.__name__ != table.__name__
+            for name in getattr(module, "FAMILIES", ())]
+    assert sorted(rows) == sorted(FAMILIES)
 
 
 def test_a_row_says_whether_its_files_may_have_a_draft_head_or_rank():

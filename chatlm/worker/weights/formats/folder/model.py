@@ -19,6 +19,7 @@ from chatlm.worker.weights.changes import FileSlice, fused_slices
 from chatlm.worker.weights.families.family import draft_layers, is_one_more
 from chatlm.worker.weights.families.table import FAMILIES
 from chatlm.worker.weights.formats.array_tensors import ArrayTensors
+from chatlm.worker.weights.formats.draft_heads import folder_head
 from chatlm.worker.weights.formats.folder.description import described_blocks, hf_text
 from chatlm.worker.weights.formats.folder.tensors import read_safetensors
 from chatlm.worker.weights.formats.sources import (
@@ -29,8 +30,10 @@ from chatlm.worker.weights.packed.fp8 import fp8_block, unscaled
 from chatlm.worker.weights.packed.layouts import NotExact, PackedWeight
 from chatlm.worker.weights.packed.mxfp4 import Mxfp4
 from chatlm.worker.weights.packed.quantization import origin_of, without_zero_biases
+from chatlm.worker.weights.purposes import cross_encoders
 from chatlm.worker.weights.purposes.classifiers import SCORE
 from chatlm.worker.weights.purposes.embedders import folder_embedder
+from chatlm.worker.weights.purposes.rerankers import of_folder, score_of
 from chatlm.worker.weights.rules import float_type, own_sampling, read_json
 
 if TYPE_CHECKING:
@@ -86,7 +89,6 @@ def folder_model(source: ModelSource, config: FolderConfig, state: dict[str, Any
     has_head = model.of_texts or head_name in state
     score = state.pop(SCORE, None)
     if score is not None:
-        from chatlm.worker.weights.purposes.rerankers import score_of
         score = score_of(source.path, config.raw, family, called, score, has_head)
     embeds = model.of_texts or (source.path / "modules.json").exists()
     if not has_head and (score is not None or embeds):
@@ -226,7 +228,6 @@ class FolderModel:
 
     def purpose(self, text: TextSpec) -> Purpose:
         if self.row.has_rerankers:
-            from chatlm.worker.weights.purposes.rerankers import of_folder
             text, ranking = of_folder(self.source.path, self.config.raw, self.called, self.model, text,
                                       self.state, self.score)
             if ranking is not None:
@@ -236,7 +237,6 @@ class FolderModel:
         pipeline = getattr(open_tokenizer(text), "pipeline")
         embedder, head = folder_embedder(self.source.path, pipeline, self.family, self.model, self.called)
         if self.model.of_texts:
-            from chatlm.worker.weights.purposes import cross_encoders
             if cross_encoders.classifies(self.whole):
                 head = cross_encoders.folder_head(self.config.path, self.config.raw, self.model, self.whole)
                 sigmoid = cross_encoders.makes_probabilities(self.config.path, self.config.raw)
@@ -247,7 +247,6 @@ class FolderModel:
     def draft_head(self) -> FolderModel | None:
         if not self.row.has_draft_head:
             return None
-        from chatlm.worker.weights.formats.draft_heads import folder_head
         found = folder_head(self.model, self.row, self.whole, self.whole_scales)
         if found is None:
             return None

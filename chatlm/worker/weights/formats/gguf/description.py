@@ -29,6 +29,7 @@ from chatlm.worker.weights.purposes.embedders import pooling_of_gguf
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, own_system, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.text.control_tokens import END_TOKENS, misnamed
+from chatlm.worker.weights.text.encoder_text import text_of_encoder
 from chatlm.worker.weights.text.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_ids, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.text.splits import MADE_MERGES, PIECES_WITH_MERGES, PRE_TOKENIZERS
@@ -251,7 +252,6 @@ def made_text(path: Path, metadata: Mapping) -> MadeText:
     model = value("ggml.model")
     tokens = value("ggml.tokens")
     if model in ("bert", "t5"):
-        from chatlm.worker.weights.text.encoder_text import text_of_encoder
         return MadeText(text_of_encoder(value), None)
     types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1

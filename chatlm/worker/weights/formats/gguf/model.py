@@ -13,15 +13,18 @@ from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights.families.table import FAMILIES
+from chatlm.worker.weights.formats.draft_heads import gguf_head
 from chatlm.worker.weights.formats.gguf.description import gguf_blocks, kept_texts
 from chatlm.worker.weights.formats.gguf.factors import with_factors
 from chatlm.worker.weights.formats.gguf.file import ROPE_TENSORS, check_gguf_types
 from chatlm.worker.weights.formats.gguf.file_types import quantization_of
+from chatlm.worker.weights.formats.gguf.slices import gguf_slices
 from chatlm.worker.weights.formats.gguf.tensors import GgufTensors, details_of, file_shape, growth
 from chatlm.worker.weights.formats.sources import made_by, of_rows, pairs_of, without_shared
 from chatlm.worker.weights.formats.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.formats.tied_heads import Pair
 from chatlm.worker.weights.packed.rows import packed_together
+from chatlm.worker.weights.purposes import cross_encoders, rerankers
 from chatlm.worker.weights.purposes.embedders import CLASSES, gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.rules import own_sampling
 
@@ -131,7 +134,6 @@ class GgufModel:
         table = self.table
 
         def slices() -> dict[str, list[FileSlice]]:
-            from chatlm.worker.weights.formats.gguf.slices import gguf_slices
             return gguf_slices(row, model, table, sources)
 
         turned = partial(in_our_order, self.pairs if row.interleaved else None)
@@ -174,14 +176,12 @@ class GgufModel:
         head = Head()
         ranking = None
         if self.may_rank:
-            from chatlm.worker.weights.purposes import rerankers
             text, ranking = rerankers.of_gguf(path, self.metadata, self.model_type, self.model, text,
                                               self.stored, self.classes)
         embedder = gguf_embedder(path, self.metadata, text, self.model_type, self.model)
         if embedder is None:
             return Purpose(text, ranking=ranking)
         if self.model.of_texts:
-            from chatlm.worker.weights.purposes import cross_encoders
             head = cross_encoders.gguf_head(path, self.metadata, self.model, embedder.pooling, self.heads)
         embedder = embedder._replace(size=head.size or embedder.size)
         return Purpose(replace(text, embedder=embedder, chat_template=None), head, ranking)
@@ -189,7 +189,6 @@ class GgufModel:
     def draft_head(self) -> GgufModel | None:
         if not self.row.has_draft_head:
             return None
-        from chatlm.worker.weights.formats.draft_heads import gguf_head
         found = gguf_head(self.model, self.row, self.whole)
         if found is None:
             return None
