@@ -20,14 +20,13 @@ from chatlm.common.jsontext import dump
 from chatlm.common.request_ids import is_unguessable
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.dialects.openai import OpenAIEncoder
 from chatlm.front.api.kept_fields import AFTER, CHAT_PLACE, COUNT, LIMIT, SINCE, WAIT, WORDS
 from chatlm.front.chats import changes, growing, listing, pictures, search
 from chatlm.front.chats.changes import Outcome, Told
 from chatlm.front.chats.exporting import Export
 from chatlm.front.chats.growing import WrittenPlace
 from chatlm.front.chats.reading import ReadChange, read_changes, unpacked
-from chatlm.front.chats.writing import WrittenAnswer
+from chatlm.front.chats.writing import Running, WrittenAnswer
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_part, send_parts, take_room)
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
-    from chatlm.front.chats.writing import Running
     from chatlm.front.front import Front
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.answering import Ask, Begin

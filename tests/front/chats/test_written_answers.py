@@ -17,9 +17,9 @@ from chatlm.common.messages.requests import Delta
 from chatlm.front.annexes import ANNEXES, additions_of
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.encode import Encoder
-from chatlm.front.serve import database_of
 from chatlm.front.chats import growing, writing
 from chatlm.front.chats.records import checked_patch
+from chatlm.front.serve import database_of
 from chatlm.front.server import recordings
 from chatlm.front.store import quota
 from fake_pool import FakePool
