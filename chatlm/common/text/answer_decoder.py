@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -129,18 +128,3 @@ def parts_of(decoder: StreamDecoder, text: str) -> Iterable[Delta]:
 
 def without_calls(text: str) -> str:
     return A_CALL.sub("", text)
-
-
-class CallCounter:
-    """Places an answer's calls in its text as that arrives."""
-
-    def __init__(self):
-        self.characters = 0  # so far
-
-    def place(self, delta: Delta) -> dict | None:
-        """The call that a delta is, with where it stands; None for any other delta."""
-        if delta.kind == "text":
-            self.characters += len(delta.text)
-        if delta.kind != "calculator":
-            return None
-        return {"start": self.characters, **json.loads(delta.text)}

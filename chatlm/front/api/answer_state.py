@@ -96,12 +96,18 @@ class AnswerState:
         self.prompt_tokens = 0            # of all prompts, once it is accepted
         self.error: Exception | None = None
         self.latest: Event | None = None
-        self.touched: Seq[Part] = ()      # the part that each delta of the latest event belongs to
+        self.grown: Part | None = None    # to which the latest event has added its only text, as most have
+        self._touched: Seq[Part] = ()     # else: the part that each of its deltas belongs to
 
     # reading
 
-    def parts_of(self, event: Event) -> Seq[Part]:
+    @property
+    def touched(self) -> Seq[Part]:
         """The part that each delta of the latest event belongs to."""
+        return (self.grown,) if self.grown else self._touched
+
+    def parts_of(self, event: Event) -> Seq[Part]:
+        """The same of an event that must be the latest one."""
         assert self.latest is event, "an event is encoded before the next one is folded"
         return self.touched
 
@@ -125,18 +131,22 @@ class AnswerState:
     def fold(self, event: Event):
         self.latest = event
         if type(event) is not Piece:
-            self.touched = [*self._fold_other(event)]
+            self.grown = None
+            self._touched = [*self._fold_other(event)]
             return
         choice = self.choices[event.choice]
-        choice.token_ids.extend(event.tokens)
+        for token in event.tokens:  # `extend` takes longer for one
+            choice.token_ids.append(token)
+        deltas = event.deltas
         part = choice.open
-        if part and len(event.deltas) == 1:  # as most are
-            [(kind, text, name)] = event.deltas
-            if kind == part.kind and not name:
+        if part and len(deltas) == 1:
+            kind, text, name = deltas[0]
+            if text and kind == part.kind and not name:
                 part.written.write(text)
-                self.touched = (part,)
+                self.grown = part
                 return
-        self.touched = [self._add(choice, delta) for delta in event.deltas]
+        self.grown = None
+        self._touched = [self._add(choice, delta) for delta in deltas]
 
     def fail(self, error: Exception):
         self.error = error

@@ -34,11 +34,6 @@ def frame(value) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
-def is_plain_text(piece: Piece) -> bool:
-    """Is a piece nothing but text, as most are?"""
-    return len(piece.deltas) == 1 and piece.deltas[0].kind == "text" and not piece.logprobs
-
-
 def timings_body(done: Finished) -> dict:
     body = {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
@@ -205,6 +200,7 @@ class BlockEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self.unsent = iter(self.choice.calculations)  # which grows
         self.shown: list[AnswerBlock] = []            # so far: ask `blocks`
         self.block_of: list[AnswerBlock | None] = []  # by the indexes of parts; None: it is not shown
         self.open: AnswerBlock | None = None          # the block whose beginning was sent, and not its end
@@ -248,6 +244,8 @@ class BlockEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         if type(event) is Piece:
+            if self.state.grown:
+                return self._grow(self.state.grown, event.deltas[0])
             return b"".join(map(self._grow, self.state.parts_of(event), event.deltas))
         match event:
             case Finished():
@@ -277,9 +275,9 @@ class BlockEncoder(Encoder):
         if not delta.text:
             return frames
         if delta.kind == "calculator":
-            number = block.calculated
+            [call] = self.placed(block, [next(self.unsent)])
             block.calculated += 1
-            return frames + self.grow_block(block, "", {"index": number, **self.calculations(block)[number]})
+            return frames + self.grow_block(block, "", {"index": block.calculated - 1, **call})
         return frames + self.grow_block(block, delta.text)
 
     def _open(self, block: AnswerBlock) -> bytes:
@@ -292,10 +290,10 @@ class BlockEncoder(Encoder):
         self.open = None
         return self.close_block(block) if block else b""
 
-    def calculations(self, block: AnswerBlock) -> list[dict]:
-        """The calls of the calculator in a block. Each stands after so many characters of the text that
-        clients see as one: the block's, unless a subclass says otherwise."""
-        return shift_calls(block.calculations, -block.part.begin)
+    def placed(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
+        """Calls of the calculator in a block. Each stands after so many characters of the text that clients
+        see as one: the block's, unless a subclass says otherwise."""
+        return shift_calls(calls, -block.part.begin)
 
     def completion(self) -> Iterator[bytes]:
         yield dump(self.body())

@@ -34,6 +34,7 @@ async def watched(events: AsyncGenerator[Event, None], state: AnswerState,
                   watchers: Seq[Watcher] = ()) -> AsyncGenerator[Event, None]:
     """Pass an answer's events on, after each was folded into its state and shown to the watchers, in their
     order. What parts of the worker's engine say is for the watchers alone. Closing it closes the events."""
+    fold = state.fold
     try:
         while True:
             try:
@@ -49,7 +50,7 @@ async def watched(events: AsyncGenerator[Event, None], state: AnswerState,
                 for watcher in watchers:
                     watcher.comes(event)
                 continue
-            state.fold(event)
+            fold(event)
             for watcher in watchers:
                 watcher.comes(event)
             yield event

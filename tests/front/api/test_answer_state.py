@@ -11,7 +11,6 @@ from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Delta, Finished, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.common.messages.tool_rounds import PlannedTool, ToolPlan
-from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.api.answer_state import AnswerState
 
 END = Finished("stop", "eos", Usage(7, 3, 2), 0.0, 1.0, None, 0)
@@ -36,8 +35,9 @@ def test_an_answer_has_the_parts_that_its_deltas_make(seed):
     shown = [delta._replace(kind="text", text="") if delta.kind == "calculator" else delta for delta in deltas]
     assert [[part.kind, part.text, part.name] for part in choice.parts] == together(shown)
     assert choice.token_ids.tolist() == [1, 2] * len(pieces)
-    counter = CallCounter()
-    assert choice.calculations == [call for call in map(counter.place, deltas) if call]
+    before = [sum(len(delta.text) for delta in deltas[:index] if delta.kind == "text")
+              for index, delta in enumerate(deltas) if delta is CALCULATION]
+    assert choice.calculations == [{"start": start, "expression": "1+1", "result": "2"} for start in before]
     assert [part.place for part in choice.calls] == list(range(len(choice.calls)))
     assert all(part.is_closed for part in choice.parts[:-1]) and not choice.parts[-1].is_closed
 

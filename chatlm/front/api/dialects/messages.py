@@ -327,7 +327,7 @@ class MessagesEncoder(BlockEncoder):
         signature = {"signature": block.id} if block.kind == "reasoning" else {}
         grown = parsed_arguments(text) if block.kind in ("call", "mcp") else text
         return {"type": kind, **call, member: grown, **signature,
-                **calculator_member([] if begins else self.calculations(block))}
+                **calculator_member([] if begins else self.placed(block, block.calculations))}
 
     def open_block(self, block: AnswerBlock) -> bytes:
         return self.event("content_block_start", index=block.index,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS
 from chatlm.common.jsontext import dump
@@ -12,7 +13,7 @@ from chatlm.common.messages.requests import SAMPLING_FLAGS, Piece
 from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.dialect import Dialect, Form
-from chatlm.front.api.encode import Encoder, frame, is_plain_text, timings_body, usage_body
+from chatlm.front.api.encode import Encoder, frame, timings_body, usage_body
 from chatlm.front.api.field_types import INTEGER, NATIVE_MESSAGES, NATIVE_ROLES, TEXT
 from chatlm.front.api.fields import Field, within_limit
 from chatlm.front.api.ignored import idle_variables
@@ -119,10 +120,11 @@ class NativeEncoder(Encoder):
         """What stands beside the answer comes first."""
         return frame(self.parsed.beside) if self.parsed.beside else b""
 
-    def encode(self, event: Piece | Finished) -> bytes:
+    def encode(self, event: Any) -> bytes:
+        grown = self.state.grown
+        if grown and grown.kind == "text":
+            return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
         if isinstance(event, Piece):
-            if is_plain_text(event):
-                return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
             frames = [self.members(delta, self.calculations) for delta in event.deltas]
             return b"".join([frame({**members, "gpu": event.gpu}) for members in frames if members])
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,

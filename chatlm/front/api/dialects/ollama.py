@@ -213,8 +213,8 @@ class OllamaEncoder(BlockEncoder):
     def open_block(self, block: AnswerBlock) -> bytes:
         return b""
 
-    def calculations(self, block: AnswerBlock) -> list[dict]:
-        return block.calculations
+    def placed(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
+        return calls
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:
         if block.kind == "call":

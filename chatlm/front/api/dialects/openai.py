@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import secrets
 import time
@@ -16,14 +18,13 @@ from chatlm.common.errors import RequestError, invalid
 from chatlm.common.jsontext import dump, is_text, whole_unicode
 from chatlm.common.messages.requests import (
     NEW_DOCUMENT, AnswerParams, Delta, Finished, Infill, Piece, PromptScores)
-from chatlm.common.text.answer_decoder import CallCounter, answer_decoder, parts_of, without_calls
-from chatlm.common.text.calculations import shift_calls
+from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.front.api import idle
 from chatlm.front.api.answer_state import ChoiceState
 from chatlm.front.api.citations import citations_in
 from chatlm.front.api.dialect import Dialect, Form
 from chatlm.front.api.encode import (
-    SYSTEM_FINGERPRINT, Encoder, calculator_member, frame, is_plain_text, timings_body)
+    SYSTEM_FINGERPRINT, Encoder, calculator_member, frame, timings_body)
 from chatlm.front.api.field_types import (
     CONSTRAINT_FIELDS, FUNCTIONS, FUNCTION_CALL, INTEGER, LLAMA_SERVERS, MIXED, PROMPTS, SWITCH, TEXT, TOOLS,
     TOOL_CHOICE, object_of, one_constraint, response_grammar)
@@ -241,7 +242,8 @@ class Sent:
         self.held_ids: tuple[int, ...] = ()       # ids of such tokens
         self.echo: list[Delta] | None = None      # the prompt before its text; None: not yet
         self.offset = 0                           # characters of its text so far, for text_offset
-        self.calculated = 0                       # calls of the calculator that were sent
+        self.calls: Iterator[dict] = iter(state.calculations)  # of the calculator; it grows
+        self.numbers = itertools.count()          # of these calls
         self.around_text: list[bytes] = []        # a chunk with text alone, before and after that text
         # of an answer that is sent whole, in JSON
         self.logprobs: dict[str, list[bytes]] = {}
@@ -256,24 +258,26 @@ class Sent:
         """Decodes tokens for text_offset and for an echoed prompt. Only made if one of these is needed."""
         return answer_decoder(self.tokenizer, None, self.skips_specials)
 
-    @property
-    def calculations(self) -> list[dict]:
-        """The calls of the calculator in its text, after those in an echoed prompt."""
-        if not self.echo:
-            return self.state.calculations
-        counter = CallCounter()
-        placed = [counter.place(delta) for delta in self.echo]
-        return [*filter(None, placed), *shift_calls(self.state.calculations, counter.characters)]
+    def begin_with(self, echo: list[Delta]):
+        """Put a prompt before its text, and the calls of the calculator in that before those of the text."""
+        self.echo = echo
+        calls = list[dict]()
+        characters = 0
+        for delta in echo:
+            if delta.kind == "calculator":
+                calls.append({"start": characters, **json.loads(delta.text)})
+            else:
+                characters += len(delta.text)
+        self.calls = itertools.chain(calls, (
+            {**call, "start": call["start"] + characters} for call in self.state.calculations))
 
-    def new_calculations(self) -> list[dict]:
-        """Those that were not sent. Each has a number, since clients that merge the events of a stream want
-        one."""
-        if self.calculated == len(self.state.calculations) and not self.echo:
-            return []
-        first = self.calculated
-        calls = self.calculations
-        self.calculated = len(calls)
-        return [{"index": index, **call} for index, call in enumerate(calls[first:], first)]
+    def calculations(self, part: Piece, whole: bool) -> list[dict]:
+        """The calls of the calculator in the whole text or in a part of it, where each has a number, since
+        clients that merge the events of a stream want one."""
+        if whole:
+            return [*self.calls]
+        return [{"index": next(self.numbers), **next(self.calls)} for delta in part.deltas
+                if delta.kind == "calculator"]
 
     def encoded_logprobs(self, beside: Mapping) -> Iterator[bytes]:
         """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
@@ -308,6 +312,9 @@ class OpenAIEncoder(Encoder):
                      "created": int(time.time()), "model": self.model,
                      "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.params.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
+        # are chunks of text alike but for the text?
+        self.repeats_chunks = not (self.parsed.token_ids or self.parsed.echo or (
+            self.request.params.logprobs is not None))
 
     def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
@@ -371,9 +378,10 @@ class OpenAIEncoder(Encoder):
     def ids(self, tokens: Seq[int]) -> dict:
         return {"token_ids": tokens} if self.parsed.token_ids else {}
 
-    def encode(self, event: Piece | PromptScores | Finished) -> bytes:
+    def encode(self, event: Any) -> bytes:
         choice = self.choices[event.choice]
-        if type(event) is Piece and self.is_plain(choice, event):
+        grown = self.state.grown
+        if grown and grown.kind == "text" and self.repeats_chunks:
             return self.plain_chunk(choice, event.deltas[0])
         part = self.take(choice, event)
         frames = b""
@@ -383,13 +391,8 @@ class OpenAIEncoder(Encoder):
             frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return frames
 
-    def is_plain(self, choice: Sent, piece: Piece) -> bool:
-        """Is a piece's chunk like the last one but for its text?"""
-        return is_plain_text(piece) and bool(piece.deltas[0].text) and not (
-            choice.held or choice.held_ids or self.parsed.token_ids)
-
     def plain_chunk(self, choice: Sent, delta: Delta) -> bytes:
-        """The chunk of a piece that `is_plain`. What is the same in all of them is made once."""
+        """The chunk of a piece of text alone. What is the same in all of them is made once."""
         if not choice.around_text:
             mark = secrets.token_hex(16)
             other = Sent(ChoiceState(choice.index), self.tokenizer)
@@ -499,7 +502,7 @@ class ChatEncoder(OpenAIEncoder):
         if whole:
             calls = [self.call_body(call, call.text) for call in choice.state.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
-            message |= calculator_member(choice.calculations)
+            message |= calculator_member(choice.calculations(part, whole))
             message |= citations_in(text, self.parsed.citable)
         else:
             calls = self.call_deltas(choice, part)
@@ -508,7 +511,7 @@ class ChatEncoder(OpenAIEncoder):
         if reasoning:  # clients read one or the other
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if not whole:
-            message |= calculator_member(choice.new_calculations())
+            message |= calculator_member(choice.calculations(part, whole))
             if part is NOTHING and choice.done and self.parsed.citable:
                 message |= citations_in(choice.state.text(), self.parsed.citable)
         if calls:
@@ -574,12 +577,9 @@ class CompletionEncoder(OpenAIEncoder):
             return part
         prompt = self.prompt(choice)
         echo = [Delta("text", prompt)] if is_text(prompt) else self.decoded(prompt)
-        choice.echo = [delta for delta in echo if delta.text]
-        return part._replace(deltas=(*choice.echo, *part.deltas)) if choice.echo else part
-
-    def is_plain(self, choice: Sent, piece: Piece) -> bool:
-        echoes = self.parsed.echo and choice.echo is None
-        return not echoes and super().is_plain(choice, piece)
+        echo = [delta for delta in echo if delta.text]
+        choice.begin_with(echo)
+        return part._replace(deltas=(*echo, *part.deltas)) if echo else part
 
     def decoded(self, tokens: Seq[int]) -> list[Delta]:
         """Token ids in the form in which an answer shows them."""
@@ -592,8 +592,8 @@ class CompletionEncoder(OpenAIEncoder):
         return [*parts_of(decoder, text + decoder.utf8.decode(b"", True))]
 
     def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
-        calls = choice.calculations if whole else choice.new_calculations()
-        return {"text": part.text, "logprobs": self.logprobs(choice, part), **calculator_member(calls)}
+        return {"text": part.text, "logprobs": self.logprobs(choice, part),
+                **calculator_member(choice.calculations(part, whole))}
 
     def logprobs_body(self, choice: Sent, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists. text_offset says where each token begins in the choice's text, in characters. With

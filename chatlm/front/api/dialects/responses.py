@@ -418,10 +418,11 @@ class ResponsesEncoder(BlockEncoder):
         before = self.logprob_bytes
         if self.scored and isinstance(event, Piece):
             self.tokens.add(event.logprobs)
-            blocks = self.blocks
+            self._show_new_parts()
             for part, delta in zip(self.state.parts_of(event), event.deltas):
-                if delta.text and delta.kind != "calculator":
-                    self.scores(self.block_of[part.index] or blocks[-1], delta.text)
+                block = self.block_of[part.index]
+                if block and delta.text and delta.kind != "calculator":
+                    self.scores(block, delta.text)
         return super().collect(event) + self.logprob_bytes - before
 
     def kept(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
@@ -532,7 +533,7 @@ class ResponsesEncoder(BlockEncoder):
         if block.kind == "text":
             more = {"annotations": self.cited_in(block, text),
                     "logprobs": self.place_of_logprobs(block),
-                    **calculator_member([] if begins else self.calculations(block))}
+                    **calculator_member([] if begins else self.placed(block, block.calculations))}
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: AnswerBlock) -> dict:
