@@ -48,7 +48,7 @@ const HERE = {
   conversations: {tools: listOf(isText), allowed: areFacts, running: isText, temporary: isSwitch},
 };
 const MEANWHILE = {
-  nodes: {stream: record({id: isText, next: mayLack(value => typeof value === "number"), begin: mayLack(isCount)}), ended: isText, earlier: areTimings},
+  nodes: {stream: record({id: isText, next: mayLack(value => typeof value === "number"), begin: mayLack(isCount)}), ended: isText, response: isText, earlier: areTimings},
 };
 const CHECKED = Object.fromEntries(Object.keys(ALL).map(kind => [kind, {...ALL[kind], ...HERE[kind], ...MEANWHILE[kind]}]));
 

@@ -25,7 +25,7 @@ GOOD = {
     "attachments": [{"name": "a.txt", "at": 3, "length": 9}], "pictures": [{"name": "p.png", "picture": PIXEL}], "stream": {"id": "0" * 32, "next": 4, "begin": 2}, "earlier": {"completion_tokens": 3},
     "ids": [1, 2], "prefix": [0], "seed": 7, "thought": 300, "remedy": "key", "created": 1e12, "updated": 1e12, "role": "user", "files": [{"name": "a", "text": "b"}], "stores": [{"id": "vs", "name": "n"}], "search": {"max_num_results": 3, "score_threshold": 0.5}, "tools": ["f"],
     "project": "0" * 32, "pinned": True, "inTurns": False, "continued": True, "edited": True, "starter": False}
-TEXTS = ["content", "reasoning", "model", "weights", "system", "note", "error", "ended", "title", "name", "prompt", "text"]
+TEXTS = ["content", "reasoning", "model", "weights", "system", "note", "error", "ended", "response", "title", "name", "prompt", "text"]
 GOOD |= dict.fromkeys(TEXTS, "text")
 ODD = [5, -1, 0, 1.5, 1e300, 2**53, "", "text", True, False, [], {}, [None], [5], [[]], [{}], [""], {"a": []}, {"a": {}}, {"a": "b"}, [{"id": "a", "name": "b"}], {"passages": 5}, {"passages": [None]}, {"read": "x"}]
 
@@ -83,12 +83,12 @@ def test_page_and_server_take_the_same_values(shared, kind, name):
 def test_each_field_of_an_answer_is_exported_and_imported(shared):
     """But for those that belong to one place or one moment."""
     kept = ["knowledge", "tools", "reasoning", "thought", "timings", "note", "error", "remedy", "ids", "prefix", "seed", "weights", "continued", "edited", "pictures", "attachments", "calculator", "calls", "parameters", "model", "system"]
-    node = {"role": "assistant", "content": "1+1 = 2, as in a.txt", "created": 1e12, **{name: GOOD[name] for name in kept}, "stream": GOOD["stream"], "ended": "x", "earlier": {}}
+    node = {"role": "assistant", "content": "1+1 = 2, as in a.txt", "created": 1e12, **{name: GOOD[name] for name in kept}, "stream": GOOD["stream"], "ended": "x", "response": "resp_x", "earlier": {}}
     node["calculator"], node["attachments"] = GOOD["calculator"][:1], [{"name": "a.txt", "at": 3, "length": 9}]
     exported = shared.evaluate("""node => Tree.exportOf([{id: "c", title: "t", created: 1, updated: 1, leaf: "n", parameters: {}, system: "", tools: ["f"], allowed: {f: "d"}, running: "n"}],
         () => [{id: "n", conversation: "c", parent: null, ...node}])""", node)
     [chat] = exported["conversations"]
-    assert chat["nodes"][0] == {"id": "n", "parent": None, **{name: value for name, value in node.items() if name not in ("stream", "ended", "earlier")}}
+    assert chat["nodes"][0] == {"id": "n", "parent": None, **{name: value for name, value in node.items() if name not in ("stream", "ended", "response", "earlier")}}
     assert not {"tools", "allowed", "running", "id"} & chat.keys()
     [imported] = shared.evaluate("text => Tree.importOf(text)", json.dumps(exported))
     taken = imported["nodes"][0]

@@ -251,7 +251,7 @@ class Changing:
             if self.copied_bytes > MOST_COPIED:
                 raise RequestError(f"edits of one body may copy {MOST_COPIED:,} bytes of messages that other "
                                    "devices have edited too: send the rest again", code="too_large")
-            texts = {**record.texts, **patch.texts, "stream": NULL, "ended": NULL}
+            texts = {**record.texts, **patch.texts, "stream": NULL, "ended": NULL, "response": NULL}
             outcome = self.create(Change(NODE, name, 0, Fields(texts), change.words))
             if outcome.state != "stored":
                 return outcome

@@ -57,6 +57,7 @@ class WrittenAnswer:
         self.state = ask.state
         self.model = ask.model
         self.seed = ask.parsed.request.params.sampling.seed
+        self.response = ask.parsed.response_id
         self.given = ask.parsed.beside.get("knowledge")  # the passages that it was given to read
         self.due_s = 0.0  # when it may be written next
         self.grown = False    # has something come that is not written?
@@ -192,7 +193,7 @@ class WrittenAnswer:
             self.timer.cancel()
         if self.task:
             await asyncio.wait([self.task])
-        end = {"stream": None, "ended": self.place.stream}
+        end = {"stream": None, "ended": self.place.stream, "response": self.response or None}
         patches: list[dict] = [{**end, "error": f"{NO_ROOM}{self.problem}", "remedy": "again"}]
         if not self.problem:
             patches.insert(0, {**NO_MISHAP, **self.fields_so_far(), **facts, **end})

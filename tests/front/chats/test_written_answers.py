@@ -381,7 +381,7 @@ async def owner_of(ask):
 THOUGHT_AND_SAID = (thought("Hm. "), "one ", thought("Or "), thought("two?"), "two ", Delta("calculator", '{"expression": "1+1", "result": "2"}'))
 CALLED = (Delta("call", "", "look"), Delta("call", '{"a": '), Delta("call", "1}"), Delta("call", "{}", "listen"))
 COUNT = {"messages": [{"role": "user", "content": "Count"}]}
-STREAMED = {path: COUNT for path in ("/chat/completions", "/v1/chat/completions", "/api/v0/chat/completions")} | {
+STREAMED = {path: COUNT for path in ("/chat/completions", "/v1/chat/completions", "/api/v0/chat/completions", "/api/chat")} | {
     "/v1/responses": {"input": "Count"}, "/v1/messages": {**COUNT, "thinking": {"type": "enabled", "budget_tokens": 2000}}}
 
 
@@ -389,6 +389,12 @@ def read_stream(events):
     """(text, reasoning, [[id without its prefix, name, arguments]]) as a client of any API reads them."""
     text, reasoning, calls = "", "", {}
     for event in events:
+        if "message" in event and "done" in event:  # Ollama's: its calls come whole, and have no ids
+            text += event["message"]["content"]
+            reasoning += event["message"].get("thinking", "")
+            for call in event["message"].get("tool_calls", ()):
+                calls[len(calls)] = ["", call["function"]["name"], json.dumps(call["function"]["arguments"])]
+            continue
         delta = event["choices"][0]["delta"] if event.get("choices") else {}
         said = event.get("delta", {})
         said = {"text": said} if isinstance(said, str) else said
@@ -422,15 +428,48 @@ async def test_what_is_stored_is_what_was_streamed(tmp_path, path, monkeypatch):
         body = {**STREAMED[path], "chat": PLACE, **({} if path == "/chat/completions" else {"stream": True})}
         async with ask.place.client.post(ask.place.url + path, json=body, headers=ask.headers_of(SPACE)) as response:
             assert response.status == 200, await response.text()
-            frames = [json.loads(line[6:]) for line in (await response.text()).split("\n") if line.startswith("data: {")]
+            streamed = await response.text()
+            stream_type = response.headers["Content-Type"]
         node = await ask.until(has_ended)
-    stored = [[call["id"].split("_")[-1], call["name"], call["arguments"]] for call in node.get("calls", ())]
+        url = f"{ask.place.url}/v1/streams/{node['ended']}"
+        async with ask.place.client.get(f"{url}?from=2", headers=ask.headers_of(SPACE)) as response:
+            rest = await response.text()
+            assert response.headers["Content-Type"] == stream_type
+    is_ndjson = stream_type == "application/x-ndjson"
+    assert streamed.endswith(rest) and streamed.removesuffix(rest).count("\n" if is_ndjson else "\n\n") == 2
+    frames = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n") if line.startswith(("data: {", "{"))]
+    stored = [["" if is_ndjson else call["id"].split("_")[-1], call["name"], call["arguments"]] for call in node.get("calls", ())]
     assert (node["content"], node["reasoning"], stored) == read_stream(frames)
     assert node["content"] == "one two one two " and node["reasoning"] == "Hm. Or two?" * 2
     assert [call[1:] for call in stored] == ([["look", '{"a": 1}'], ["listen", "{}"]] if with_calls else [])
     assert [call["start"] for call in node["calculator"]] == [8, 16]
     assert node["ids"] == [1] * (8 + 4 * with_calls) and node["timings"]["completion_tokens"] == len(pieces)
     assert len(made) == 1, "one encoder is made for each response"
+
+
+async def test_the_node_of_a_response_that_is_kept_has_its_id(tmp_path):
+    """A device made the node for its X-Request-Id, but what is kept gets an id of its own."""
+    async with devices(tmp_path, gate=False) as ask:
+        stream = secrets.token_hex(16)
+        await ask.make_chat(stream={"id": stream, "next": 0})
+        body = {"input": "Count", "stream": True, "store": True, "chat": PLACE}
+        headers = {**ask.headers_of(SPACE), "X-Request-Id": stream}
+        for status in (200, 409):  # then the node has another answer
+            async with ask.place.client.post(ask.place.url + "/v1/responses", json=body, headers=headers) as response:
+                assert response.status == status, await response.text()
+                await response.read()
+                name = response.headers["X-Request-Id"]
+                if status == 200:
+                    node = await ask.until(has_ended)
+                    assert node["ended"] == name != stream and node["response"] == f"resp_{name}" and node["content"] == "".join(WORDS)
+        status, kept = await ask(SPACE, f"/v1/responses/{node['response']}")
+        assert status == 200 and kept["output"][0]["content"][0]["text"] == node["content"]
+        body = {"messages": [{"role": "user", "content": "Count"}], "stream": True, "chat": PLACE}
+        await ask(SPACE, "/v1/chats/changes", {"changes": [{"kind": "node", "id": NODE, "base": 0, "patch": {"stream": {"id": "c" * 32, "next": 0}, "ended": None}}]})
+        async with ask.answer(request_id="c" * 32) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        assert "response" not in await ask.until(lambda node: node.get("ended") == "c" * 32), "this answer is not kept"
 
 
 def test_the_page_and_the_server_say_the_same_of_an_answer_that_went_on():
