@@ -1,8 +1,10 @@
 """What an answer has so far: each event is folded into it once, and whoever needs the answer reads it."""
 
+import ast
 import itertools
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.requests import (
     Accepted, CallApproved, CallEnded, Delta, Finished, Piece, RoundEnded, ToolsListed, Usage)
 from chatlm.common.messages.tool_rounds import PlannedTool, ToolPlan
-from chatlm.front.api.answer_state import AnswerState
+from chatlm.front.api.answer_state import AnswerState, ChoiceState, Part
 
 END = Finished("stop", "eos", Usage(7, 3, 2), 0.0, 1.0, None, 0)
 CALCULATION = Delta("calculator", '{"expression": "1+1", "result": "2"}')
@@ -80,3 +82,38 @@ def test_ids_are_derived_where_an_answer_may_be_given_again():
     first, second = (folded(event, id="x", low_priority=True).choices[0].parts for _ in range(2))
     assert [part.id for part in first] == [part.id for part in second] and len({part.id for part in first}) == 2
     assert folded(event).choices[0].parts[0].id != folded(event).choices[0].parts[0].id
+
+
+# Whoever can reach the state of an answer, it or its encoder
+NEIGHBOURS = ("chatlm.front.api.answer_state", "chatlm.front.api.encode", "chatlm.front.server.answering")
+STATE = {field.name for kind in (Part, ChoiceState) for field in fields(kind)} | vars(AnswerState(asked())).keys()
+CHANGES = {"append", "extend", "insert", "pop", "remove", "clear", "update", "write"}
+OTHERS = {"last.parts",   # an AnswerBlock's
+          "call.result",  # a Call's, of rounds
+          "record.id"}    # a RequestLog's
+
+
+def writes_in(source):
+    """The attributes of others that a module assigns to or changes, and which are called as those of the state."""
+    for node in ast.walk(ast.parse(source)):
+        target = node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            target = node.func.value
+        elif not isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
+            continue
+        while isinstance(target, ast.Subscript):
+            target = target.value
+        if isinstance(target, ast.Attribute) and target.attr in STATE and ast.unparse(target) != f"self.{target.attr}":
+            yield ast.unparse(target)
+
+
+def test_nothing_but_the_fold_writes_the_state():
+    planted = "choice.done = end\nself.state.sources += [1]\npart.calculations[0]['start'] = 1\ndel state.error\nchoice.parts.append(part)\nself.parts = len(part.text)"
+    assert [*writes_in(planted)] == ["choice.done", "self.state.sources", "part.calculations", "state.error", "choice.parts"]
+    read = set()
+    for path in sorted((Path(__file__).parents[3] / "chatlm").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if path.name != "answer_state.py" and any(f"from {name} import" in source for name in NEIGHBOURS):
+            assert set(writes_in(source)) <= OTHERS, path
+            read.add(path.name)
+    assert {"rounds.py", "writing.py", "compare.py", "messages.py"} <= read

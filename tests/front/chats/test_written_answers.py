@@ -415,11 +415,17 @@ def read_stream(events):
     return text, reasoning, [[name.split("_")[-1], *more] for name, *more in calls.values()]
 
 
-@pytest.mark.parametrize("path", [path for path in BODY_FIELDS if path in STREAMED or "chat" in {field.name for field in added_to(path)}])
-async def test_what_is_stored_is_what_was_streamed(tmp_path, path, monkeypatch):
+@pytest.fixture
+def encoders(monkeypatch):
+    """All that are made."""
     made = []
     init = Encoder.__init__
     monkeypatch.setattr(Encoder, "__init__", lambda encoder, *arguments: made.append(encoder) or init(encoder, *arguments))
+    return made
+
+
+@pytest.mark.parametrize("path", [path for path in BODY_FIELDS if path in STREAMED or "chat" in {field.name for field in added_to(path)}])
+async def test_what_is_stored_is_what_was_streamed(tmp_path, path, encoders):
     pieces = [said(each, tokens=(1,)) for each in THOUGHT_AND_SAID] + [said(*THOUGHT_AND_SAID, tokens=(1, 1))]
     with_calls = path != "/chat/completions"  # it shows none
     pieces += [said(each, tokens=(1,)) for each in CALLED] if with_calls else []
@@ -444,10 +450,10 @@ async def test_what_is_stored_is_what_was_streamed(tmp_path, path, monkeypatch):
     assert [call[1:] for call in stored] == ([["look", '{"a": 1}'], ["listen", "{}"]] if with_calls else [])
     assert [call["start"] for call in node["calculator"]] == [8, 16]
     assert node["ids"] == [1] * (8 + 4 * with_calls) and node["timings"]["completion_tokens"] == len(pieces)
-    assert len(made) == 1, "one encoder is made for each response"
+    assert len(encoders) == 1, "one is made for each response"
 
 
-async def test_the_node_of_a_response_that_is_kept_has_its_id(tmp_path):
+async def test_the_node_of_a_response_that_is_kept_has_its_id(tmp_path, encoders):
     """A device made the node for its X-Request-Id, but what is kept gets an id of its own."""
     async with devices(tmp_path, gate=False) as ask:
         stream = secrets.token_hex(16)
@@ -462,6 +468,7 @@ async def test_the_node_of_a_response_that_is_kept_has_its_id(tmp_path):
                 if status == 200:
                     node = await ask.until(has_ended)
                     assert node["ended"] == name != stream and node["response"] == f"resp_{name}" and node["content"] == "".join(WORDS)
+        assert len(encoders) == 2, "one for each request"
         status, kept = await ask(SPACE, f"/v1/responses/{node['response']}")
         assert status == 200 and kept["output"][0]["content"][0]["text"] == node["content"]
         body = {"messages": [{"role": "user", "content": "Count"}], "stream": True, "chat": PLACE}

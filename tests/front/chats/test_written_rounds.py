@@ -1,11 +1,14 @@
 """An answer with rounds of tools that the server writes into a chat: its calls have their results there."""
 
 import json
+from functools import partial
 
 import pytest
 
+import fake_pool
 import tool_rounds
 from chatlm.front.annexes import ANNEXES
+from chatlm.front.front import create_app
 from chatlm.front.serve import database_of
 from tool_rounds import calls, tool_place
 
@@ -21,8 +24,11 @@ ASKED = {
 }
 
 
+@pytest.mark.parametrize("annexes", [ANNEXES, ANNEXES[::-1]], ids=["in their order", "the other way round"])
 @pytest.mark.parametrize("path", ASKED)
-async def test_calls_are_stored_with_their_results(tmp_path, monkeypatch, path):
+async def test_calls_are_stored_with_their_results(tmp_path, monkeypatch, path, annexes):
+    """Whether the rounds are around what writes the chat, or it is around them."""
+    monkeypatch.setattr(fake_pool, "create_app", partial(create_app, annexes=annexes))
     monkeypatch.setattr(tool_rounds, "open_store", lambda settings: database_of(settings, ANNEXES))
     node = {"created": 2.0, "conversation": CHAT_ID, "role": "user", "content": "2 + 3?"}
     made = [{"kind": "chat", "id": CHAT_ID, "patch": {"created": 1.0}}, {"kind": "node", "id": QUESTION, "patch": node}]
