@@ -81,7 +81,7 @@ class ChoiceState:
 
 
 class AnswerState:
-    """An answer so far. Only `fold` and `fail` write it."""
+    """An answer so far. Only `fold` writes it."""
 
     def __init__(self, request: Request, plan: ToolPlan | None = None):
         """plan: the tools that the server calls for it."""
@@ -94,7 +94,6 @@ class AnswerState:
         self.called: list[Part] = []      # calls of these tools, in the order of their numbers
         self.sources: list[Mapping] = []  # what numbers in its texts cite, from [1] on
         self.prompt_tokens = 0            # of all prompts, once it is accepted
-        self.error: Exception | None = None
         self.latest: Event | None = None
         self.grown: Part | None = None    # to which the latest event has added its only text, as most have
         self._touched: Seq[Part] = ()     # else: the part that each of its deltas belongs to
@@ -147,9 +146,6 @@ class AnswerState:
                 return
         self.grown = None
         self._touched = [self._add(choice, delta) for delta in deltas]
-
-    def fail(self, error: Exception):
-        self.error = error
 
     def _fold_other(self, event: Event) -> Iterator[Part]:
         first = self.choices[0]  # all of an answer for which the server calls tools

@@ -42,17 +42,14 @@ async def watched(events: AsyncGenerator[Event, None], state: AnswerState,
             except StopAsyncIteration:
                 return
             except Exception as error:
-                state.fail(error)
                 for watcher in watchers:
                     watcher.fails(error)
                 raise
-            if isinstance(event, PartSays):
-                for watcher in watchers:
-                    watcher.comes(event)
-                continue
             fold(event)
             for watcher in watchers:
                 watcher.comes(event)
+            if isinstance(event, PartSays):
+                continue
             yield event
             for watcher in watchers:
                 watcher.was_read(event)

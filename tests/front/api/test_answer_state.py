@@ -108,8 +108,8 @@ def writes_in(source):
 
 
 def test_nothing_but_the_fold_writes_the_state():
-    planted = "choice.done = end\nself.state.sources += [1]\npart.calculations[0]['start'] = 1\ndel state.error\nchoice.parts.append(part)\nself.parts = len(part.text)"
-    assert [*writes_in(planted)] == ["choice.done", "self.state.sources", "part.calculations", "state.error", "choice.parts"]
+    planted = "choice.done = end\nself.state.sources += [1]\npart.calculations[0]['start'] = 1\ndel state.latest\nchoice.parts.append(part)\nself.parts = len(part.text)"
+    assert [*writes_in(planted)] == ["choice.done", "self.state.sources", "part.calculations", "state.latest", "choice.parts"]
     read = set()
     for path in sorted((Path(__file__).parents[3] / "chatlm").rglob("*.py")):
         source = path.read_text(encoding="utf-8")
