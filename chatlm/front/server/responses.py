@@ -68,7 +68,7 @@ SECURITY_HEADERS = {
 class RequestLog:
     """What the front knows about an HTTP request beyond what aiohttp does."""
 
-    id: str         # X-Request-Id of the response: the request's own, unless another answer has it, or it is kept
+    id: str         # X-Request-Id of the response: the request's own, unless that is taken or the answer kept
     client: str     # its address (see client_at), or the name of its API key once that was checked
     route: Route    # its row of ROUTES
     api: Api        # of that row, but OpenAI's for a body of OpenAI on nanochat's route
