@@ -98,32 +98,32 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
 class Reply:
     """The part of an answer that has arrived."""
 
-    said: ChoiceState = field(default_factory=lambda: ChoiceState(0))
+    choice: ChoiceState = field(default_factory=lambda: ChoiceState(0))
     seconds: float = 0.0
 
     @property
     def text(self) -> str:
-        return self.said.text()
+        return self.choice.text()
 
     @property
     def reasoning(self) -> str:
-        return self.said.text("reasoning")
+        return self.choice.text("reasoning")
 
     @property
     def calculator(self) -> list[dict]:
         """The calls in its text."""
-        return self.said.calculations
+        return self.choice.calculations
 
     @property
     def calls(self) -> list[dict[str, str]]:
         """Those of functions: {id, name, arguments}, as the page keeps them."""
         return [{"id": f"call_{call.place}", "name": call.name, "arguments": call.text}
-                for call in self.said.calls]
+                for call in self.choice.calls]
 
     @property
     def done(self) -> Finished:
         """None until it has ended."""
-        return self.said.done
+        return self.choice.done
 
     def as_json(self, request: Request, done: Finished) -> str:
         """One line of --json output."""
@@ -142,7 +142,7 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
     """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
     state = AnswerState(request)
-    reply.said = state.choices[0]
+    reply.choice = state.choices[0]
     try:
         async with aclosing(watched(pool.answer(request), state)) as events:
             async for event in events:

@@ -45,22 +45,22 @@ class Part:
     begin: int = 0      # characters of the choice's text before it
     sources: int = 0    # how many of the answer's sources its numbers may cite
     is_closed: bool = False  # True: nothing can be added
-    written: StringIO = field(default_factory=StringIO)  # a list of pieces would take 50 bytes more for each
+    buffer: StringIO = field(default_factory=StringIO)  # a list of pieces would take 50 bytes more for each
     calculations: list[dict] = field(default_factory=list)  # in its text; `start` counts the choice's text
     tool: PlannedTool | None = None     # of a call that the server makes; None: it is the client's
     approval_id: str | None = None      # of the request that a call was approved by; "": it needed none
     result: CallEnded | None = None     # of a call that the server has run
-    listed: ToolsListed | None = None
+    tool_list: ToolsListed | None = None
     call: Part | None = None            # whose result this is
 
     @property
     def text(self) -> str:
-        return self.written.getvalue()
+        return self.buffer.getvalue()
 
     @property
     def characters(self) -> int:
         """Of its text."""
-        return self.written.tell()
+        return self.buffer.tell()
 
 
 @dataclass(slots=True, eq=False)
@@ -91,24 +91,24 @@ class AnswerState:
         self.choices = [ChoiceState(index, origin) for index, origin in enumerate(origins)]
         self.choices_of_prompt = request.n
         self.tools = {tool.name: tool for tool in plan.tools} if plan else {}
-        self.called: list[Part] = []      # calls of these tools, in the order of their numbers
-        self.sources: list[Mapping] = []  # what numbers in its texts cite, from [1] on
-        self.prompt_tokens = 0            # of all prompts, once it is accepted
+        self.server_calls: list[Part] = []  # calls of these tools, in the order of their numbers
+        self.sources: list[Mapping] = []    # what numbers in its texts cite, from [1] on
+        self.prompt_tokens = 0              # of all prompts, once it is accepted
         self.latest: Event | None = None
-        self.grown: Part | None = None    # to which the latest event has added its only text, as most have
-        self._touched: Seq[Part] = ()     # else: the part that each of its deltas belongs to
+        self.grown_part: Part | None = None  # to which the latest event has added text, and done no more
+        self._touched_parts: Seq[Part] = ()  # if it has: the part that each of its deltas belongs to
 
     # reading
 
     @property
-    def touched(self) -> Seq[Part]:
+    def touched_parts(self) -> Seq[Part]:
         """The part that each delta of the latest event belongs to."""
-        return (self.grown,) if self.grown else self._touched
+        return (self.grown_part,) if self.grown_part else self._touched_parts
 
     def parts_of(self, event: Event) -> Seq[Part]:
         """The same of an event that must be the latest one."""
         assert self.latest is event, "an event is encoded before the next one is folded"
-        return self.touched
+        return self.touched_parts
 
     @property
     def has_ended(self) -> bool:
@@ -130,8 +130,8 @@ class AnswerState:
     def fold(self, event: Event):
         self.latest = event
         if type(event) is not Piece:
-            self.grown = None
-            self._touched = [*self._fold_other(event)]
+            self.grown_part = None
+            self._touched_parts = [*self._fold_other(event)]
             return
         choice = self.choices[event.choice]
         for token in event.tokens:  # `extend` takes longer for one
@@ -141,11 +141,11 @@ class AnswerState:
         if part and len(deltas) == 1:
             kind, text, name = deltas[0]
             if text and kind == part.kind and not name:
-                part.written.write(text)
-                self.grown = part
+                part.buffer.write(text)
+                self.grown_part = part
                 return
-        self.grown = None
-        self._touched = [self._add(choice, delta) for delta in deltas]
+        self.grown_part = None
+        self._touched_parts = [self._add(choice, delta) for delta in deltas]
 
     def _fold_other(self, event: Event) -> Iterator[Part]:
         first = self.choices[0]  # all of an answer for which the server calls tools
@@ -160,17 +160,17 @@ class AnswerState:
                 self._close(first)
             case ToolsListed():
                 part = self._begin(first, "list", event.label)
-                part.listed = event
+                part.tool_list = event
                 self._close(first)
                 yield part
             case CallApproved():  # a call that the model has not made, whole
                 part = self._begin(first, "call", event.name)
                 part.approval_id = event.approval_id
-                part.written.write(event.arguments)
+                part.buffer.write(event.arguments)
                 self._close(first)
                 yield part
             case CallEnded():
-                call = self.called[event.number]
+                call = self.server_calls[event.number]
                 call.result = event
                 self.sources += event.cited
                 part = self._begin(first, "result", call.name)
@@ -189,7 +189,7 @@ class AnswerState:
             part.calculations.append(call)
             choice.calculations.append(call)
         else:
-            part.written.write(delta.text)
+            part.buffer.write(delta.text)
         return part
 
     def _begin(self, choice: ChoiceState, kind: str, name: str) -> Part:
@@ -206,7 +206,7 @@ class AnswerState:
             part.tool = self.tools.get(name)
             choice.calls.append(part)
             if part.tool:
-                self.called.append(part)
+                self.server_calls.append(part)
         return part
 
     @staticmethod

@@ -200,8 +200,8 @@ class BlockEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.unsent = iter(self.choice.calculations)  # which grows
-        self.shown: list[AnswerBlock] = []            # so far: ask `blocks`
+        self.unsent_calls = iter(self.choice.calculations)  # which grows
+        self.shown_blocks: list[AnswerBlock] = []     # so far: ask `blocks`
         self.block_of: list[AnswerBlock | None] = []  # by the indexes of parts; None: it is not shown
         self.open: AnswerBlock | None = None          # the block whose beginning was sent, and not its end
         self.needs_a_block = True  # clients expect at least one, besides lists of tools
@@ -214,12 +214,13 @@ class BlockEncoder(Encoder):
     def blocks(self) -> list[AnswerBlock]:
         """All that this API shows of the answer."""
         self._show_new_parts()
-        return self.shown
+        return self.shown_blocks
 
     def _show_new_parts(self):
         for part in self.choice.parts[len(self.block_of):]:
             self.block_of.append(self.block_for(part))
-        if self.choice.done and self.needs_a_block and all(block.kind == "list" for block in self.shown):
+        has_none = all(block.kind == "list" for block in self.shown_blocks)
+        if has_none and self.choice.done and self.needs_a_block:
             index = len(self.choice.parts)
             self._show("text", Part("text", index, part_id(self.choice.origin, index)))
 
@@ -229,8 +230,8 @@ class BlockEncoder(Encoder):
         return self._show(kind, part) if kind else None
 
     def _show(self, kind: str, part: Part) -> AnswerBlock:
-        self.shown.append(AnswerBlock(kind, len(self.shown), part))
-        return self.shown[-1]
+        self.shown_blocks.append(AnswerBlock(kind, len(self.shown_blocks), part))
+        return self.shown_blocks[-1]
 
     def kind_of(self, part: Part) -> str:
         """The kind of the block that shows a part; "": none does."""
@@ -244,8 +245,8 @@ class BlockEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         if type(event) is Piece:
-            if self.state.grown:
-                return self._grow(self.state.grown, event.deltas[0])
+            if self.state.grown_part:
+                return self._grow(self.state.grown_part, event.deltas[0])
             return b"".join(map(self._grow, self.state.parts_of(event), event.deltas))
         match event:
             case Finished():
@@ -257,7 +258,7 @@ class BlockEncoder(Encoder):
                 block = self.blocks[-1]
                 return self._open(block) + self.grow_block(block, event.arguments) + self._close()
             case CallEnded():
-                call = self.block_of[self.state.called[event.number].index]
+                call = self.block_of[self.state.server_calls[event.number].index]
                 assert call
                 return self.end_call(call)
             case ToolsListed():
@@ -275,7 +276,7 @@ class BlockEncoder(Encoder):
         if not delta.text:
             return frames
         if delta.kind == "calculator":
-            [call] = self.placed(block, [next(self.unsent)])
+            [call] = self.placed_calls(block, [next(self.unsent_calls)])
             block.calculated += 1
             return frames + self.grow_block(block, "", {"index": block.calculated - 1, **call})
         return frames + self.grow_block(block, delta.text)
@@ -290,7 +291,7 @@ class BlockEncoder(Encoder):
         self.open = None
         return self.close_block(block) if block else b""
 
-    def placed(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
+    def placed_calls(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
         """Calls of the calculator in a block. Each stands after so many characters of the text that clients
         see as one: the block's, unless a subclass says otherwise."""
         return shift_calls(calls, -block.part.begin)

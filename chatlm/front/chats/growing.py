@@ -33,7 +33,7 @@ class WrittenPlace(NamedTuple):
     node: str
     parent: str
     stream: str  # the id of the request
-    foretold: str = ""  # the id under which a device may expect it; "": the same
+    expected_stream: str = ""  # the id under which a device may expect it; "": the same
 
 
 def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int) -> Record | None:
@@ -57,7 +57,7 @@ def check_place(connection: sqlite3.Connection, place: WrittenPlace, now_s: int)
     if there != (place.chat, place.parent, "assistant"):
         raise RequestError(f"the node {shown(place.node)} is elsewhere, or is no answer", status=409,
                            code="other_node", param="chat.node")
-    if body.get("stream", {}).get("id") not in (place.stream, place.foretold or place.stream):
+    if body.get("stream", {}).get("id") not in (place.stream, place.expected_stream or place.stream):
         raise RequestError(f"the node {shown(place.node)} has another answer: its `stream` is not that of "
                            "this request (X-Request-Id)", status=409, code="other_answer", param="chat.node")
     return node
@@ -75,7 +75,7 @@ def begin(connection: sqlite3.Connection, place: WrittenPlace, made: Mapping, no
         changing.create(change_of(NODE, place.node, 0, new))
     node = changing.found(NODE, place.node)
     assert node
-    if node.fields["stream"]["id"] == place.foretold:
+    if node.fields["stream"]["id"] == place.expected_stream:
         changing.update(change_of(NODE, place.node, node.rev, {"stream": stream}), node)
     connection.execute("INSERT INTO chat_answers (record, stream) VALUES (?, ?) "
                        "ON CONFLICT (record) DO UPDATE SET stream = excluded.stream",

@@ -123,7 +123,7 @@ class ChatRoutes:
                                code="invalid_value", param="X-Request-Id")
         return replace(parsed, goes_on=True, request=replace(request, resumable=True))
 
-    def foretold_stream(self, parsed: ParsedBody) -> str:
+    def expected_stream(self, parsed: ParsedBody) -> str:
         """The `stream.id` that a device may have given the node: the X-Request-Id of the request, although a
         response that is kept gets a new id. "" if another answer has that id."""
         sent = REQUEST_LOG.get().sent_id
@@ -136,7 +136,7 @@ class ChatRoutes:
         store = self.kept()
         asked = ask.parsed.added[CHAT_PLACE.name]
         place = WrittenPlace(self.owner, ask.parsed.request.client, asked["id"], asked["node"],
-                             asked["parent"], ask.parsed.request.id, self.foretold_stream(ask.parsed))
+                             asked["parent"], ask.parsed.request.id, self.expected_stream(ask.parsed))
         await store.run(partial(growing.check_place, place=place, now_s=now_s()), client=place.client)
         answer = WrittenAnswer(store, place, ask, self.running, self.tell)
         async with begin(ask) as (accepted, events):

@@ -64,7 +64,7 @@ class KeptResponse(NamedTuple):
     def id(self) -> str:
         return self.parsed.response_id
 
-    def rendered(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
+    def render(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
         """As it is kept. status: of one that has not ended. error: why it failed."""
         keep = answer_form(self.parsed.form).keep
         assert keep
@@ -167,7 +167,7 @@ class ResponseKeeper:
         kept = asyncio.create_task(supervised(f"showing {response.id}", partial(
             self._show, response.id, recording.task)))
         self.running[response.id] = RunningResponse(response, recording, kept)
-        return response.rendered("in_progress").body
+        return response.render("in_progress").body
 
     async def _show(self, name: str, work: asyncio.Task):
         try:
@@ -200,18 +200,18 @@ class ResponseKeeper:
         try:
             async for event in events:
                 if isinstance(event, Finished):
-                    await self._keep(response, response.rendered())
+                    await self._keep(response, response.render())
                     kept = True
                 yield event
         except Exception as error:
             if not kept:
                 is_cancelled = getattr(error, "code", None) == "cancelled"
-                self._keep_later(response, response.rendered("cancelled") if is_cancelled else
-                                 response.rendered("failed", public_error(error)))
+                self._keep_later(response, response.render("cancelled") if is_cancelled else
+                                 response.render("failed", public_error(error)))
             raise
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
             if not kept:
-                self._keep_later(response, response.rendered("cancelled"))
+                self._keep_later(response, response.render("cancelled"))
             raise
 
     def _keep_later(self, response: KeptResponse, rendered: KeptAnswer):
@@ -268,7 +268,7 @@ class ConversationRoutes:
             running.recording.check_kept(start)
             return await self.keeper.follow(http, running.recording, start)
         if running:
-            return web.Response(body=running.response.rendered("in_progress").body,
+            return web.Response(body=running.response.render("in_progress").body,
                                 content_type="application/json")
         place = await store.run(partial(responses.whole_of, name=name, owner=owner),
                                 client=REQUEST_LOG.get().client)

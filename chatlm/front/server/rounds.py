@@ -120,20 +120,20 @@ class Call:
 class Turn:
     """What the model has said in a round."""
 
-    def __init__(self, said: ChoiceState):
-        self.said = said
-        self.calls = [Call(part.name, part.text) for part in said.calls]
+    def __init__(self, choice: ChoiceState):
+        self.choice = choice
+        self.calls = [Call(part.name, part.text) for part in choice.calls]
 
     @property
     def message(self) -> Message:
         more: dict[str, Any] = {}
-        if thoughts := self.said.text("reasoning"):
+        if thoughts := self.choice.text("reasoning"):
             more["reasoning_content"] = thoughts
         more["tool_calls"] = [
             {"id": call.id, "type": "function",
              "function": {"name": call.name, "arguments": earlier_arguments(call.arguments)}}
             for call in self.calls]
-        return Message("assistant", self.said.text(), more)
+        return Message("assistant", self.choice.text(), more)
 
 
 class Loop:

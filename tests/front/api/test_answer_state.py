@@ -63,7 +63,7 @@ def test_calls_that_the_server_runs_have_their_numbers_and_results():
         state.fold(event)
     parts = state.choices[0].parts
     assert [part.kind for part in parts] == ["list", "call", "result", "text", "call", "call", "result", "text"]
-    assert [(call.name, call.result.text) for call in state.called] == [("look", "a wall"), ("look", "a door")]
+    assert [(call.name, call.result.text) for call in state.server_calls] == [("look", "a wall"), ("look", "a door")]
     assert parts[5].tool is None and parts[6].call is parts[4] and state.prompt_tokens == 7
     assert state.sources == [source] and [part.sources for part in parts] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert all(part.is_closed for part in parts)

@@ -56,7 +56,7 @@ def streamed(api, model, options, dice):
 def folded_slowly(state, event, fold=AnswerState.fold):
     """Fold an event, and do not say that all it did was to let a part grow."""
     fold(state, event)
-    state._touched, state.grown = state.touched, None
+    state._touched_parts, state.grown_part = state.touched_parts, None
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -285,7 +285,7 @@ class MessagesEncoder(BlockEncoder):
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
 
     def block_for(self, part: Part) -> AnswerBlock | None:
-        last = self.shown[-1] if self.shown else None
+        last = self.shown_blocks[-1] if self.shown_blocks else None
         if last and last.kind == part.kind == "text":  # only thoughts are between them
             last.parts.append(part)
             return last
@@ -327,7 +327,7 @@ class MessagesEncoder(BlockEncoder):
         signature = {"signature": block.id} if block.kind == "reasoning" else {}
         grown = parsed_arguments(text) if block.kind in ("call", "mcp") else text
         return {"type": kind, **call, member: grown, **signature,
-                **calculator_member([] if begins else self.placed(block, block.calculations))}
+                **calculator_member([] if begins else self.placed_calls(block, block.calculations))}
 
     def open_block(self, block: AnswerBlock) -> bytes:
         return self.event("content_block_start", index=block.index,

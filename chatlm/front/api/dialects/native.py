@@ -121,7 +121,7 @@ class NativeEncoder(Encoder):
         return frame(self.parsed.beside) if self.parsed.beside else b""
 
     def encode(self, event: Any) -> bytes:
-        grown = self.state.grown
+        grown = self.state.grown_part
         if grown and grown.kind == "text":
             return b'data: {"token": %b, "gpu": %d}\n\n' % (dump(event.deltas[0].text), event.gpu)
         if isinstance(event, Piece):

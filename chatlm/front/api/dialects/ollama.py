@@ -213,7 +213,7 @@ class OllamaEncoder(BlockEncoder):
     def open_block(self, block: AnswerBlock) -> bytes:
         return b""
 
-    def placed(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
+    def placed_calls(self, block: AnswerBlock, calls: Seq[dict]) -> Seq[dict]:
         return calls
 
     def grow_block(self, block: AnswerBlock, text: str, call: dict | None = None) -> bytes:

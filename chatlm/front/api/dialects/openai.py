@@ -230,7 +230,7 @@ NOTHING = Piece()
 NO_MEMBERS: Mapping = MappingProxyType({})
 
 
-class Sent:
+class SentChoice:
     """What was sent of a choice, and what waits for its next chunk or its whole body."""
 
     def __init__(self, state: ChoiceState, tokenizer: Tokenizer, skips_specials: bool = True):
@@ -302,12 +302,12 @@ class OpenAIEncoder(Encoder):
     whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
     scores_above = False           # True: `prompt_logprobs` is beside the choices; False: in each choice
-    logprobs_body: Callable[[Sent, Seq[TokenLogprob]], dict]
+    logprobs_body: Callable[[SentChoice, Seq[TokenLogprob]], dict]
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         skips = self.request.params.skip_special_tokens
-        self.choices = [Sent(choice, self.tokenizer, skips) for choice in self.state.choices]
+        self.choices = [SentChoice(choice, self.tokenizer, skips) for choice in self.state.choices]
         self.head = {"id": self.id_prefix + self.request.id, "object": self.chunk_object,
                      "created": int(time.time()), "model": self.model,
                      "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.params.sampling.seed}
@@ -316,11 +316,11 @@ class OpenAIEncoder(Encoder):
         self.repeats_chunks = not (self.parsed.token_ids or self.parsed.echo or (
             self.request.params.logprobs is not None))
 
-    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: SentChoice, part: Piece, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: Sent, part: Piece) -> dict | None:
+    def logprobs(self, choice: SentChoice, part: Piece) -> dict | None:
         if not part.logprobs:
             return None
         return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
@@ -331,7 +331,7 @@ class OpenAIEncoder(Encoder):
         `prompt_logprobs`."""
         return self.parsed.echo and self.request.params.logprobs is not None
 
-    def take(self, choice: Sent, event: Piece | PromptScores | Finished) -> Piece:
+    def take(self, choice: SentChoice, event: Piece | PromptScores | Finished) -> Piece:
         """What to send for an event, with the log-probabilities of its tokens. Those of a stop string are
         left out, unless the prompt was scored too."""
         held = choice.held
@@ -370,7 +370,7 @@ class OpenAIEncoder(Encoder):
 
         return [None if scored.logprob is None else entries_at(scored) for scored in logprobs]
 
-    def first_scored(self, choice: Sent) -> int:
+    def first_scored(self, choice: SentChoice) -> int:
         """The index of the first token of the choice's prompt that is scored."""
         starts = self.request.score_from
         return starts[choice.index // self.request.n] if starts else 0
@@ -380,7 +380,7 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Any) -> bytes:
         choice = self.choices[event.choice]
-        grown = self.state.grown
+        grown = self.state.grown_part
         if grown and grown.kind == "text" and self.repeats_chunks:
             return self.plain_chunk(choice, event.deltas[0])
         part = self.take(choice, event)
@@ -391,16 +391,17 @@ class OpenAIEncoder(Encoder):
             frames += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return frames
 
-    def plain_chunk(self, choice: Sent, delta: Delta) -> bytes:
+    def plain_chunk(self, choice: SentChoice, delta: Delta) -> bytes:
         """The chunk of a piece of text alone. What is the same in all of them is made once."""
         if not choice.around_text:
             mark = secrets.token_hex(16)
-            other = Sent(ChoiceState(choice.index), self.tokenizer)
+            other = SentChoice(ChoiceState(choice.index), self.tokenizer)
             chunk = self.chunk(other, self.body(other, Piece(deltas=(Delta("text", mark),))))
             choice.around_text = chunk.split(dump(mark))
         return dump(delta.text).join(choice.around_text)
 
-    def chunk(self, choice: Sent, body: dict, last: bool = False, beside: Mapping = NO_MEMBERS) -> bytes:
+    def chunk(self, choice: SentChoice, body: dict, last: bool = False,
+              beside: Mapping = NO_MEMBERS) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
         chunk: dict = {"choices": [{"index": choice.index, **body, **ending}], **beside}
         if self.parsed.include_usage:
@@ -409,7 +410,7 @@ class OpenAIEncoder(Encoder):
             chunk["timings"] = timings_body(choice.done)
         return self.framed(chunk)
 
-    def ending(self, choice: Sent) -> dict:
+    def ending(self, choice: SentChoice) -> dict:
         reason = "tool_calls" if choice.state.calls and choice.done.reason == "stop" else choice.done.reason
         return {"finish_reason": reason, "stop_reason": choice.done.stop_reason}
 
@@ -495,7 +496,7 @@ class ChatEncoder(OpenAIEncoder):
         return self.chunk(first, opening, beside=self.parsed.beside) + b"".join(
             self.chunk(choice, opening) for choice in others)
 
-    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: SentChoice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
         text = part.text
         reasoning = part.joined("reasoning")
@@ -523,13 +524,13 @@ class ChatEncoder(OpenAIEncoder):
         return {"id": "call_" + call.id, "type": "function",
                 "function": {"name": call.name, "arguments": arguments}}
 
-    def call_deltas(self, choice: Sent, part: Piece) -> list[dict]:
+    def call_deltas(self, choice: SentChoice, part: Piece) -> list[dict]:
         """The calls in a chunk: the whole call when it begins, afterwards only more arguments. Each call has
         one entry, since clients that merge chunks do not merge the entries within a chunk."""
         entries: list[dict] = []
         if all(delta.kind != "call" for delta in part.deltas):
             return entries
-        for delta, call in zip(part.deltas, self.state.touched):
+        for delta, call in zip(part.deltas, self.state.touched_parts):
             if delta.kind != "call":
                 continue
             if entries and entries[-1]["index"] == call.place:
@@ -540,21 +541,21 @@ class ChatEncoder(OpenAIEncoder):
                 entries.append({"index": call.place, **begun})
         return entries
 
-    def logprobs_body(self, choice: Sent, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: SentChoice, logprobs: Seq[TokenLogprob]) -> dict:
         return {"content": self.entries(logprobs)}
 
 
 class FunctionEncoder(ChatEncoder):
     """`/v1/chat/completions` for clients that only know `functions`: a message has at most one call."""
 
-    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: SentChoice, part: Piece, whole: bool = False) -> dict:
         body = super().body(choice, part, whole)
         message = body["message" if whole else "delta"]
         message |= {"function_call": call["function"]
                     for call in message.pop("tool_calls", ())[:1] if not call.get("index")}
         return body
 
-    def ending(self, choice: Sent) -> dict:
+    def ending(self, choice: SentChoice) -> dict:
         ending = super().ending(choice)
         if ending["finish_reason"] == "tool_calls":
             ending["finish_reason"] = "function_call"
@@ -568,10 +569,10 @@ class CompletionEncoder(OpenAIEncoder):
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def prompt(self, choice: Sent) -> str | tuple[int, ...]:
+    def prompt(self, choice: SentChoice) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
 
-    def take(self, choice: Sent, event: Piece | PromptScores | Finished) -> Piece:
+    def take(self, choice: SentChoice, event: Piece | PromptScores | Finished) -> Piece:
         part = super().take(choice, event)
         if not self.parsed.echo or choice.echo is not None:
             return part
@@ -591,11 +592,11 @@ class CompletionEncoder(OpenAIEncoder):
         text = "".join(map(decoder.push, tokens)) + decoder.finish()
         return [*parts_of(decoder, text + decoder.utf8.decode(b"", True))]
 
-    def body(self, choice: Sent, part: Piece, whole: bool = False) -> dict:
+    def body(self, choice: SentChoice, part: Piece, whole: bool = False) -> dict:
         return {"text": part.text, "logprobs": self.logprobs(choice, part),
                 **calculator_member(choice.calculations(part, whole))}
 
-    def logprobs_body(self, choice: Sent, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: SentChoice, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists. text_offset says where each token begins in the choice's text, in characters. With
         return_token_ids there is also `content`, as in chats."""
         prompt = self.prompt(choice)
@@ -685,7 +686,7 @@ class InfillEncoder(OpenAIEncoder):
         text = self.state.choices[0].text()
         yield dump(self.final(self.choices[0], text, self.parsed.token_ids))
 
-    def final(self, choice: Sent, content: str = "", with_tokens: bool = False) -> dict:
+    def final(self, choice: SentChoice, content: str = "", with_tokens: bool = False) -> dict:
         done = choice.done
         usage = self.usage()
         request = self.request

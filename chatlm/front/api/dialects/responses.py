@@ -425,7 +425,7 @@ class ResponsesEncoder(BlockEncoder):
                     self.scores(block, delta.text)
         return super().collect(event) + self.logprob_bytes - before
 
-    def kept(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
+    def kept_answer(self, status: str = "", error: ChatServerError | None = None) -> KeptAnswer:
         """The response as it is kept, which is without log-probabilities. status: of one that has not ended;
         "": it has. error: why it failed."""
         fields = {"error": response_error(error)} if error else {}
@@ -450,8 +450,8 @@ class ResponsesEncoder(BlockEncoder):
 
     def item(self, block: AnswerBlock, begins: bool = False) -> dict:
         kind, prefix, _, _ = self.ITEMS[block.kind]
-        if block.part.listed:
-            return self.item_of_list(block, block.part.listed, begins)
+        if block.part.tool_list:
+            return self.item_of_list(block, block.part.tool_list, begins)
         tool = block.part.tool
         if tool and tool.item:
             return self.item_of_own(block, tool.item, begins)
@@ -533,7 +533,7 @@ class ResponsesEncoder(BlockEncoder):
         if block.kind == "text":
             more = {"annotations": self.cited_in(block, text),
                     "logprobs": self.place_of_logprobs(block),
-                    **calculator_member([] if begins else self.placed(block, block.calculations))}
+                    **calculator_member([] if begins else self.placed_calls(block, block.calculations))}
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: AnswerBlock) -> dict:
@@ -545,9 +545,10 @@ class ResponsesEncoder(BlockEncoder):
                           item=self.item(block, begins))
 
     def open_block(self, block: AnswerBlock) -> bytes:
-        return b"" if block.kind == "approval" else self.begun(block)  # that comes whole: `close_block`
+        # an approval comes whole: `close_block`
+        return b"" if block.kind == "approval" else self.opening_events(block)
 
-    def begun(self, block: AnswerBlock) -> bytes:
+    def opening_events(self, block: AnswerBlock) -> bytes:
         item = self.item_event("added", block, begins=True)
         if self.shown_kind(block) == "mcp":
             return item + self.event("response.mcp_call.in_progress", **self.place(block))
@@ -605,10 +606,10 @@ class ResponsesEncoder(BlockEncoder):
             return self.item_event("added", block) + self.item_event("done", block)
         if kind == "search":
             return self.item_event("done", block)
-        begun = self.begun(block) if block.kind == "approval" else b""
-        return begun + self.ended(block, kind)
+        opening = self.opening_events(block) if block.kind == "approval" else b""
+        return opening + self.closing_events(block, kind)
 
-    def ended(self, block: AnswerBlock, kind: str) -> bytes:
+    def closing_events(self, block: AnswerBlock, kind: str) -> bytes:
         event = self.ITEMS[kind][3] + ".done"
         place = self.place(block)
         text = block.text
@@ -635,7 +636,7 @@ class ResponsesEncoder(BlockEncoder):
         return self.event(f"response.mcp_call.{moment}", **self.place(block)) + self.item_event("done", block)
 
     def list_tools(self, block: AnswerBlock) -> bytes:
-        end = "failed" if block.part.listed and block.part.listed.error else "completed"
+        end = "failed" if block.part.tool_list and block.part.tool_list.error else "completed"
         frames = self.item_event("added", block, begins=True)
         for moment in ("in_progress", end):
             frames += self.event(f"response.mcp_list_tools.{moment}", **self.place(block))
@@ -673,6 +674,6 @@ CONTINUING = Continuing(chained, follow_references)
 DIALECT = Dialect({
     "/v1/responses": Form(
         RESPONSES_FIELDS, read_response, ResponsesEncoder, idle=idle_include, servers=servers_of_response,
-        continuing=CONTINUING, alone=alone, keep=ResponsesEncoder.kept),
+        continuing=CONTINUING, alone=alone, keep=ResponsesEncoder.kept_answer),
     "/v1/responses/input_tokens": TextForm(
         COUNTED_FIELDS, count_input, servers=servers_of_response, continuing=CONTINUING)})
