@@ -187,7 +187,8 @@ from chatlm.common.processes.start import end_worker_ahead
 from chatlm.common.processes.torchrun import RankStore, serve_rank
 from chatlm.common.standard_streams import lack_of_space, never_fail, repair_streams
 from chatlm.front.aio import run_loop
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes import ANNEXES
 from chatlm.front.held import measured_loop
 from chatlm.front.pool.local_devices import check_nice, niceness
 

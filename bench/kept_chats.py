@@ -32,8 +32,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from chatlm.common.hub.default_model import fetch_default_model
-from chatlm.front.chats.changes import Changing
-from chatlm.front.chats.records import change_of
+from chatlm.front.annexes.chats.changes import Changing
+from chatlm.front.annexes.chats.records import change_of
 from chatlm.front.server.access import space_of
 from servers import free_port, our_server
 

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests/support")]
 
 import knowledge_held_out
-from chatlm.front.knowledge.prompting import PASSAGES, QUESTION
+from chatlm.front.annexes.knowledge.prompting import PASSAGES, QUESTION
 from knowledge_quality import MINILM, store_of
 from real_models import REAL_MODELS, real_model
 from servers import our_server

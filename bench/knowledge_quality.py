@@ -40,13 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import knowledge_held_out
 import knowledge_set
-from chatlm.common.messages.vectors import Scan
-from chatlm.front.knowledge import words
-from chatlm.front.knowledge.asking import Asker
-from chatlm.front.knowledge.scan import VectorScanner
-from chatlm.front.knowledge.search import Search, Terms, join
-from chatlm.worker.vectors.process import scanned
-from chatlm.worker.vectors.windows import Windows
+from chatlm.front.annexes.knowledge import words
+from chatlm.front.annexes.knowledge.asking import Asker
+from chatlm.front.annexes.knowledge.scan import VectorScanner
+from chatlm.front.annexes.knowledge.search import Search, Terms, join
+from chatlm.front.annexes.knowledge.vectors.messages import Scan
+from chatlm.front.annexes.knowledge.vectors.process import scanned
+from chatlm.front.annexes.knowledge.vectors.windows import Windows
 from servers import our_server
 
 AT = 1, 3, 10

@@ -44,11 +44,11 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import knowledge_held_out
-from chatlm.common.messages.vectors import Scan
-from chatlm.front.knowledge.asking import Asker
-from chatlm.front.knowledge.scan import VectorScanner
-from chatlm.front.knowledge.search import Search
-from chatlm.front.knowledge.tables import words_table
+from chatlm.front.annexes.knowledge.asking import Asker
+from chatlm.front.annexes.knowledge.scan import ROLE, VectorScanner
+from chatlm.front.annexes.knowledge.search import Search
+from chatlm.front.annexes.knowledge.tables import words_table
+from chatlm.front.annexes.knowledge.vectors.messages import Scan
 from knowledge_quality import MINILM, form
 from servers import our_server
 
@@ -209,7 +209,7 @@ def memory(server):
     for process in server.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
             command = process.cmdline()
-            kind = "front" if process.pid == server.process.pid else "vectors" if "vectors" in command else "workers"
+            kind = "front" if process.pid == server.process.pid else "vectors" if ROLE in command else "workers"
             found[kind] += process.memory_info().rss >> 20
     return found
 

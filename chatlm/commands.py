@@ -11,7 +11,7 @@ from chatlm.common.commands import Application, Command
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.annexes import Annex
+    from chatlm.front.annex import Annex
 
 Running = Coroutine[Any, Any, int]
 

@@ -1,6 +1,6 @@
 // The fields that the records of chats have, and what their values are. A record may come from a file, from another device or from an older page, so
 // each that is read is checked here (`sound`). What does not fit is left out: everything else may then rely on it. The server has the same
-// table (chatlm/front/chats/records.py); a test compares the two.
+// table (chatlm/front/annexes/chats/records.py); a test compares the two.
 "use strict";
 
 const Fields = (() => {

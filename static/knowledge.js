@@ -61,7 +61,7 @@ function wanted(chat) {
   return asked.length ? {knowledge: {stores: asked.map(({id}) => id), return_text: true, ...chat.search}} : {};
 }
 
-// Messages with what an answer was given to read, where the server put it (chatlm/front/knowledge/prompting.py): whole documents after what the system
+// Messages with what an answer was given to read, where the server put it (chatlm/front/annexes/knowledge/prompting.py): whole documents after what the system
 // says, passages before the last question. A test compares the two.
 function given(messages, {mode, text} = {}) {
   if (!text) return messages;

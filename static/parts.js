@@ -35,7 +35,7 @@ function fillStrings(names) {
   for (const node of named("hint")) node.placeholder = TEXT[node.dataset.hint];
 }
 
-// A text as searches compare it, with as many characters as its form NFC has: the server folds alike (chatlm/front/chats/records.py).
+// A text as searches compare it, with as many characters as its form NFC has: the server folds alike (chatlm/front/annexes/chats/records.py).
 const folded = text => text.normalize("NFC").replaceAll("İ", "i").toLowerCase().replaceAll("ς", "σ");
 
 // registration ----------------------------------------------------------------------------------------------------------

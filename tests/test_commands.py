@@ -12,7 +12,8 @@ import toy_command
 from chatlm.commands import COMMANDS, program_of
 from chatlm.common.commands import Command, chosen_command
 from chatlm.common.config import FLAGS
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes import ANNEXES
 from real_server import SCRIPT
 from toy_annex import TOY
 from toy_command import COUNT, COUNTING

@@ -16,11 +16,11 @@ from real_server import post, server
 # Of the front and the sandboxes, after answers by three APIs
 ABSENT = """
     chatlm.bundling chatlm.common.processes.ray chatlm.export chatlm.front.pool.downloads
-    chatlm.front.server.approvals chatlm.front.server.line_queue chatlm.front.server.batches
-    chatlm.front.server.compare chatlm.front.server.conversation_log
-    chatlm.front.server.conversations chatlm.front.server.downloading chatlm.front.server.exporting
-    chatlm.front.server.file_routes chatlm.front.server.metric_families chatlm.front.server.rounds
-    chatlm.front.server.runs chatlm.front.server.tooling chatlm.front.server.usage chatlm.terminal
+    chatlm.front.annexes.tools.approvals chatlm.front.annexes.batches.line_queue chatlm.front.annexes.batches.routes
+    chatlm.front.annexes.compare.routes chatlm.front.annexes.conversation_log.watcher
+    chatlm.front.annexes.kept.routes chatlm.front.annexes.downloads.routes chatlm.front.annexes.exports.routes
+    chatlm.front.annexes.batches.file_routes chatlm.front.annexes.metrics.routes chatlm.front.annexes.tools.rounds
+    chatlm.front.annexes.runs.routes chatlm.front.annexes.tools.routes chatlm.front.annexes.usage.routes chatlm.terminal
     prometheus_client sqlite3
 """.split()
 # Of the worker, after these answers
@@ -121,8 +121,8 @@ def test_the_first_request_opens_its_room_alone(nanochat_fixtures, spied, tmp_pa
         with pytest.raises(urllib.error.HTTPError, match="404"):       # it runs without --database
             urllib.request.urlopen(url + "/v1/batches", timeout=60)
         modules = modules_of(process, tmp_path)
-    assert "chatlm.front.server.batches" in modules
-    assert not {"chatlm.front.server.runs", "chatlm.front.server.tooling"} & modules
+    assert "chatlm.front.annexes.batches.routes" in modules
+    assert not {"chatlm.front.annexes.runs.routes", "chatlm.front.annexes.tools.routes"} & modules
 
 
 def test_what_opens_late_is_imported_off_the_event_loop(default_model_path, spied, tmp_path):

@@ -25,12 +25,11 @@ from chatlm.export.push import parse_push_words
 from chatlm.front.api.dialects.openai import OPENAI_FIELDS
 from chatlm.front.api.dialects.retrieval import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
-from chatlm.front.api.kept_fields import STORE_FIELDS
-from chatlm.front.api.knowledge_fields import KNOWLEDGE_FIELDS
 from chatlm.front.api.tables import SAMPLED
 from chatlm.front.front import ROUTES
 from chatlm.terminal.store import parse_store_words
 from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION
+from annex_bodies import KNOWLEDGE_FIELDS, STORE_FIELDS
 from command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent

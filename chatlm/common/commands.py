@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.front.annexes import Annex
+    from chatlm.front.annex import Annex
 
 
 class Application(NamedTuple):

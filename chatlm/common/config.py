@@ -67,6 +67,7 @@ class Limits:
     embeddings: int = 2048            # inputs of a request
     embedded_tokens: int = 300_000    # of all inputs together
     ranked_characters: int = 1 << 22  # of the query, times the number of documents
+    passages: int = 50                # that a search of a vector store returns
 
     # grammars and tools
     strict_functions: int = 128        # of a body: each takes 0.2 ms of the event loop to become a grammar

@@ -1,4 +1,4 @@
-"""The core of the front: what every answer needs. All else is an annex (chatlm/front/annexes.py)."""
+"""The core of the front: what every answer needs. All else is an annex (chatlm/front/annexes/)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from aiohttp import web
 from chatlm.common.errors import RequestError, bad_value
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.program import imported_later, page_files
-from chatlm.front.annexes import ANNEXES, Annex, additions_of, with_parts
+from chatlm.front.annex import Annex, additions_of, with_parts
+from chatlm.front.annexes import ANNEXES
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.dialect import TextForm
 from chatlm.front.api.encode import usage_body
@@ -93,8 +94,14 @@ class Front:
         self.metrics = Metrics(catalogue, self.ledger, intake.budget)
         self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
+        self.cleaners: list[Callable[[], None]] = []  # called by `removed`
         for annex in self.wanted:
             self.room(annex)
+
+    def removed(self):
+        """Something was deleted from the store. Its content is removed later, in slices."""
+        for clean in self.cleaners:
+            clean()
 
     # annexes
 

@@ -15,7 +15,8 @@ from chatlm.common.log import ProgressDisplay, log, tell
 from chatlm.common.memory import give_memory_back
 from chatlm.common.program import other_program, program_root
 from chatlm.front.aio import first_of, stop_signals, supervised
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes import ANNEXES
 from chatlm.front.evals.checkpoint_evaluator import CheckpointEvaluator
 from chatlm.front.front import create_app, routes_with
 from chatlm.front.held import MeasuredThreads

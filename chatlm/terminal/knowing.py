@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import aiohttp
 
+from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
-from chatlm.front.api.knowledge_fields import MOST_RESULTS
-from chatlm.front.knowledge.folder_files import Found, Gone, look, read
+from chatlm.common.folder_files import Found, Gone, look, read
 from chatlm.terminal.remote import RemotePool
 from chatlm.terminal.remote_streams import object_in, refusal, strict_object, whole_body
 
@@ -68,9 +68,9 @@ class Knowing:
         if value == "off":
             self.search = {}
         elif value:
-            if not most.isdecimal() or not 1 <= int(most) <= MOST_RESULTS or least and not is_share(least):
-                raise ValueError(f"/passages N, from 1 to {MOST_RESULTS}; /passages N LEAST, a score from 0 "
-                                 "to 1; /passages off")
+            if not most.isdecimal() or not 1 <= int(most) <= LIMITS.passages or least and not is_share(least):
+                raise ValueError(f"/passages N, from 1 to {LIMITS.passages}; /passages N LEAST, a score from "
+                                 "0 to 1; /passages off")
             self.search = {"max_num_results": int(most)}
             if least:
                 self.search["score_threshold"] = float(least)

@@ -18,13 +18,13 @@ from chatlm.common.jsontext import as_json, dump
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
+from chatlm.front.comparison import Comparison, compared_models_of, with_ids
 from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.intake.opened_body import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, loaded_tokenizer
+from chatlm.front.intake.opened_body import Caller
 from chatlm.front.pool.many import many_models
-from chatlm.front.server.compare import Comparison, compared_models_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text

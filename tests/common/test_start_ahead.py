@@ -14,7 +14,7 @@ import pytest
 import chat_server
 from chatlm.commands import WITHOUT_WORKER_AHEAD
 from chatlm.common.processes import start
-from chatlm.front.annexes import Annex
+from chatlm.front.annex import Annex
 import forked
 from toy_command import COUNT, COUNTING
 

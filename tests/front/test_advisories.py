@@ -33,7 +33,7 @@ from attacked import CHAT, COMPLETIONS, HI, MESSAGES, RESPONSES, Attacked, Trap,
 from attacks import (
     BOUNDED, ENDLESS, EVIL, NAMES, NO_SUCH_ID, PICTURES, REFUSED, Planted, parts_of, payloads, png)
 from chatlm.common.processes.connect import Listener, dial, listen
-from chatlm.front.annexes import CHAT_ROUTES
+from chatlm.front.annexes.chats.row import CHAT_ROUTES
 from chatlm.front.front import ROUTES
 from chatlm.worker.engine.kvcache import Content, PagePool
 from fake_hub import fake_hub

@@ -9,7 +9,8 @@ import pytest
 
 from annex_place import Place
 from chatlm.common import program
-from chatlm.front.annexes import RUNS, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes.runs.row import RUNS
 from chatlm.front.api.errors import OLLAMA
 from chatlm.front.server.responses import json_response
 from chatlm.front.server.routes import Route

@@ -17,7 +17,9 @@ import toy_annex
 from annex_place import Place
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
-from chatlm.front.annexes import ANNEXES, BATCHES, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.annexes.batches.row import BATCHES
 from chatlm.front.api.additions import AddedField
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import Field

@@ -5,7 +5,7 @@ import pytest
 from browsing import answers, ask, button, command, expect, expect_answered, fake_front, inside, needs_browser, open_page, reload, settled
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.questions import before_question
-from chatlm.front.knowledge.prompting import with_documents
+from chatlm.front.annexes.knowledge.prompting import with_documents
 
 pytestmark = needs_browser
 PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}

@@ -8,7 +8,7 @@ import pytest
 
 from browsing import answers, button, chats, expect, fake_front, message_box, needs_browser, open_page, questions, said, visitor
 from chatlm.common.errors import RequestError
-from chatlm.front.chats import records
+from chatlm.front.annexes.chats import records
 
 pytestmark = needs_browser
 

@@ -14,8 +14,8 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.requests import Accepted, Embedder, Embedding, ModelFacts
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.serve import database_of
 from chatlm.front.documents.extract import extract_text
+from chatlm.front.serve import database_of
 from fake_pool import FakePool, finished
 from left_texts import Asking
 
@@ -115,7 +115,7 @@ class Stores(Asking):
 
 
 def is_left(connection):
-    from chatlm.front.knowledge import stores
+    from chatlm.front.annexes.knowledge import stores
 
     return stores.purge_next(connection, ()) is not None
 

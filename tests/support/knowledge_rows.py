@@ -5,7 +5,7 @@ import sqlite3
 from array import array
 from contextlib import closing
 
-from chatlm.front.knowledge.tables import KNOWLEDGE, make_words, words_table
+from chatlm.front.annexes.knowledge.tables import KNOWLEDGE, make_words, words_table
 from chatlm.front.store.schema import STEPS
 
 ADD_WINDOW = ("INSERT INTO knowledge_windows (store, file, passage, embedder, vector, scale) "

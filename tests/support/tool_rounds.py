@@ -12,8 +12,8 @@ import aiohttp
 import fake_tools
 from chatlm.common.config import Settings
 from chatlm.common.messages.tool_rounds import ApprovalMark
+from chatlm.front.annexes.tools.approvals import key_of
 from chatlm.front.api.approval_ids import approval_id
-from chatlm.front.server.approvals import key_of
 from chatlm.front.store.store import open_store
 from fake_pool import serving
 from scripted_pool import ScriptedPool

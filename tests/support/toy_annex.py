@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import chat_server
 from chatlm.common.commands import Command
-from chatlm.common.messages.requests import Message, PartSays
 from chatlm.common.errors import ConfigError, RequestError
-from chatlm.front.annexes import ANNEXES, Annex, with_database
+from chatlm.common.messages.requests import Message, PartSays
+from chatlm.front.annex import Annex, with_database
+from chatlm.front.annexes import ANNEXES
 from chatlm.front.api.additions import AddedField, ServerTool
 from chatlm.front.api.errors import OPENAI
 from chatlm.front.api.field_types import INTEGER, TEXT

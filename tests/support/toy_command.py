@@ -4,7 +4,8 @@ import sys
 
 import chat_server
 from chatlm.common.commands import Command
-from chatlm.front.annexes import ANNEXES, Annex
+from chatlm.front.annex import Annex
+from chatlm.front.annexes import ANNEXES
 
 
 async def count(settings, program):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 # The module and function that each of our other processes runs; by name, so that no house imports another.
+# The process of an annex has the role MODULE:FUNCTION
 ROLES = {
     "worker": "chatlm.worker.entry:worker_role",
     "rank": "chatlm.worker.entry:rank_role",
@@ -39,16 +40,15 @@ ROLES = {
     "check": "chatlm.worker.kernels.check:check_main",
     "quantize": "chatlm.worker.entry:quantize_role",
     "imatrix": "chatlm.worker.entry:imatrix_role",
-    "vectors": "chatlm.worker.vectors.process:vectors_main",
     "guard": "chatlm.front.tools.guard:guard_main",
 }
 
 
 def run_role(role: str, *arguments: str) -> int:
-    """Run one of ROLES in this process; returns its exit status."""
+    """Run one of ROLES, or MODULE:FUNCTION, in this process; returns its exit status."""
     if program_root().is_file():  # a bundle
         use_found_libraries()
-    run = importer(ROLES[role])()
+    run = importer(ROLES.get(role, role))()
     gc.freeze()  # later collections leave out what was imported, until `give_memory_back` looks at it once
     return run(arguments)
 

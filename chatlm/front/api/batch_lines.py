@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown
 from chatlm.common.jsontext import as_json, is_text
 from chatlm.common.messages.requests import Picture
-from chatlm.front.api.kept_fields import ENDPOINTS
 from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.api.reading import read_answer
+from chatlm.front.api.spoken import paths_of_batches
 from chatlm.front.api.spoken import answer_form
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class BatchLine(NamedTuple):
 
     number: int     # from 1
     custom_id: str
-    url: str        # one of ENDPOINTS
+    url: str        # one of `paths_of_batches`
     body: dict
     id: str         # of its answer: 32 digits that follow from the line
 
@@ -102,8 +102,8 @@ def read_line(number: int, text: bytes) -> BatchLine:
         raise refuse("custom_id must be a text of at most 512 characters")
     if fields.get("method", "POST") != "POST":
         raise refuse(f"method must be POST, not {shown(fields['method'])}")
-    if url not in ENDPOINTS:
-        raise refuse(f"url must be one of {', '.join(ENDPOINTS)}, not {shown(url)}")
+    if url not in paths_of_batches():
+        raise refuse(f"url must be one of {', '.join(paths_of_batches())}, not {shown(url)}")
     if not isinstance(body, dict):
         raise refuse("body must be an object")
     if body.get("stream"):

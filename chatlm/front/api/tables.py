@@ -7,11 +7,11 @@ import math
 from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import SAMPLING_NAMES
 from chatlm.front.api import idle
-from chatlm.front.api.fields import (
-    A_TEXT, SOME_OBJECTS, Field, FieldType, as_list, list_schema)
 from chatlm.front.api.field_types import (
     CAP, EFFORT, FOUR_STOPS, INTEGER, LOGIT_BIAS, NUMBER, OBJECT, OPENAI_MESSAGES, PRIORITY, SEED, STOP,
     STOP_TOKENS, SWITCH, TEXT, TOKENS, TOP_K, TOP_LEVEL_THINKING)
+from chatlm.front.api.fields import (
+    A_TEXT, SOME_OBJECTS, Field, FieldType, as_list, list_schema)
 
 
 SOME_TOOLS = Field(
@@ -132,25 +132,6 @@ TOKEN_CAPS = (
     Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
 )
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
-HUB_NAME = Field("model", TEXT, "a short name, owner/name, or owner/name:FILE", required=True)
-EITHER_NAME = (Field("model", TEXT, "a short name, owner/name, or owner/name:FILE"),
-               Field("name", TEXT, "the same, for older clients"))
-HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # route -> the fields of its body, of routes of annexes
-    "/models/download": (HUB_NAME, Field("stream", SWITCH, "server-sent events until the download has ended; "
-                                         "otherwise the state after it was begun")),
-    "/models/cancel": (HUB_NAME,), "/models/delete": (HUB_NAME,),
-    "/models/export": (Field("model", TEXT, "a served model", required=True),
-                       Field("name", TEXT, "of the new folder in that of --export-folder", required=True)),
-    "/v1/tools/call": (
-        Field("name", TEXT, "of a tool, as in GET /v1/tools", required=True),
-        Field("arguments", OBJECT, "an object, as the tool's parameters say", required=True),
-        Field("digest", TEXT, "of the tool, as it was when a person approved of it: with another one, 409"),
-        Field("stream", SWITCH, "server-sent events: the progress, and at the end the result")),
-    "/api/pull": (*EITHER_NAME, Field("stream", SWITCH, "one JSON object per line (the default); false: one "
-                                      "object, once it has ended"),
-                  Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub")),
-    "/api/delete": EITHER_NAME,
-}
 
 
 def meanings(fills: str) -> tuple[str, ...]:

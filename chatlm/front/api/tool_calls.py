@@ -10,12 +10,16 @@ from typing import Any
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import strict_json
 from chatlm.common.messages.protocol import SandboxResult
-from chatlm.front.api.fields import header_words, json_object, parse_fields
+from chatlm.front.api.field_types import OBJECT, SWITCH, TEXT
+from chatlm.front.api.fields import Field, header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
-from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.tools.transport import CallArguments
 
-CALL_FIELDS = HUB_FIELDS["/v1/tools/call"]
+CALL_FIELDS = (
+    Field("name", TEXT, "of a tool, as in GET /v1/tools", required=True),
+    Field("arguments", OBJECT, "an object, as the tool's parameters say", required=True),
+    Field("digest", TEXT, "of the tool, as it was when a person approved of it: with another one, 409"),
+    Field("stream", SWITCH, "server-sent events: the progress, and at the end the result"))
 
 
 def read_call(raw: bytes | bytearray) -> tuple[dict[str, Any], str]:

@@ -1,7 +1,7 @@
 """The ledger: what each API key used of each model on each day.
 
 What keys may use is in `chatlm/front/server/budgets.py`, which only servers with budgets load. Entries are
-written by `chatlm/front/server/usage_writer.py` and shown by `chatlm/front/server/usage.py`."""
+written by `chatlm/front/server/usage_writer.py` and shown by `chatlm/front/annexes/usage/routes.py`."""
 
 from __future__ import annotations
 

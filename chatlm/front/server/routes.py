@@ -8,9 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, TYPE_CHECKING, TypeVar
 
-from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.spoken import fields_of
-from chatlm.front.api.tables import HUB_FIELDS
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -43,6 +41,7 @@ class Route(Generic[T]):
     handler: Handler[T]
     doc: str
     query: tuple[Field, ...] = ()   # parameters after the question mark
+    body: tuple[Field, ...] = ()    # of a path of no dialect, whose form has them
     returns: Mapping = field(default_factory=dict)  # the schema of the response's body, if described
     open: bool = False              # needs no API key
     operator_act: str = ""          # what only an operator may do here: "load and unload models"; "": anyone
@@ -65,12 +64,10 @@ class Route(Generic[T]):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The fields of the body. Those of a dialect are imported now, if they are not here."""
+        """All fields of the body."""
         if self.method == "GET":  # a list has the path of what makes its rows
             return ()
-        kept = STORE_FIELDS if self.method == "POST" else {}
-        own = fields_of(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
-        return (*own, *self.added(self.pattern))
+        return (*(self.body or fields_of(self.pattern)), *self.added(self.pattern))
 
 
 class RouteTable:

@@ -31,14 +31,13 @@ from chatlm.common.text.history import with_generic_tools
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.text.reader import answer_reader
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.kept_fields import STORE_FIELDS
-from chatlm.front.api.tables import HUB_FIELDS
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.api.reading import read_answer
 from chatlm.front.front import ROUTES, Front
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
+from annex_bodies import HUB_FIELDS, STORE_FIELDS
 from answers import collected, encoded, said, thought
 from fake_pool import FakePool, Letters, finished, serving
 from openai_routes import TEMPLATE_SYSTEM

@@ -21,7 +21,7 @@ from chatlm.common.messages.requests import (
 )
 from chatlm.front.api.batch_lines import lasting_body, read_line
 from chatlm.front.api.spoken import answer_encoder
-from chatlm.front.api.kept_fields import ENDPOINTS
+from chatlm.front.api.spoken import paths_of_batches
 from fake_pool import Letters
 
 SAID = [{"role": "user", "content": "Hi"}]
@@ -116,7 +116,7 @@ def result(line, seed):
     return line.result(200, lasting_body(json.loads(b"".join(encoder.completion())), 1_700_000_000))
 
 
-@pytest.mark.parametrize("url", ENDPOINTS)
+@pytest.mark.parametrize("url", paths_of_batches())
 def test_a_line_that_is_answered_again_has_the_same_result(url):
     for number, body in enumerate(BODIES[url], 1):
         line = read_line(

@@ -7,10 +7,9 @@ import pytest
 from chatlm.common.errors import RequestError
 from chatlm.front.api.dialects.ollama import OLLAMA_OPTIONS
 from chatlm.front.api.dialects.own import DRAWING_FIELDS, read_variants
-from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.reading import read_answer
-from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.front import ROUTES
+from annex_bodies import HUB_FIELDS, STORE_FIELDS
 from fake_pool import FakePool, serving
 from sent_bodies import BASE, FLAT_TOOL, FORM, HI, KNOWN, OPTIONS, SCHEMA, TOOL, VALUES, parsed, sent
 from spoken_paths import BODY_FIELDS

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from chatlm.common.config import ApiKey
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.chats import pictures
+from chatlm.front.annexes.chats import pictures
 from chatlm.front.store import quota
 from left_texts import asked_over
 

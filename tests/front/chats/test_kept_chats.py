@@ -8,7 +8,7 @@ import pytest
 from chat_devices import OTHER, PROJECT, SPACE, Device, an_id, chat, devices, node, started
 from chatlm.common.config import ApiKey, LIMITS
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.chats import changes, records
+from chatlm.front.annexes.chats import changes, records
 
 
 async def test_a_chat_is_on_every_device(tmp_path):
@@ -228,7 +228,7 @@ async def test_chats_are_found_by_all_their_words(tmp_path):
 
 
 async def test_a_search_goes_on_after_a_page(tmp_path, monkeypatch):
-    monkeypatch.setattr("chatlm.front.chats.search.MOST_FOUND", 2)
+    monkeypatch.setattr("chatlm.front.annexes.chats.search.MOST_FOUND", 2)
     async with started(tmp_path / "store.db") as ask:
         await Device(ask, SPACE).send(*(chat(number, f"Word {number}", updated=number + 1) for number in range(5)))
         titles, after = [], ""

@@ -10,8 +10,8 @@ import pytest
 
 from chat_devices import SPACE, Device, an_id, chat, devices, node, started
 from chatlm.common.config import ApiKey
-from chatlm.front.chats import changes, exporting, listing, records, search
-from chatlm.front.chats import routes as chat_routes
+from chatlm.front.annexes.chats import changes, exporting, listing, records, search
+from chatlm.front.annexes.chats import routes as chat_routes
 from chatlm.front.server.access import space_of
 from chatlm.front.store import readers
 from chatlm.front.store.store import Store
@@ -322,7 +322,7 @@ async def test_chats_of_earlier_versions_are_taken_over(tmp_path):
     """What an owner sees, what is found, shown and counted is as before, and devices need not begin anew."""
     from chatlm.common.jsontext import as_json
     from chatlm.front.annexes import ANNEXES
-    from chatlm.front.chats.tables import STEPS
+    from chatlm.front.annexes.chats.tables import STEPS
     tables = {annex.name: annex.tables() for annex in ANNEXES if annex.tables}
     old = Store(tmp_path / "store.db", {**tables, "chats": STEPS[:4]})
     old.open()

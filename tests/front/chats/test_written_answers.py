@@ -14,11 +14,12 @@ from answers import said, thought
 from chatlm.common.config import ApiKey, LIMITS, Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.requests import Delta
-from chatlm.front.annexes import ANNEXES, additions_of
+from chatlm.front.annex import additions_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.annexes.chats import growing, writing
+from chatlm.front.annexes.chats.records import checked_patch
 from chatlm.front.api.additions import Additions
 from chatlm.front.api.encode import Encoder
-from chatlm.front.chats import growing, writing
-from chatlm.front.chats.records import checked_patch
 from chatlm.front.serve import database_of
 from chatlm.front.server import recordings
 from chatlm.front.store import quota

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from chatlm.front.knowledge import stores
-from chatlm.front.knowledge.tables import words_table
+from chatlm.front.annexes.knowledge import stores
+from chatlm.front.annexes.knowledge.tables import words_table
 from embedding_pool import knowing
 
 ONE, OTHER = "A" * 22, "b-_9" * 16

@@ -12,10 +12,11 @@ import knowledge_rows as rows
 from annex_place import Place
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
-from chatlm.front.annexes import ANNEXES, additions_of
-from chatlm.front.serve import database_of
+from chatlm.front.annex import additions_of
+from chatlm.front.annexes import ANNEXES
+from chatlm.front.annexes.knowledge.file_search import NOTHING, NOTHING_ELSE, NO_ROOM
 from chatlm.front.api.additions import Additions, Asked
-from chatlm.front.knowledge.file_search import NOTHING, NOTHING_ELSE, NO_ROOM
+from chatlm.front.serve import database_of
 from chatlm.front.tools.rules import NOT_SHOWN, TOO_MANY
 from scripted_pool import ScriptedPool
 from tool_rounds import calls

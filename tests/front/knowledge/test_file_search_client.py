@@ -4,6 +4,7 @@ all-MiniLM-L6-v2. That model never learned to call functions: it is searched fir
 import openai
 import pytest
 
+from chatlm.front.annexes.knowledge.scan import ROLE
 from real_server import children_of_role, server
 from shared_servers import KEYS
 
@@ -154,7 +155,7 @@ def test_a_killed_worker_changes_nothing(knowing_server, client, zoo):
 def test_a_killed_search_process_is_started_anew(knowing_server, client, zoo):
     store, _ = zoo
     before = ask(client, store).output[0].results
-    vectors = children_of_role(knowing_server.process, "vectors")
+    vectors = children_of_role(knowing_server.process, ROLE)
     assert vectors
     for each in vectors:
         each.kill()

@@ -13,7 +13,7 @@ import pytest
 
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import ConfigError
-from chatlm.front.knowledge import following
+from chatlm.front.annexes.knowledge import following
 from command_line import parse_command_line
 from embedding_pool import knowing
 
@@ -110,7 +110,7 @@ async def test_what_is_not_read_says_why(tmp_path, monkeypatch):
     with open(os.fsencode(docs) + b"/\xff.txt", "w") as file:
         file.write("x")
     (docs / "good.txt").write_text("This one is read.")
-    monkeypatch.setattr("chatlm.front.knowledge.folder_files.LIMITS", replace(LIMITS, document_bytes=2000))
+    monkeypatch.setattr("chatlm.common.folder_files.LIMITS", replace(LIMITS, document_bytes=2000))
     async with knowing(tmp_path / "k.db", settings=settings) as ask:
         _, files = await files_of(ask)
         assert [name for name, file in files.items() if file["status"] == "completed"] == ["good.txt"]

@@ -13,10 +13,10 @@ import pytest
 from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.serve import database_of
+from chatlm.front.annexes.knowledge import ingest, stores
+from chatlm.front.annexes.knowledge.tables import words_table
 from chatlm.front.documents import texts
-from chatlm.front.knowledge import ingest, stores
-from chatlm.front.knowledge.tables import words_table
+from chatlm.front.serve import database_of
 from documents import docx, encodings, pdf
 from embedding_pool import EmbeddingPool, knowing, vector_of
 from fake_pool import FakePool
@@ -529,7 +529,7 @@ async def test_without_fts5_there_are_vectors_alone(tmp_path, monkeypatch):
 
 
 async def test_content_comes_in_pages(tmp_path, monkeypatch):
-    monkeypatch.setattr("chatlm.front.knowledge.routes.PAGE_BYTES", 1000)
+    monkeypatch.setattr("chatlm.front.annexes.knowledge.routes.PAGE_BYTES", 1000)
     async with knowing(tmp_path / "k.db") as ask:
         store, [file] = await ask.store(ONE, LONG)
         texts, page, path = [], "0", f"{STORES}/{store}/files/{file}/content"

@@ -7,8 +7,9 @@ import urllib.request
 import openai
 import pytest
 
-from chatlm.front.knowledge.prompting import read_in_time
-from chatlm.front.knowledge.search import Hit, worth_reading
+from chatlm.front.annexes.knowledge.prompting import read_in_time
+from chatlm.front.annexes.knowledge.scan import ROLE
+from chatlm.front.annexes.knowledge.search import Hit, worth_reading
 from real_server import children_of_role, server
 from shared_servers import KEYS
 
@@ -207,7 +208,7 @@ def test_an_empty_store_gives_nothing_to_read(client):
 
 def test_a_killed_search_process_is_started_anew(knowing_server, client, book):
     before = ask(client, [book[0]], "To which island did 17 ships sail?").knowledge
-    vectors = children_of_role(knowing_server.process, "vectors")
+    vectors = children_of_role(knowing_server.process, ROLE)
     assert vectors
     for each in vectors:
         each.kill()

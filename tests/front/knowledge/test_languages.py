@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chatlm.front.knowledge.languages import is_mostly_foreign, unread_language
+from chatlm.front.annexes.knowledge.languages import is_mostly_foreign, unread_language
 from embedding_pool import knowing
 
 PAIRS = json.loads((Path(__file__).resolve().parents[3] / "bench" / "ten_languages.json").read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ import pytest
 
 import knowledge_rows as rows
 from chatlm.common.errors import Overloaded
-from chatlm.common.messages.vectors import Scan
-from chatlm.front.knowledge.scan import VectorScanner
+from chatlm.front.annexes.knowledge.scan import VectorScanner
+from chatlm.front.annexes.knowledge.vectors.messages import Scan
 
 
 def asked(vector, **more):

@@ -3,7 +3,7 @@
 import pytest
 
 from chatlm.common.errors import RequestError
-from chatlm.front.knowledge.filters import DEEPEST_FILTER, MOST_COMPARISONS, read_filter
+from chatlm.front.annexes.knowledge.filters import DEEPEST_FILTER, MOST_COMPARISONS, read_filter
 
 
 def compare(kind, value, key="year"):

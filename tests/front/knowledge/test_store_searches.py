@@ -9,11 +9,11 @@ import pytest
 
 import knowledge_rows as rows
 from chatlm.common.errors import Overloaded, RequestError
-from chatlm.front.knowledge import search as searching, words
-from chatlm.front.knowledge.asking import Asker
-from chatlm.front.knowledge.filters import read_filter
-from chatlm.front.knowledge.scan import VectorScanner
-from chatlm.front.knowledge.search import Search, Terms
+from chatlm.front.annexes.knowledge import search as searching, words
+from chatlm.front.annexes.knowledge.asking import Asker
+from chatlm.front.annexes.knowledge.filters import read_filter
+from chatlm.front.annexes.knowledge.scan import VectorScanner
+from chatlm.front.annexes.knowledge.search import Search, Terms
 from patching import patch
 
 ME = Asker("me", "")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chatlm.front.api.kept_fields import STORE_FIELDS
+from annex_bodies import STORE_FIELDS
 from embedding_pool import knowing
 from sent_bodies import STRANGE, lacking, members_of, nulled, replaced
 

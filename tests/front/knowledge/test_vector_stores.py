@@ -414,7 +414,7 @@ async def test_cancelling_a_batch_that_is_over_changes_nothing(tmp_path):
 
 async def test_an_owner_has_so_many_stores_and_a_store_so_many_files(tmp_path, monkeypatch):
     few = replace(LIMITS, vector_stores=2, store_files=2)
-    monkeypatch.setattr("chatlm.front.knowledge.stores.LIMITS", few)
+    monkeypatch.setattr("chatlm.front.annexes.knowledge.stores.LIMITS", few)
     async with knowing(tmp_path / "k.db") as ask:
         store, files = await ask.store(ONE, "a", "b")
         assert (await ask(ONE, STORES, {}))[0] == 200
@@ -465,7 +465,7 @@ async def test_an_expired_store_is_shown_and_has_nothing(tmp_path, monkeypatch):
         )
         now = (await ask(ONE, f"{STORES}/{store}"))[1]["expires_at"]
         for module in "routes", "ingest":
-            monkeypatch.setattr(f"chatlm.front.knowledge.{module}.now_s", lambda: now)
+            monkeypatch.setattr(f"chatlm.front.annexes.knowledge.{module}.now_s", lambda: now)
         _, found = await ask(ONE, f"{STORES}/{store}")
         assert found["status"] == "expired"
         for path, body in (
@@ -487,7 +487,7 @@ async def test_a_search_keeps_a_store_alive(tmp_path, monkeypatch):
     async with knowing(tmp_path / "k.db") as ask:
         store, _ = await ask.store(ONE, "Cats eat fish.", expires_after={"days": 1})
         made = (await ask(ONE, f"{STORES}/{store}"))[1]
-        monkeypatch.setattr("chatlm.front.knowledge.routes.now_s", lambda: made["created_at"] + 3600)
+        monkeypatch.setattr("chatlm.front.annexes.knowledge.routes.now_s", lambda: made["created_at"] + 3600)
         status, found = await ask(ONE, f"{STORES}/{store}/search", {"query": "cats"})
         assert status == 200, found
         after = (await ask(ONE, f"{STORES}/{store}"))[1]
@@ -580,7 +580,7 @@ async def test_other_purposes_are_refused(tmp_path, purpose):
 
 
 async def test_documents_have_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("chatlm.front.server.file_routes.LIMITS", replace(LIMITS, document_bytes=1000))
+    monkeypatch.setattr("chatlm.front.annexes.batches.file_routes.LIMITS", replace(LIMITS, document_bytes=1000))
     async with knowing(tmp_path / "k.db") as ask:
         for fields in ({"purpose": "assistants"}, {}):
             form = aiohttp.FormData(fields)

@@ -14,9 +14,9 @@ import approving_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.tool_rounds import ApprovalMark
+from chatlm.front.annexes.tools.approvals import NotedUses
 from chatlm.front.api.approval_ids import approval_id, digest_in, until_of
 from chatlm.front.api.kept_items import AN_ID
-from chatlm.front.server.approvals import NotedUses
 from chatlm.front.store import approvals
 from chatlm.front.store.approvals import Use
 from chatlm.front.store.store import open_store
@@ -230,7 +230,7 @@ def test_an_id_says_until_when_it_counts():
 
 async def test_old_approvals_are_unknown(tmp_path, monkeypatch):
     async with tool_place(tmp_path, PICK, "It is red.", allowed=()) as at:
-        monkeypatch.setattr("chatlm.front.server.approvals.now_s", lambda: 1_000_000_000)
+        monkeypatch.setattr("chatlm.front.annexes.tools.approvals.now_s", lambda: 1_000_000_000)
         _, body = await asked(at, "items")
         status, _, answer = await at.post("/v1/responses", body)
         assert (status, answer["error"]["code"]) == (400, "unknown_approval") and not at.called

@@ -21,7 +21,7 @@ import openai
 import psutil
 import pytest
 
-from chatlm.front.server.file_routes import requests_of
+from chatlm.front.annexes.batches.file_routes import requests_of
 from nightly import by_day
 from real_server import SCRIPT, get, post, server, wait_for
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from chatlm.front.annexes.downloads.routes import ollama_lines
 from chatlm.front.pool.downloads import Download
-from chatlm.front.server.downloading import ollama_lines
 
 NAME = "org/name:model.gguf"
 DIGEST = f"sha256:{hashlib.sha256(NAME.encode()).hexdigest()}"

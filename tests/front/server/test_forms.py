@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from chatlm.common.config import ApiKey
-from chatlm.front.server.file_routes import Upload
+from chatlm.front.annexes.batches.file_routes import Upload
 from embedding_pool import knowing
 
 FILES = "/v1/files"

@@ -18,11 +18,11 @@ import pytest
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
+from chatlm.front.annexes.usage.routes import UsageRoutes, days_of
 from chatlm.front.api.answer_state import AnswerState
 from chatlm.front.front import create_app
 from chatlm.front.server import access, budgets, connections, ledger, usage_writer
 from chatlm.front.server.ledger import Amount, Ledger, UsageRow
-from chatlm.front.server.usage import UsageRoutes, days_of
 from chatlm.front.server.watching import watched
 from chatlm.front.store.store import Store
 from answers import asked, said

@@ -12,12 +12,13 @@ import pytest
 
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
+from chatlm.front.annexes.batches import line_queue
+from chatlm.front.annexes.batches.line_queue import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, LineQueue, WaitingLine
+from chatlm.front.annexes.batches.row import BATCHES
 from chatlm.front.front import create_app
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.annexes import BATCHES
-from chatlm.front.server import access, connections, ledger, line_queue
+from chatlm.front.server import access, connections, ledger
 from chatlm.front.server.access import Owners
-from chatlm.front.server.line_queue import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, LineQueue, WaitingLine
 from chatlm.front.store import batches, file_rows
 from chatlm.front.store.file_rows import LineRow
 from chatlm.front.store.store import Store

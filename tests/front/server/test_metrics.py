@@ -7,9 +7,9 @@ import sys
 import prometheus_client
 from prometheus_client import metrics_core
 
+from chatlm.front.annexes.metrics.routes import MetricFamilies
 from chatlm.front.held import Durations
 from chatlm.front.intake.budget import Budget
-from chatlm.front.server.metric_families import MetricFamilies
 from chatlm.front.server.metrics import Metrics
 
 

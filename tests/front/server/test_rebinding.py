@@ -8,7 +8,9 @@ import socket
 import pytest
 
 from chatlm.common.config import ApiKey, Settings
-from chatlm.front.annexes import DOWNLOAD_ROUTES, EXPORT_ROUTES, TOOL_ROUTES
+from chatlm.front.annexes.downloads.row import DOWNLOAD_ROUTES
+from chatlm.front.annexes.exports.row import EXPORT_ROUTES
+from chatlm.front.annexes.tools.row import TOOL_ROUTES
 from chatlm.front.front import ROUTES
 from chatlm.front.server.access import server_urls
 from chatlm.front.server.host_names import is_own_name, split_address

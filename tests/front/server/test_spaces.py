@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from chatlm.common.config import LIMITS, ApiKey
-from chatlm.front.server import batches
+from chatlm.front.annexes.batches import routes as batches
 from chatlm.front.server.access import space_of
 from chatlm.front.store import quota, spaces
 from fake_pool import FakePool

@@ -16,8 +16,8 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
 from chatlm.front.annexes import ANNEXES
+from chatlm.front.annexes.batches.file_routes import FileRoutes, Upload
 from chatlm.front.intake.opened_body import Caller
-from chatlm.front.server.file_routes import FileRoutes, Upload
 from chatlm.front.store import batches, file_rows
 from chatlm.front.store import store as stores
 from chatlm.front.store.schema import STEPS

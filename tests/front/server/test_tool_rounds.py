@@ -13,7 +13,7 @@ import fake_tools
 from chatlm.common.config import ApiKey
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.requests import Message, Picture
-from chatlm.front.server.rounds import seed_of_round
+from chatlm.front.annexes.tools.rounds import seed_of_round
 from fake_pool import serving
 from scripted_pool import ScriptedPool
 from tool_rounds import ToolPlace, calls, tool_place

@@ -11,7 +11,7 @@ import pytest
 import fake_tools
 import hostile_tools
 from chatlm.common.config import LIMITS, Settings
-from chatlm.front.server import tooling
+from chatlm.front.annexes.tools import routes as tooling
 from fake_pool import FakePool, serving
 from patching import patch
 

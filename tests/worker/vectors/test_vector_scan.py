@@ -4,11 +4,11 @@ import numpy
 import pytest
 
 import knowledge_rows as rows
-from chatlm.common.messages.vectors import Scan
-from chatlm.worker.vectors import scan as scanning
-from chatlm.worker.vectors.process import scanned
-from chatlm.worker.vectors.scan import Best, Block, Question
-from chatlm.worker.vectors.windows import BadVectors, Windows
+from chatlm.front.annexes.knowledge.vectors import scan as scanning
+from chatlm.front.annexes.knowledge.vectors.messages import Scan
+from chatlm.front.annexes.knowledge.vectors.process import scanned
+from chatlm.front.annexes.knowledge.vectors.scan import Best, Block, Question
+from chatlm.front.annexes.knowledge.vectors.windows import BadVectors, Windows
 from patching import patch
 
 D = 24
