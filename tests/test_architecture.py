@@ -3,7 +3,6 @@ each name is
 defined where they say."""
 
 import ast
-import configparser
 import re
 from functools import cache
 from pathlib import Path
@@ -310,20 +309,6 @@ def test_each_package_says_what_it_is_for():
         assert text, path
         if path.parent.parent.name == "chatlm":  # a house
             assert "Never in here: " in text, path
-
-
-def test_the_layers_are_those_the_linter_checks():
-    linter = configparser.ConfigParser()
-    linter.read(ROOT / ".importlinter")
-    contracts = {
-        section["containers"]: " > ".join(section["layers"].split("\n")[1:])
-        for section in linter.values()
-        if section.get("type") == "layers"
-    }
-    assert (
-        dict(re.findall(r"^(chatlm[.a-z]*) +(\S.*)$", SECTIONS["What may import what"], re.MULTILINE))
-        == contracts
-    )
 
 
 def test_every_role_is_in_the_table_of_processes():
