@@ -1,7 +1,6 @@
 """What the documents say is so: their links lead somewhere, their commands and flags exist, their tables are
 the program's."""
 
-import ast
 import importlib.util
 import json
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
 from chatlm.bundling import parse_bundle_words
 from chatlm.commands import COMMANDS
 from chatlm.common.commands import chosen_command
@@ -305,24 +303,3 @@ def test_short_names_that_are_shown_are_known(name):
 def test_examples_in_python_are_python(path):
     for code in re.findall(r"^ *```python\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE):
         compile(textwrap.dedent(code), str(path), "exec")
-
-
-def glossary() -> dict[str, str]:
-    """The words of chat_server.py's glossary, each with what stands behind it."""
-    text = chat_server.__doc__.partition("\nGlossary")[2].partition("\n\n")[2].partition("\n\n")[0]
-    entries = re.split(r"\n    (?=\S)", f"\n{text}")[1:]
-    return dict(re.split(r" {2,}", entry.replace("\n", ""), maxsplit=1) for entry in entries)
-
-
-def classes_of(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
-
-
-def test_each_word_of_the_glossary_lives_where_it_says():
-    found = glossary()
-    assert {"page", "step", "served model", "rank, stage"} <= found.keys()
-    for word, text in found.items():
-        modules = [ROOT / path for path in re.findall(r"chatlm/[\w/]+\.py", text)]
-        names = set(re.findall(r"`([A-Z]\w+)`", text))
-        assert names and modules, word
-        assert names <= set().union(*map(classes_of, modules)), word
