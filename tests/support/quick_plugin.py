@@ -1,6 +1,6 @@
 """What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests all or some cases, the fewer the longer they take by the record (.ci/executed).
 
-Faults of bench/planted.py were noticed by tests of nearly all modules, and most of these tests are short: bench/figures/tests.json has the figures.
+Faults of bench/planted.py were noticed by tests of nearly all modules, and most of these tests are short: bench/RESULTS.md has the figures.
 """
 
 from collections import defaultdict
