@@ -100,61 +100,6 @@ def test_a_change_touches_what_the_table_says(what):
     assert len(places) > 1 and wrong(CHANGES[what]) == []
 
 
-def test_the_table_has_a_row_for_each_usual_change():
-    assert {*CHANGES} == {
-        "a route",
-        "a route with a body",
-        "a dialect",
-        "an annex",
-        "a format of answers",
-        "a field",
-        "a type of fields",
-        "a field that the terminal sends",
-        "a sampling parameter",
-        "a model's own parameter",
-        "a flag",
-        "a command",
-        "a family",
-        "a vocabulary of encoders",
-        "what follows pooled states",
-        "a new computation",
-        "a kind of work in a step",
-        "a part of the engine",
-        "a source of drafts",
-        "a draft head",
-        "a layer with a state",
-        "how a model sees images",
-        "what encodes images",
-        "a short name, a cut of words",
-        "a call format",
-        "what makes functions known in the middle of a conversation",
-        "calls of nanochat's calculator",
-        "a notation of calls",
-        "what a schema allows",
-        "an op",
-        "a message",
-        "an event of an answer",
-        "a message of a sandbox",
-        "a message of Ray",
-        "a message among ranks",
-        "a metric of requests",
-        "a metric of workers",
-        "a metric of the front",
-        "an error",
-        "a shape of errors",
-        "a page element",
-        "a part of a turn",
-        "a view with an address",
-        "a chart, a style of exported pages",
-        "a rank's shard",
-        "a weight type",
-        "a format of models' files",
-        "a weight type in files",
-        "a format of packed safetensors",
-        "a KV type",
-    }
-
-
 def hunks(text: str) -> list[tuple[str, str, str]]:
     """(file, the lines that a hunk expects in it, those that it leaves) of each hunk in the diffs of a
     document, but for new files."""
@@ -190,15 +135,6 @@ def test_a_diff_that_no_longer_fits_is_found():
     assert (path, before, after) == ("chat_server.py", "kept\nold\n", "kept\nnew\n")
     assert fits("kept\nold\n", before, after) and fits("kept\nnew\n", before, after)
     assert not fits("kept\nother\n", before, after) and not fits("kept\nold\nkept\nold\n", before, after)
-
-
-def test_each_diff_names_its_file_so_that_it_can_be_applied():
-    blocks = re.findall(
-        r"^```diff\n(.*?)^```",
-        (ROOT / "docs/changes.md").read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-    assert len(blocks) > 6 and [block for block in blocks if not block.startswith("--- ")] == []
 
 
 def test_a_name_that_is_not_there_is_found():
@@ -243,10 +179,6 @@ def test_names_in_prose_are_in_the_modules_named(title):
         and [name for _, name in named(text) if name and not any(defines(place, name) for place in places)]
         == []
     )
-
-
-def test_every_section_is_checked():
-    assert SECTIONS.keys() == {*PROSE, *CHECKED, "What may import what", "The life of a request"}
 
 
 @pytest.mark.parametrize("title", CHECKED)
@@ -304,14 +236,6 @@ def test_every_room_is_on_both_maps():
     assert rooms == drawn and rooms <= listed
 
 
-def test_each_package_says_what_it_is_for():
-    for path in (path for path in MODULES if path.name == "__init__.py"):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        assert text, path
-        if path.parent.parent.name == "chatlm":  # a house
-            assert "Never in here: " in text, path
-
-
 def test_the_layers_are_those_the_linter_checks():
     linter = configparser.ConfigParser()
     linter.read(ROOT / ".importlinter")
@@ -353,29 +277,6 @@ def test_the_manual_s_glossary_names_what_is_there():
     assert len(names) > 10 and [name for name in names if name not in known] == ["n"]
 
 
-def test_the_manual_fits_a_terminal():
-    assert max(map(len, MANUAL.split("\n"))) <= 110
-
-
-def test_no_place_is_on_the_map_twice():
-    rows = re.findall(
-        r"^\| `([^`]+)` \|", MAP.split("\n## What is where\n")[1].split("\n## ")[0], re.MULTILINE
-    )
-    assert len(rows) > 30 and [place for place in {*rows} if rows.count(place) > 1] == []
-
-
-def test_contributing_names_every_folder_of_tests():
-    text = (
-        (ROOT / "CONTRIBUTING.md")
-        .read_text(encoding="utf-8")
-        .split("Tests of a package are in")[1]
-        .split("\n\n")[0]
-    )
-    listed = {word.removeprefix("tests/") for word in re.findall(r"`(tests/\w+)`", text)}
-    there = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert listed == there
-
-
 def test_each_folder_of_tests_is_named_like_what_it_tests():
     for package in ("common", "worker", "front", "export", "terminal"):
         for folder in (path for path in (ROOT / "tests" / package).rglob("*") if any(path.glob("test_*.py"))):
@@ -383,7 +284,7 @@ def test_each_folder_of_tests_is_named_like_what_it_tests():
 
 
 def test_the_page_of_loading_names_every_class_of_stored_models():
-    """And where it says, and how many there are."""
+    """And where it says."""
     text = (ROOT / "docs/loading.md").read_text(encoding="utf-8")
     folder = ROOT / "chatlm/worker/weights"
     steps = {"shapes", "storage", "targets", "tensors", "text", "purpose", "draft_head", "report"}
@@ -405,8 +306,7 @@ def test_the_page_of_loading_names_every_class_of_stored_models():
     del stored["StoredModel"]
     table = named(text.split("| becomes a |")[1].split("\n\n")[0])
     places = {name: ROOT / place for place, name in table if name in stored}
-    [count] = re.findall(r"There are (\w+) classes of these", text)
-    assert places == stored and ["one", "two", "three", "four", "five"][len(stored) - 1] == count
+    assert places == stored
 
 
 def test_children_with_a_pipe_join_their_parent():

@@ -140,17 +140,6 @@ def test_every_link_in_the_repository_leads_somewhere(path):
     assert broken_links(path, text_of(path)) == []
 
 
-def test_each_report_in_the_history_is_cited():
-    """What bench/RESULTS.md no longer cites is removed from bench/history/."""
-    cited = set(re.findall(r"\(history/([\w.-]+#[\w-]+)\)", text_of(ROOT / "bench" / "RESULTS.md")))
-    reports = {
-        f"{path.name}#{anchor}"
-        for path in HISTORY
-        for anchor in anchors("\n".join(re.findall("^## .*$", FENCED.sub("", text_of(path)), re.MULTILINE)))
-    }
-    assert reports and reports == cited
-
-
 def test_a_link_that_leads_nowhere_is_found():
     text = (
         "# One\n## A b: `c`\n[a](#a-b-c) [b](#nothing) [c](SECURITY.md#limits) [d](SECURITY.md#x) [e](no.md)"
