@@ -112,7 +112,7 @@ Glossary: what a word means, its class, and the module where that lives
     batch       what the model reads in a step: `Batch`, chatlm/worker/model/batch.py
     draft       tokens that may come next, looked up in earlier text or forced, and checked in one step:
                 `Draft`, chatlm/worker/engine/drafts.py
-    part        of an engine, imported when a flag or a request asks for it: `EnginePart`,
+    part        what an engine has beside its core, for a flag, the model or requests: `EnginePart`,
                 chatlm/worker/engine/part.py
     rank, stage  one of the processes that compute a replica together; the ranks that have the same layers:
                 `RankZero`, chatlm/worker/ranks/ranks.py; `Stage`, chatlm/worker/ranks/runners.py
@@ -160,10 +160,6 @@ if sys.version_info < (3, 10):  # before the imports, which would fail with trac
           f"{advice_for_old_python()}", file=sys.stderr)
     sys.exit(2)
 
-import gc
-
-if STARTED:
-    gc.disable()  # until `main`, as chatlm.common.memory.uncollected does
 if __name__ == "__main__":
     from chatlm.common.standard_streams import repair_streams
     repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
@@ -171,11 +167,12 @@ if __name__ == "__main__":
     from chatlm.common.processes.start import start_worker_ahead
     start_worker_ahead(sys.argv[1:], WITHOUT_WORKER_AHEAD)
 
+import gc
 import logging
 import os
 import time
 from collections.abc import Awaitable, Sequence as Seq
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, with_kept_words
 from chatlm.commands import program_of
@@ -184,7 +181,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ChatServerError, ConfigError, check_library, lack_of_memory, visible
 from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import json_handler, log, output_as_log, start_logging, tell
-from chatlm.common.memory import collect_from_now_on, share_heap, tune_gc, uncollected
+from chatlm.common.memory import share_heap, tune_gc
 from chatlm.common.processes.launch import torchrun
 from chatlm.common.processes.start import end_worker_ahead
 from chatlm.common.processes.torchrun import RankStore, serve_rank
@@ -213,8 +210,10 @@ def run_command(command: Command, settings: Settings, program: Application) -> i
         check_nice(nice)
 
     def start() -> Awaitable[int]:
-        with uncollected() if STARTED else nullcontext():
-            return run(settings, program)
+        running = run(settings, program)
+        if STARTED:
+            gc.freeze()  # later collections leave out what was imported
+        return running
 
     try:
         status = run_loop(start, measured_loop)
@@ -236,8 +235,6 @@ def main(argv: Seq[str] | None = None, annexes: Seq[Annex] = ANNEXES) -> int:
 
 def run_line(argv: Seq[str] | None, annexes: Seq[Annex]) -> int:
     """Run the command that a command line names, and tell its errors. Returns the exit status."""
-    if STARTED:
-        collect_from_now_on()
     program = program_of(annexes)
     argv = with_kept_words(sys.argv[1:] if argv is None else argv, program.commands)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)

@@ -15,51 +15,23 @@ from real_server import post, server
 
 # Of the front and the sandboxes, after answers by three APIs
 ABSENT = """
-    chatlm.bundling chatlm.common.hub.huggingface chatlm.common.hub.offers
-    chatlm.common.hub.trainers chatlm.common.processes.connect
-    chatlm.common.processes.ray chatlm.common.processes.torchrun chatlm.common.text.grammar
-    chatlm.common.text.number_ranges chatlm.common.text.schema_rules chatlm.export
-    chatlm.front.api.call_grammars chatlm.front.api.dialects.ollama chatlm.front.api.dialects.own
-    chatlm.front.api.dialects.responses chatlm.front.api.dialects.retrieval
-    chatlm.front.api.dialects.tokenization chatlm.front.api.response_items
-    chatlm.front.evals chatlm.front.pool.downloads chatlm.front.pool.many
-    chatlm.front.pool.opener chatlm.front.pool.ray_nodes chatlm.front.pool.residency
+    chatlm.bundling chatlm.common.processes.ray chatlm.export chatlm.front.pool.downloads
     chatlm.front.server.approvals chatlm.front.server.line_queue chatlm.front.server.batches
-    chatlm.front.server.budgets chatlm.front.server.compare chatlm.front.server.conversation_log
-    chatlm.front.server.conversations chatlm.front.server.downloading
-    chatlm.front.server.exporting chatlm.front.server.file_routes chatlm.front.server.metric_families
-    chatlm.front.server.rounds chatlm.front.server.runs chatlm.front.server.tooling
-    chatlm.front.server.usage chatlm.front.server.usage_writer
-    chatlm.front.store chatlm.front.tools.client chatlm.front.tools.toolbox chatlm.terminal
+    chatlm.front.server.compare chatlm.front.server.conversation_log
+    chatlm.front.server.conversations chatlm.front.server.downloading chatlm.front.server.exporting
+    chatlm.front.server.file_routes chatlm.front.server.metric_families chatlm.front.server.rounds
+    chatlm.front.server.runs chatlm.front.server.tooling chatlm.front.server.usage chatlm.terminal
     prometheus_client sqlite3
 """.split()
 # Of the worker, after these answers
 ABSENT_IN_WORKER = """
-    chatlm.common.hub.huggingface chatlm.common.hub.trainers
-    chatlm.common.processes.connect chatlm.common.processes.ray chatlm.common.processes.torchrun
-    chatlm.common.text.grammar chatlm.export chatlm.front chatlm.worker.doctor
-    chatlm.worker.engine.adapter_slots chatlm.worker.engine.calculator
-    chatlm.worker.engine.draft_head chatlm.worker.engine.draft_model
-    chatlm.worker.engine.embedding chatlm.worker.engine.grammar chatlm.worker.engine.grammars
-    chatlm.worker.engine.model_drafts chatlm.worker.engine.encoded_pictures chatlm.worker.other_rank
-    chatlm.worker.kernels.check chatlm.worker.kernels.cpu_proof chatlm.worker.kernels.cuda_backend
-    chatlm.worker.kernels.cuda_runner chatlm.worker.kernels.product_proof
-    chatlm.worker.kernels.proof chatlm.worker.kernels.random_blocks
-    chatlm.worker.kernels.report chatlm.worker.kernels.timing
-    chatlm.worker.ranks.links chatlm.worker.ranks.ranks chatlm.worker.ranks.runners
-    chatlm.worker.survey chatlm.worker.weights.loaded.shards llguidance ssl torch
+    chatlm.common.processes.ray chatlm.export chatlm.front chatlm.worker.doctor
+    chatlm.worker.other_rank chatlm.worker.kernels.check chatlm.worker.kernels.cpu_proof
+    chatlm.worker.kernels.cuda_backend chatlm.worker.kernels.cuda_runner
+    chatlm.worker.kernels.product_proof chatlm.worker.kernels.proof
+    chatlm.worker.kernels.random_blocks chatlm.worker.kernels.report chatlm.worker.kernels.timing
+    chatlm.worker.survey llguidance torch
 """.split()
-# and the modules of families other than the default model's, of other kinds of files and of models
-ABSENT_IN_WORKER += [f"chatlm.worker.weights.{name}" for name in """
-    families.encoders families.gemma4 families.granite families.laguna families.latents
-    families.layernorms families.lfm2 families.minicpm families.mixtures families.muse families.nemotron
-    families.qwen35 families.rotary_encoders families.wide_mixtures
-    formats.array_tensors formats.checkpoint formats.draft_heads formats.folder formats.gguf.slices
-    formats.litgpt formats.nanochat formats.nanogpt
-    packed.fp8 packed.layouts packed.mxfp4 packed.quantization
-    purposes.cross_encoders purposes.rerankers
-    adapters text.encoder_text towers
-""".split()]
 # In each process: at SIGUSR1 it writes the names of its modules, and what its event loop has imported
 SPY = """
 import os, signal, sys, threading

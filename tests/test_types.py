@@ -22,24 +22,24 @@ from decode_core import _core
 from chatlm.common.config import Settings
 Settings().port.upper()
 _core.set_threads("all")
-from chatlm.front.annexes import BATCH_ROUTES, Annex, load_batches, load_runs
+from chatlm.front.annexes import BATCH_ROUTES, FILE_ROUTES, Annex, load_files, load_rounds
 from chatlm.front.api.errors import OPENAI
 from chatlm.front.front import RoomRoutes
 from chatlm.front.server.batches import BatchRoutes
 from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.routes import Route
 RoomRoutes(lambda front: front.page, PAGE_ROUTES)
-Annex("batches", load_batches, BATCH_ROUTES)
+Annex("files", load_files, FILE_ROUTES)
 RoomRoutes(lambda front: front.models, PAGE_ROUTES)
-Annex("runs", load_runs, BATCH_ROUTES)
+Annex("rounds", load_rounds, BATCH_ROUTES)
 Route("GET", "/x", OPENAI, PageFiles.handle_nothing, "x")
 ROWS: tuple[Route[PageFiles], ...] = (Route("GET", "/x", OPENAI, BatchRoutes.handle_list, "x"),)
 MORE: tuple[Route[BatchRoutes], ...] = (Route("GET", "/x", OPENAI, lambda room, http: room.handle_nothing(http), "x"),)
-Annex("batches", load_batches, close=lambda batches: batches.end())
+Annex("files", load_files, close=lambda files: files.end())
 from chatlm.front.api.additions import ServerTool
-Annex("batches", load_batches, tools=(ServerTool("x", "x", {}, lambda batches, call: batches.run(call)),))
-Annex("batches", load_batches, prompt=lambda batches, parsed, caller, pool: batches.prompted(parsed))
-Annex("batches", load_batches, tables=lambda: (1,))
+Annex("files", load_files, tools=(ServerTool("x", "x", {}, lambda files, call: files.run(call)),))
+Annex("files", load_files, prompt=lambda files, parsed, caller, pool: files.prompted(parsed))
+Annex("files", load_files, tables=lambda: (1,))
 from chatlm.common.commands import Command
 Command("x", "which is x", run=lambda settings: None)
 Command("x", "which is x", lines=lambda words: ())

@@ -12,8 +12,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -84,26 +83,9 @@ def heap_bytes() -> int:
     return 0
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Import modules without garbage collections. They would find next to nothing, and take a tenth of the
-    time. What exists at the end is left out of later ones, until `give_memory_back` looks at it once."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        collect_from_now_on()
-
-
-def collect_from_now_on():
-    """End what `uncollected` has begun."""
-    gc.freeze()
-    gc.enable()
-
-
 def give_memory_back():
     """Return memory freed after loading to the system: file metadata, tokenizer parts, copies of weights."""
-    frozen = gc.get_freeze_count() > 0  # by `uncollected`, in a process of ours
+    frozen = gc.get_freeze_count() > 0  # in a process of ours: it has left out what it had imported
     gc.unfreeze()
     gc.collect()
     if frozen:  # the process keeps what is left, so later collections leave it out again

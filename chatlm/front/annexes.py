@@ -166,7 +166,7 @@ TOOL_ROUTES: tuple[Route[ToolRoutes], ...] = (
     Route("POST", "/v1/tools/call", OPENAI, lambda tools, http: tools.handle_call(http),
           "call one of these tools"),
 )
-TOOLS = Annex(
+TOOLS: Annex[ToolRoutes] = Annex(
     "tools", importer("chatlm.front.server.tooling:ToolRoutes.of"), TOOL_ROUTES, with_tools,
     lambda tools: tools.start(), lambda tools: tools.close(),
     offers=lambda tools, http, envelope: tools.offered_to(http, envelope),
@@ -245,9 +245,9 @@ CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
           lambda kept, http: kept.handle_drop(http),
           "delete it; the answer is the conversation"),
 )
-BATCHES = Annex("batches", importer("chatlm.front.server.batches:BatchRoutes.of"), BATCH_ROUTES,
-                with_database, lambda batches: batches.start(),
-                lambda batches: batches.close())
+BATCHES: Annex[BatchRoutes] = Annex(
+    "batches", importer("chatlm.front.server.batches:BatchRoutes.of"), BATCH_ROUTES, with_database,
+    lambda batches: batches.start(), lambda batches: batches.close())
 FILES = Annex("files", load_files, FILE_ROUTES)
 KEPT = Annex("kept", load_kept, wanted=with_database, close=lambda kept: kept.close(),
              joins=lambda parsed: parsed.is_kept,
@@ -305,14 +305,14 @@ FILE_SEARCH: ServerTool[KnowledgeRoutes] = ServerTool(
     "file_search", "Search the user's documents. Returns numbered passages that may help to answer.",
     FILE_SEARCH_PARAMETERS, lambda knowledge, call: knowledge.searched(call), FILE_SEARCH_OPTIONS,
     FILE_SEARCH_ITEM, first=QUERIES, rounds=3)
-KNOWLEDGE = Annex("knowledge", importer("chatlm.front.knowledge.routes:KnowledgeRoutes.of"),
-                  KNOWLEDGE_ROUTES, with_knowledge,
-                  lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
-                  fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
-                  needs="--database", tools=(FILE_SEARCH,),
-                  prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
-                  tables=importer("chatlm.front.knowledge.tables:KNOWLEDGE"),
-                  metrics=lambda knowledge, families: knowledge.metric_families(families))
+KNOWLEDGE: Annex[KnowledgeRoutes] = Annex(
+    "knowledge", importer("chatlm.front.knowledge.routes:KnowledgeRoutes.of"), KNOWLEDGE_ROUTES,
+    with_knowledge, lambda knowledge: knowledge.start(), lambda knowledge: knowledge.close(),
+    fields=(AddedField(KNOWLEDGE_OF_CHAT, ("/chat/completions", "/v1/chat/completions")),),
+    needs="--database", tools=(FILE_SEARCH,),
+    prompt=lambda knowledge, parsed, caller, pool: knowledge.prompted(parsed, caller, pool),
+    tables=importer("chatlm.front.knowledge.tables:KNOWLEDGE"),
+    metrics=lambda knowledge, families: knowledge.metric_families(families))
 
 
 # Chats that all devices of their owner have
@@ -342,13 +342,14 @@ CHAT_ROUTES: tuple[Route[ChatRoutes], ...] = (
           "a chat with its messages"),
     Route("DELETE", "/v1/chats/{id}", OPENAI, lambda chats, http: chats.handle_delete(http), "delete it"),
 )
-CHATS = Annex("chats", importer("chatlm.front.chats.routes:ChatRoutes.of"), CHAT_ROUTES, with_chats,
-              lambda chats: chats.start(),
-              lambda chats: chats.close(), tables=importer("chatlm.front.chats.tables:STEPS"), needs="--database",
-              fields=(AddedField(CHAT_PLACE, ("/v1/chat/completions",)),),
-              joins=lambda parsed: CHAT_PLACE.name in parsed.added,
-              prepare=lambda chats, parsed: chats.prepared(parsed),
-              around=lambda chats, begin, ask: chats.written(begin, ask))
+CHATS: Annex[ChatRoutes] = Annex(
+    "chats", importer("chatlm.front.chats.routes:ChatRoutes.of"), CHAT_ROUTES, with_chats,
+    lambda chats: chats.start(), lambda chats: chats.close(),
+    tables=importer("chatlm.front.chats.tables:STEPS"), needs="--database",
+    fields=(AddedField(CHAT_PLACE, ("/v1/chat/completions",)),),
+    joins=lambda parsed: CHAT_PLACE.name in parsed.added,
+    prepare=lambda chats, parsed: chats.prepared(parsed),
+    around=lambda chats, begin, ask: chats.written(begin, ask))
 
 
 # What an operator does
@@ -397,10 +398,12 @@ METRIC_ROUTES: tuple[Route[MetricRoutes], ...] = (
     Route("GET", "/metrics", NANOCHAT, lambda metrics, http: metrics.handle_metrics(http),
           "Prometheus metrics", polled=True),
 )
-DOWNLOADS = Annex("downloads", importer("chatlm.front.server.downloading:DownloadRoutes.of"),
-                  DOWNLOAD_ROUTES, close=lambda downloads: downloads.close())
-EXPORTS = Annex("exports", importer("chatlm.front.server.exporting:ExportRoutes.of"), EXPORT_ROUTES,
-                close=lambda exports: exports.close())
+DOWNLOADS: Annex[DownloadRoutes] = Annex(
+    "downloads", importer("chatlm.front.server.downloading:DownloadRoutes.of"), DOWNLOAD_ROUTES,
+    close=lambda downloads: downloads.close())
+EXPORTS: Annex[ExportRoutes] = Annex(
+    "exports", importer("chatlm.front.server.exporting:ExportRoutes.of"), EXPORT_ROUTES,
+    close=lambda exports: exports.close())
 METRICS = Annex("metrics", load_metrics, METRIC_ROUTES)
 
 
@@ -413,7 +416,7 @@ USAGE_ROUTES: tuple[Route[UsageRoutes], ...] = (
           "what the request's API key used by day and model; a key with role=admin sees all keys",
           query=(FROM_DAY, TO_DAY)),
 )
-USAGE = Annex("usage", importer("chatlm.front.server.usage:UsageRoutes.of"), USAGE_ROUTES)
+USAGE: Annex[UsageRoutes] = Annex("usage", importer("chatlm.front.server.usage:UsageRoutes.of"), USAGE_ROUTES)
 CONVERSATION_LOG = Annex("conversation log", importer("chatlm.front.server.conversation_log:watching"),
                          wanted=lambda front: front.settings.log_conversations,
                          watch=lambda make, request: make(request))
@@ -456,8 +459,9 @@ RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
           "the steps of a run or a lineage",
           returns=A_RUN),
 )
-COMPARE = Annex("compare", importer("chatlm.front.server.compare:CompareRoutes.of"), COMPARE_ROUTES)
-RUNS = Annex("runs", importer("chatlm.front.server.runs:RunRoutes.of"), RUN_ROUTES)
+COMPARE: Annex[CompareRoutes] = Annex(
+    "compare", importer("chatlm.front.server.compare:CompareRoutes.of"), COMPARE_ROUTES)
+RUNS: Annex[RunRoutes] = Annex("runs", importer("chatlm.front.server.runs:RunRoutes.of"), RUN_ROUTES)
 
 # They start in this order, and are closed in it. The `around` of one is within those of the rows after it
 ANNEXES: tuple[Annex[Any], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import ssl
@@ -16,7 +17,6 @@ from chatlm.common.errors import (
     ConfigError, RanksFailed, error_text, lack_of_memory, line_of, printable, require_library)
 from chatlm.common.late import importer
 from chatlm.common.log import CalmLog, log, start_logging
-from chatlm.common.memory import uncollected
 from chatlm.common.messages.doctor import DOCTOR_PIPE
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.quantizing import IMATRIX_PIPE, QUANTIZE_PIPE
@@ -36,8 +36,9 @@ def worker_main(place: str, pipe: Pipe, arguments: Seq[str]) -> int:
     load = importer(place)
     if pipe is WORKER_PIPE:
         stamp_at_start()  # before any module of which others, imported later, must be of the same version
-    with suppress(ImportError), uncollected():  # what is missing is said below
+    with suppress(ImportError):  # what is missing is said below
         load()  # while the first message is on its way
+    gc.freeze()  # as run_role does
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)

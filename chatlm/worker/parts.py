@@ -1,4 +1,4 @@
-"""The parts of a worker's engine: what it has beside its core, because of a flag, of the model, or for requests.
+"""The parts of a worker's engine: what it has beside its core, for a flag, for the model or for requests.
 
 A part is a row of `PARTS`. `make_parts` makes those that are wanted, and the engine gets them as
 `EngineParts`. What takes long or much memory, a part makes for the first answer that needs it, in a thread of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.late import importer
 from chatlm.common.libraries import use_found_libraries
-from chatlm.common.memory import uncollected
 from chatlm.common.messages.wire import Channel
 from chatlm.common.processes.connect import admit_front
 from chatlm.common.processes.start import NICENESS
@@ -48,8 +48,8 @@ def run_role(role: str, *arguments: str) -> int:
     """Run one of ROLES in this process; returns its exit status."""
     if program_root().is_file():  # a bundle
         use_found_libraries()
-    with uncollected():
-        run = importer(ROLES[role])()
+    run = importer(ROLES[role])()
+    gc.freeze()  # later collections leave out what was imported, until `give_memory_back` looks at it once
     return run(arguments)
 
 

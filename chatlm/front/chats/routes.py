@@ -27,7 +27,7 @@ from chatlm.front.chats.changes import Outcome, Told
 from chatlm.front.chats.exporting import Export
 from chatlm.front.chats.growing import WrittenPlace
 from chatlm.front.chats.reading import ReadChange, read_changes, unpacked
-from chatlm.front.chats.writing import WrittenAnswer
+from chatlm.front.chats.writing import Running, WrittenAnswer
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import (
     DAY_S, now_s, query_value, require_store, send_part, send_parts, take_room)
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event
-    from chatlm.front.chats.writing import Running
     from chatlm.front.front import Front
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.answering import Ask, Begin

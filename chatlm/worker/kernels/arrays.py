@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
+
 import numpy
-from typing import TYPE_CHECKING, Any
 
 from chatlm.worker.kernels.library import _core
-
-if TYPE_CHECKING:
-    import numpy
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint16": 2, "uint8": 1}
 FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64",

@@ -11,7 +11,7 @@ import pytest
 import chat_server
 from chatlm.common.config import ApiKey, ModelEntry, Settings
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool import many
+from chatlm.front import serve
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, many_models
 from chatlm.front.pool.pool import make_pool
@@ -420,5 +420,5 @@ async def test_twelve_models_lose_no_answer(
 
 def test_the_script_serves_many_named_models(monkeypatch):
     made = []
-    monkeypatch.setattr(many, "many_models", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
+    monkeypatch.setattr(serve, "many_models", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
     assert chat_server.main(["serve", "a", "b", "--port", "0"]) == 2 and [choice.path for choice in made[0].several] == ["a", "b"]
