@@ -4,8 +4,8 @@ BASE is a commit; without it, what is not in the branch that this one follows (o
 Prints the arguments of pytest, a line each; `.ci/run changed` runs them for five minutes. Chosen are
 
     tests that are new or changed, or import what changed in tests/support
-    for each function, class or constant of the program that changed    the PLACES best modules of tests, by what they import and the words that they
-                                                                        have: those of its file's name, the rarer of what it mentions, its room
+    for each file of the program        the PLACES best modules of tests: those of its name, those that import it or what imports it, those of its room, and
+                                        those that have the rarer words of the functions, classes and constants that changed
     what RULES says of other files
     the spine (.ci/spine)               always, after the FIRST
 """
@@ -33,7 +33,7 @@ RULES = {
     "static/": ["tests/page", "tests/common/test_bundle.py"],
     "Containerfile": ["tests/test_container.py"], "MANIFEST.in": ["tests/core/test_build.py"], ".ci/": ["tests/test_checks.py"],
     "tests/core/": ["tests/core"], "tests/fixtures/": ["tests/worker/weights", "tests/export", "tests/common"],
-    "tests/conftest.py": ["tests/common", "tests/front/api"], "bench/": ["bench"],
+    "tests/conftest.py": ["tests/common", "tests/front/api"], "bench/": ["bench"], "bench/RESULTS.md": ["bench/test_bench_tables.py"], "bench/history/": [],
 }
 PLACES = 40     # modules of tests for what changed of one file: more than five minutes have time for
 FIRST = 6       # modules before the spine
@@ -88,8 +88,9 @@ def pieces_of(text: str) -> dict[str, list[str]]:
     return pieces
 
 
-def words_of(text: str) -> set[str]:
-    return {word.strip("_") for word in re.findall(r"\w+", text) if len(word.strip("_")) >= WORD}
+def words_of(text: str) -> list[str]:
+    """Each as often as it is there."""
+    return [word for each in re.findall(r"\w+", text) if len(word := each.strip("_")) >= WORD]
 
 
 class Change:
@@ -121,8 +122,8 @@ class Change:
 
     @cached_property
     def tests(self) -> dict[str, Counter]:
-        """module of tests -> how often it has each word."""
-        return {path: Counter(words_of_each(text)) for path, text in self.texts.items() if is_test(path)}
+        """module of tests -> its words."""
+        return {path: Counter(words_of(text)) for path, text in self.texts.items() if is_test(path)}
 
     @cached_property
     def rarity(self) -> dict[str, float]:
@@ -151,15 +152,16 @@ class Change:
     def choose(self) -> list[str]:
         lists: list[list[str]] = []
         for path in self.changed_files():
+            rule = max((start for start in RULES if path.startswith(start)), key=len, default="")
             if is_test(path):
                 lists.append([path] if path in self.texts else [])
             elif path.startswith("tests/support/"):
-                lists.append(sorted(filter(is_test, self.nearness(path)), key=lambda test: -self.nearness(path)[test]))
+                near = self.nearness(path)
+                lists.append(sorted(filter(is_test, near), key=lambda test: -near[test]))
             elif path.startswith("chatlm/") or path == "chat_server.py":
                 lists.append(self.best_tests(path))
-            rule = max((start for start in RULES if path.startswith(start)), key=len, default="")
-            for place in RULES.get(rule, ()):
-                lists.append(sorted(test for test in self.tests if test.startswith(place)))
+            if not is_test(path):
+                lists += [[test for test in sorted(self.tests) if test.startswith(place)] for place in RULES.get(rule, ())]
         # of each file the best, then of each the second
         chosen = [*dict.fromkeys(test for tests in zip_longest(*lists) for test in tests if test)]
         spine = [each for each in self.always if each.partition("::")[0] not in chosen]
@@ -194,10 +196,6 @@ class Change:
         while not (self.root / place).is_dir():
             place = place.parent
         return str(place)
-
-
-def words_of_each(text: str) -> list[str]:
-    return [stripped for word in re.findall(r"\w+", text) if len(stripped := word.strip("_")) >= WORD]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import pytest
 
@@ -58,7 +58,7 @@ class Needs:
         values = [function.__globals__[name] if name in function.__globals__ else sys.modules[name]
                   for name in names if name in function.__globals__ or name in sys.modules]
         values += [vars(module)[name] for module in values if isinstance(module, ModuleType) for name in names if name in vars(module)]
-        return values + [cell.cell_contents for cell in function.__closure__ or () if cell != type(cell)()]
+        return values + [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]     # not those without a value yet
 
 
 def codes(code: CodeType) -> list[CodeType]:
