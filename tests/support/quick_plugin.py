@@ -1,4 +1,4 @@
-"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests some cases, if it needs no other process.
+"""What `pytest --quick` runs: the spine (.ci/spine), and of each other function of tests some cases, if it needs no other process and no large model.
 
 What a test needs stands in its code, and in that of its fixtures and of what they call in tests/ and bench/: `Needs` follows the names. It follows none into
 the program, so a test whose subject starts a process by itself is taken; most of these are short.
@@ -13,8 +13,10 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 import pytest
 
 # What names one of these starts a process, or asks one: modules, and parts of the program that tests start it with
-PROCESSES = ("subprocess", "multiprocessing", "asyncio.subprocess", "forked", "browsing", "fake_tools", "pools.started",
-             "chatlm.common.processes.start", "chatlm.front.pool.pool.make_pool", "chatlm.front.pool.many.many_models", "conftest.default_model_path")
+PROCESSES = ("subprocess", "multiprocessing", "asyncio.subprocess", "forked", "browsing", "fake_tools", "pools.started", "chatlm.common.processes.start",
+             "chatlm.common.hub.packaged", "chatlm.front.pool.pool.make_pool", "chatlm.front.pool.many.many_models")
+# The default model computes for seconds
+LARGE = ("conftest.default_model_path",)
 # It computes with a model, which takes ten times as long as most other tests
 MODELS = "torch", "transformers", "chatlm.worker.engine", "chatlm.worker.build", "engines"
 CASES = 4           # of a function of tests, and ONE if it computes with a model
@@ -95,7 +97,7 @@ def quick(needs: dict[str, set[str]], always: list[str]) -> set[str]:
         needed = set().union(*map(needs.__getitem__, nodes))
         if function in always or function.partition("::")[0] in always:
             chosen.update(nodes)
-        elif not is_in(needed, PROCESSES):
+        elif not is_in(needed, PROCESSES + LARGE):
             count = min(1 if is_in(needed, MODELS) else CASES, len(nodes))
             chosen.update(nodes[number * len(nodes) // count] for number in range(count))
     return chosen
