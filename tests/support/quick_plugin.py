@@ -15,11 +15,11 @@ import pytest
 # What names one of these starts a process, or asks one: modules, and parts of the program that tests start it with
 PROCESSES = ("subprocess", "multiprocessing", "asyncio.subprocess", "forked", "browsing", "fake_tools", "pools.started", "chatlm.common.processes.start",
              "chatlm.common.hub.packaged", "chatlm.front.pool.pool.make_pool", "chatlm.front.pool.many.many_models")
-# The default model computes for seconds
+# The default model, of 135 million parameters
 LARGE = ("conftest.default_model_path",)
-# It computes with a model, which takes ten times as long as most other tests
+# What computes with a model
 MODELS = "torch", "transformers", "chatlm.worker.engine", "chatlm.worker.build", "engines"
-CASES = 4           # of a function of tests, and ONE if it computes with a model
+CASES = 4       # of a function of tests; one, if it computes with a model
 FIXTURES_OF_ALL = {"explained_statements", "forked_processes", "integrity", "state_home", "state_folders"}
 
 
