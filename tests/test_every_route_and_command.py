@@ -155,7 +155,7 @@ def ask_what_is_kept(ask):
 
 
 def ask_about_vector_stores(ask):
-    """Every route of vector stores. Nothing embeds here: tests/front/knowledge/ has a real embedder."""
+    """Every route of vector stores. Nothing embeds here: tests/front/annexes/knowledge/ has a real embedder."""
     ask("POST", "/v1/vector_stores", {"name": "zoo"}, status=409)
     ask("GET", "/v1/vector_stores")
     store = {"id": "vs_none", "status": 404}

@@ -174,7 +174,7 @@ def test_figures_after_continue_are_of_all_of_it(opened_page):
 
 
 def test_the_server_says_the_same_of_an_answer_that_went_on(opened_page):
-    """It reads the same file: tests/front/chats/test_written_answers.py."""
+    """It reads the same file: tests/front/annexes/chats/test_written_answers.py."""
     for case in json.loads((ROOT / "tests/fixtures/whole_answers.json").read_text()):
         assert opened_page.evaluate("({earlier, later}) => Chat.wholeOf(earlier, later)", case) == case["whole"]
 

@@ -158,7 +158,7 @@ def test_the_first_file_of_a_form_is_read():
 
 @pytest.mark.parametrize("case", documents.encodings(), ids=lambda case: case["name"])
 def test_bytes_are_the_text_that_the_page_reads(case):
-    """tests/page/test_page_documents.py has the page read the same, tests/front/knowledge/test_ingestion.py the store."""
+    """tests/page/test_page_documents.py has the page read the same, tests/front/annexes/knowledge/test_ingestion.py the store."""
     data = bytes.fromhex(case["hex"])
     if case["text"] is None:
         assert "none of the formats" in refused(data, "a.txt")

@@ -22,7 +22,7 @@ EITHER_NAME = (Field("model", TEXT, "a short name, owner/name, or owner/name:FIL
 NEW_DOWNLOAD = HUB_NAME, Field("stream", SWITCH, "server-sent events until the download has ended; "
                                "otherwise the state after it was begun")
 PULL = (*EITHER_NAME,
-        Field("stream", SWITCH, "one JSON object per line (the default); false: one object, once it has ended"),
+        Field("stream", SWITCH, "one JSON object per line (the default); false: one object, at the end"),
         Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub"))
 HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
 DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (

@@ -7,7 +7,7 @@ import pytest
 from chatlm.front.annexes.knowledge.languages import is_mostly_foreign, unread_language
 from embedding_pool import knowing
 
-PAIRS = json.loads((Path(__file__).resolve().parents[3] / "bench" / "ten_languages.json").read_text(encoding="utf-8"))
+PAIRS = json.loads((Path(__file__).resolve().parents[4] / "bench" / "ten_languages.json").read_text(encoding="utf-8"))
 PROSE = "The harbour master keeps a list of all the boats that are moored here, and it is read by the insurer. "
 CODE = "def add(first, second):\n    return first + second\n\nfor number in range(10):\n    print(add(number, 1))\n" * 4
 TABLE = "| Jan | Feb |\n| 12 | 13 |\n" * 40

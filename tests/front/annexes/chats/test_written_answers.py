@@ -32,7 +32,7 @@ SPACE, OTHER = "A" * 22, "B" * 22
 CHAT = "/v1/chat/completions"
 CHAT_ID, QUESTION, NODE = (f"{number:032x}" for number in (1, 2, 3))
 PLACE = {"id": CHAT_ID, "node": NODE, "parent": QUESTION}
-FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURES = Path(__file__).parents[3] / "fixtures"
 added_to = Additions(additions_of(ANNEXES)).of_route
 WORDS = ["one ", "two ", "three ", "four ", "five"]
 
