@@ -4,7 +4,7 @@
     python bench/gpu_day.py --dry-run           without a GPU: the emulation and the CPU stand in, and the report says so
 
 Run it from a fresh clone after the README's first command. Each step is a process of its own with a time limit; its result is
-written at once to report.md and report.json in the folder --out, ready to be pasted into bench/RESULTS.md, and its output to
+written at once to report.md and report.json in the folder --out, which bench/figures/gpu.json gets its figures from, and its output to
 NAME.log there. A step that fails does not stop the next. A step is skipped if too little of --minutes remains for it.
 
 Nothing is written outside the folder except what the README's first command also writes (the default model). No process is left
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         write(day, results, started)
         print(f"    {results[-1].status} after {results[-1].seconds:.0f} s{results[-1].note and ': ' + results[-1].note}", flush=True)
     shutil.rmtree(day.out / "scratch", ignore_errors=True)
-    print(f"{day.out / 'report.md'} is made to be pasted into bench/RESULTS.md")
+    print(f"{day.out / 'report.md'} has figures for bench/figures/gpu.json")
     return int(any(each.status in (FAILED, LATE) for each in results))
 
 

@@ -1,19 +1,21 @@
-"""Plants faults in the program, one each, and says which tests notice them: the chosen ones, the spine, or only the whole day.
+"""Plants faults in the program, one each, and says which tests notice them: those of `.ci/run changed`, those of `pytest --quick`, or only the whole day.
 
-    python bench/planted.py --faults 100 --seed 1 --out planted.jsonl [--by changed spine quick day]      goes on with what FILE has
-    python bench/planted.py --faults 100 --seed 1 --list                                            shows the faults
+    python bench/planted.py --faults 50 --seed 1 --out planted.jsonl [--by changed quick day]       goes on with what FILE has
+    python bench/planted.py --faults 50 --seed 1 --list                                             shows the faults
     python bench/planted.py --out planted.jsonl --report                                            the table
 
 A fault is one changed operator, constant, condition, or order of two statements, or a call that is missing, in a function of chatlm. Functions are drawn by their
 length, so that all rooms have their share; what only words a message or a log line is not touched, nor what compiles to the same code. All of it
 follows from the seed: fault number 7 of seed 1 is the same one as long as the program is.
 
-For each fault `changed` (.ci/changed.py against the commit), the spine (.ci/spine) and what `pytest --quick` takes of the modules that call the function by the record
-run with -x in a copy of the commit. Faults that `changed` misses are then planted
-together (they are in different functions) for one run of what the day has: of all modules that by the record call one of these functions, which no other module can notice. What fails there is run again
-with one fault after the other, first with those that its module calls. --quick is asked last, of what no verdict of the others tells already.
-A test that fails counts if it fails again alone, and passes without the fault: it is run again on both copies. Verdicts are appended to FILE as they come. Its columns: where, what, and for each way "noticed" or "missed",
-the seconds that it took, and the first test that failed.
+    changed     what .ci/changed.py chooses, with -x and as long as `.ci/run changed` gives it, in a copy of the commit
+    quick       if the test that noticed it for `changed` is one of --quick, the same; else --quick with the modules that .ci/changed.py chooses; what these
+                miss is planted TOGETHER at a time for a run of all of --quick
+    day         what both others miss is planted TOGETHER at a time for a run of all tests; the day notices whatever they notice
+
+What fails with several faults is run again with one after the other, so a fault that hides others, by breaking all that they would, may cost these their verdict.
+A test that fails counts if it fails again alone, and passes without the fault. Verdicts are appended to FILE as they come. Its columns: where, what, and for each
+way "noticed" or "missed", the seconds that it took, and the first test that failed.
 """
 
 import argparse
@@ -27,17 +29,16 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / ".ci"))
-from cover import Cover                         # noqa: E402
-from executed import read_record, spine      # noqa: E402
 
-WAYS = "changed", "spine", "quick", "day"
+WAYS = "changed", "quick", "day"
+CHANGED_S = 300         # of .ci/run changed
+DAY_S = 5000
+TOGETHER = 10
 OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
              ast.Is: (" is ", " is not "), ast.IsNot: (" is not ", " is "), ast.In: (" in ", " not in "), ast.NotIn: (" not in ", " in "),
              ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.And: (" and ", " or "), ast.Or: (" or ", " and ")}
@@ -203,19 +204,11 @@ class Bed:
             (copy / ".venv").symlink_to(ROOT / ".venv")
 
     @cached_property
-    def cover(self) -> Cover:
-        return Cover(self.clean, read_record(self.clean))
-
-    @cached_property
     def quick(self) -> set[str]:
         """The tests of `pytest --quick`."""
         words = [self.clean / ".venv/bin/python", "-m", "pytest", "--quick", "--collect-only", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run([str(word) for word in words], cwd=self.clean, check=True, capture_output=True, text=True, timeout=300)
         return {line for line in done.stdout.splitlines() if "::" in line}
-
-    def callers(self, fault: Fault) -> list[str]:
-        """The modules of tests that by the record call its function."""
-        return self.cover.callers.get((fault.path, fault.function), [])
 
     def plant(self, faults: list[Fault]) -> None:
         """These, and no others."""
@@ -223,16 +216,16 @@ class Bed:
         for fault in sorted(faults, key=lambda fault: (fault.path, -fault.start)):
             fault.plant(self.planted)
 
-    def noticed(self, faults: list[Fault], places: list[str], *words: str) -> tuple[str, float]:
-        """(the first test that fails twice with these faults and passes without, or "", seconds). words: for pytest."""
-        self.plant(faults)
+    def noticed(self, fault: Fault, places: list[str], limit_s: float, *words: str) -> tuple[str, float]:
+        """(the first test that fails twice with this fault and passes without, or "", seconds). words: for pytest."""
+        self.plant([fault])
         without: list[str] = []             # what failed on a busy machine: -x must not end with it
         seconds = 0.0
         while len(without) < MOST_OTHERS:
             began = time.monotonic()
-            failed = self.run(self.planted, places, True, without, words)
+            failed = self.run(self.planted, places, limit_s - seconds, *words, "-x", *(f"--deselect={test}" for test in without))
             seconds += time.monotonic() - began
-            counting = (test for test in failed if self.run(self.planted, [test], True) and not self.run(self.clean, [test], True))
+            counting = (test for test in failed if self.run(self.planted, [test]) and not self.run(self.clean, [test]))
             if found := next(counting, ""):
                 return found, seconds
             if not failed:
@@ -240,19 +233,18 @@ class Bed:
             without += failed
         return "", seconds
 
-    def run(self, copy: Path, places: list[str], first_only: bool, without: Iterable[str] = (), more: Iterable[str] = ()) -> list[str]:
-        """The names of the tests that failed; of the module where it could not be collected."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"TESTS_AS_NAMED": "1"}
-        words = [copy / ".venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-summary", "-rfE", "--timeout=170",
-                 *(["-x"] if first_only else []), *(f"--deselect={test}" for test in without), *(["-n", str(self.jobs), "--dist", "loadfile"] if len(places) > 1 else []), *more, *places]
-        try:
-            done = subprocess.run([str(word) for word in words], cwd=copy, env=environment, capture_output=True, text=True, timeout=3600)
-        except subprocess.TimeoutExpired:
-            return places[:1]
+    def run(self, copy: Path, places: list[str], limit_s: float = CHANGED_S, *words: str) -> list[str]:
+        """The names of the tests that failed; of the module where it could not be collected. Without places all run; what is cut off has not failed."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        several = ["-n", str(self.jobs), "--dist", "loadfile"] if len(places) != 1 else []
+        command = ["timeout", "--signal=INT", "--kill-after=30", max(1, round(limit_s)), copy / ".venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                   "--no-summary", "--timeout=170", *several, *words, *places]
+        done = subprocess.run([str(word) for word in command], cwd=copy, env=environment, capture_output=True, text=True)
         # conftest.py shows a failure as it comes
         failed = re.findall(r"^(\S+?\.py(?:::.*)?) failed in (?:setup|call|teardown):$", done.stdout, re.MULTILINE)
         failed += re.findall(r"^ERROR collecting (\S+)", re.sub(r"^_+ ", "", done.stdout, flags=re.MULTILINE), re.MULTILINE)
-        return failed or (places[:1] if done.returncode not in (0, 5) else [])
+        was_cut = done.returncode in (124, 137) and len(places) != 1        # a single test that does not end has noticed something
+        return failed or (places[:1] if done.returncode not in (0, 5) and not was_cut else [])
 
     def chosen(self, fault: Fault) -> list[str]:
         self.plant([fault])
@@ -283,78 +275,68 @@ class Verdicts:
     def of(self, number: int, seed: int, way: str) -> dict | None:
         return self.known.get((f"{number}", seed, way))
 
-    def is_missed(self, number: int, seed: int, way: str) -> bool:
-        """Whether it was asked, and did not notice the fault."""
-        verdict = self.of(number, seed, way)
-        return verdict is not None and verdict["verdict"] == "missed"
-
 
 def plant_all(options: argparse.Namespace) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    verdicts = Verdicts(options.out)
+    verdicts, seed = Verdicts(options.out), options.seed
     with tempfile.TemporaryDirectory(prefix="planted") as folder:
         bed = Bed(Path(folder), commit, options.jobs)
-        faults = dict(enumerate(draw_faults(bed.clean, options.faults, options.seed)))
-        for number, fault in faults.items():
-            if "changed" in options.by and not verdicts.of(number, options.seed, "changed"):
-                verdicts.add(fault, number, options.seed, "changed", *bed.noticed([fault], bed.chosen(fault)))
-            if "spine" in options.by and not verdicts.of(number, options.seed, "spine"):
-                verdicts.add(fault, number, options.seed, "spine", *bed.noticed([fault], spine(bed.clean)))
-        missed = [number for number in faults if verdicts.is_missed(number, options.seed, "changed")]
-        if "day" in options.by:
-            run_day(bed, verdicts, options.seed, {number: faults[number] for number in missed if not verdicts.of(number, options.seed, "day")})
+        faults = dict(enumerate(draw_faults(bed.clean, options.faults, seed)))
+        for number, fault in faults.items() if "changed" in options.by else ():
+            if not verdicts.of(number, seed, "changed"):
+                verdicts.add(fault, number, seed, "changed", *bed.noticed(fault, bed.chosen(fault), CHANGED_S))
         for number, fault in faults.items() if "quick" in options.by else ():
-            if verdicts.of(number, options.seed, "changed") and not verdicts.of(number, options.seed, "quick"):
-                verdicts.add(fault, number, options.seed, "quick", *by_quick(bed, fault, number, verdicts, options.seed))
+            earlier = verdicts.of(number, seed, "changed")
+            if verdicts.of(number, seed, "quick"):
+                continue
+            found = (earlier["test"], 0.0) if earlier and earlier["test"] in bed.quick else bed.noticed(fault, bed.chosen(fault), DAY_S, "--quick")
+            if found[0]:
+                verdicts.add(fault, number, seed, "quick", *found)
+        for way, words in ("quick", ["--quick"]), ("day", []):
+            left = [number for number in faults if not any((verdicts.of(number, seed, each) or {}).get("test") for each in {way, "quick"})
+                    and not verdicts.of(number, seed, way) and not (way == "day" and (verdicts.of(number, seed, "changed") or {}).get("test"))]
+            for start in range(0, len(left) if way in options.by else 0, TOGETHER):
+                run_together(bed, verdicts, seed, way, words, {number: faults[number] for number in left[start:start + TOGETHER]})
 
 
-def by_quick(bed: Bed, fault: Fault, number: int, verdicts: Verdicts, seed: int) -> tuple[str, float]:
-    """As Bed.noticed. A test of --quick that noticed it for another way need not run again, and what the day misses --quick misses too."""
-    for verdict in (verdicts.of(number, seed, "changed"), verdicts.of(number, seed, "day")):
-        if verdict and verdict["test"] in bed.quick:
-            return verdict["test"], 0.0
-    places = bed.cover.choose({(fault.path, fault.function): len(bed.callers(fault))})      # all of them, first those that are likelier to notice
-    if not places or verdicts.is_missed(number, seed, "day"):
-        return "", 0.0
-    return bed.noticed([fault], places, "--quick")
-
-
-def run_day(bed: Bed, verdicts: Verdicts, seed: int, faults: dict[int, Fault]) -> None:
-    """The day's tests that execute any of these faults, all planted at once, then what failed for one fault after the other."""
-    if not faults:
-        return
+def run_together(bed: Bed, verdicts: Verdicts, seed: int, way: str, words: list[str], faults: dict[int, Fault]) -> None:
+    """All tests of this way with all of these faults planted at once, then what failed with one fault after the other."""
+    chosen = {number: bed.chosen(fault) for number, fault in faults.items()}
     bed.plant([*faults.values()])
-    places = [*dict.fromkeys(module for fault in faults.values() for module in bed.callers(fault))]
     began = time.monotonic()
     modules: dict[str, list[str]] = defaultdict(list)
-    for test in bed.run(bed.planted, places, False) if places else ():
+    for test in bed.run(bed.planted, [], DAY_S, *words):
         modules[test.partition("::")[0]].append(test)
     seconds = time.monotonic() - began
     for module, tests in modules.items():
-        unexplained = {test for test in tests if not bed.run(bed.clean, [test], True)}
-        left = [number for number in faults if not verdicts.of(number, seed, "day")]
-        for number in sorted(left, key=lambda number: module not in bed.callers(faults[number])):
+        unexplained = {test for test in tests if not bed.run(bed.clean, [test])}
+        left = [number for number in faults if not verdicts.of(number, seed, way)]
+        for number in sorted(left, key=lambda number: module not in chosen[number]):
             if not unexplained:
                 break
             bed.plant([faults[number]])
-            if failed := bed.run(bed.planted, sorted(unexplained), False):
-                verdicts.add(faults[number], number, seed, "day", failed[0], seconds)
+            if failed := bed.run(bed.planted, sorted(unexplained)):
+                verdicts.add(faults[number], number, seed, way, failed[0], seconds)
                 unexplained -= {*failed}
     for number, fault in faults.items():
-        if not verdicts.of(number, seed, "day"):
-            verdicts.add(fault, number, seed, "day", "", seconds)
+        if not verdicts.of(number, seed, way):
+            verdicts.add(fault, number, seed, way, "", seconds)
 
 
 def report(verdicts: Verdicts) -> None:
-    """A table: of each room and of all, how many faults each way noticed. What `changed` notices the day does too."""
+    """A table: of each room and of all, how many faults each way noticed. The day notices what the others notice."""
     noticed: dict[str, Counter] = defaultdict(Counter)
-    for (_, _, way), row in verdicts.known.items():
+    seen: set[tuple[str, int]] = set()
+    for (number, seed, way), row in verdicts.known.items():
         for room in (row["where"].rpartition("/")[0], "all"):
-            noticed[room][way] += row["verdict"] == "noticed"
+            noticed[room][way] += way != "day" and row["verdict"] == "noticed"
             noticed[room][f"all {way}"] += 1
+            noticed[room]["day"] += row["verdict"] == "noticed" and (number, seed) not in seen
+        if row["verdict"] == "noticed":
+            seen.add((number, seed))
     print("| room | " + " | ".join(WAYS) + " |\n|---|" + "---|" * len(WAYS))
     for room, counts in sorted(noticed.items(), key=lambda item: (item[0] == "all", item[0])):
-        print(f"| {room} | " + " | ".join(f"{counts[way]} of {counts[f'all {way}']}" for way in WAYS) + " |")
+        print(f"| {room} | {counts['changed']} of {counts['all changed']} | {counts['quick']} of {counts['all quick']} | {counts['day']} |")
 
 
 def main() -> None:

@@ -25,10 +25,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 # What the tests share, and the code under test: a private build, or this checkout
-sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support"), str(REPOSITORY / ".ci")]
+sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
 from browsing import browser, end_browser, held_front, one_stand_in, opened_page, page, server_url, stand_in, theme  # noqa: E402, F401  of the page's tests
-from executed import recorded_seconds  # noqa: E402
 from lasting_timeouts import pytest_timeout_set_timer  # noqa: E402, F401
 import nightly  # noqa: E402
 from made_once import made_once  # noqa: E402
@@ -61,7 +60,7 @@ def pytest_testnodedown(node, error):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="the spine, and of each other function of tests some cases, if they are not slow")
+    parser.addoption("--quick", action="store_true", help="the spine, and what needs no other process: some cases of each function of tests")
 
 
 def pytest_configure(config):
@@ -70,8 +69,6 @@ def pytest_configure(config):
         config.option.maxworkerrestart = "0"        # of xdist 3.8: it may wait for ever once it has started another process for one that died
     if config.option.quick:
         config.pluginmanager.register(Quick(REPOSITORY))
-    if "RECORD_EXECUTED" in os.environ:
-        config.pluginmanager.import_plugin("call_recorder_plugin")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,9 +93,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if hasattr(item.module, "WHOLE") or hasattr(item.module, "nightly"):
                 item.add_marker("slow")
-    if "TESTS_AS_NAMED" not in os.environ:                      # by `.ci/run changed`, which names them in their order
-        seconds = recorded_seconds(REPOSITORY)      # the longest go first, so that two processes end together
-        items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0))
     if "chatlm.worker.engine.engine" in sys.modules:        # some test makes engines in this process
         import checked      # noqa: F401
 

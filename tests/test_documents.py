@@ -1,7 +1,6 @@
 """What the documents say is so: their links lead somewhere, their commands and flags exist, their tables are
 the program's."""
 
-import ast
 import importlib.util
 import json
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
 from chatlm.bundling import parse_bundle_words
 from chatlm.commands import COMMANDS
 from chatlm.common.commands import chosen_command
@@ -34,13 +32,12 @@ from chatlm.worker.weights.families.table import FAMILIES, GGUF_FAMILIES, VISION
 from command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-HISTORY = sorted((ROOT / "bench" / "history").glob("*.md"))
 TODAY = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "bench" / "RESULTS.md",
+    *sorted((ROOT / "bench").glob("*.md")),
     ROOT / "csrc" / "README.md",
     ROOT / "static" / "README.md",
 ]
@@ -135,20 +132,9 @@ def commands(text: str) -> list[str]:
     return [part.strip() for line in lines for part in re.split(r"&&|\|", line.replace("\n", " "))]
 
 
-@pytest.mark.parametrize("path", [*TODAY, *HISTORY], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TODAY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_in_the_repository_leads_somewhere(path):
     assert broken_links(path, text_of(path)) == []
-
-
-def test_each_report_in_the_history_is_cited():
-    """What bench/RESULTS.md no longer cites is removed from bench/history/."""
-    cited = set(re.findall(r"\(history/([\w.-]+#[\w-]+)\)", text_of(ROOT / "bench" / "RESULTS.md")))
-    reports = {
-        f"{path.name}#{anchor}"
-        for path in HISTORY
-        for anchor in anchors("\n".join(re.findall("^## .*$", FENCED.sub("", text_of(path)), re.MULTILINE)))
-    }
-    assert reports and reports == cited
 
 
 def test_a_link_that_leads_nowhere_is_found():
@@ -193,7 +179,7 @@ def test_flags_that_are_named_exist(path):
     text, ours = text_of(path), {name for flag in FLAGS for name in flag.names} | OTHERS_FLAGS
     if path.name == "agents.md":  # of the agents themselves
         ours |= {"yes-always", "message", "auto", "auth-type", "yolo", "core-tools", "permission-mode", "bare"}
-    if path.name == "RESULTS.md":  # where one program's flags are named apart from it
+    if path.parent.name == "bench":  # where one program's flags are named apart from it
         ours |= words_of_benches(*(f"bench/{bench.name}" for bench in (ROOT / "bench").glob("*.py")))
     text = re.sub(r"^.*python bench/.*$|```", "", text, flags=re.MULTILINE) if "```" in text else text
     text = re.sub(r"`[^`]*`", lambda code: "" if "bench/" in code[0] else code[0], text)
@@ -317,24 +303,3 @@ def test_short_names_that_are_shown_are_known(name):
 def test_examples_in_python_are_python(path):
     for code in re.findall(r"^ *```python\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE):
         compile(textwrap.dedent(code), str(path), "exec")
-
-
-def glossary() -> dict[str, str]:
-    """The words of chat_server.py's glossary, each with what stands behind it."""
-    text = chat_server.__doc__.partition("\nGlossary")[2].partition("\n\n")[2].partition("\n\n")[0]
-    entries = re.split(r"\n    (?=\S)", f"\n{text}")[1:]
-    return dict(re.split(r" {2,}", entry.replace("\n", ""), maxsplit=1) for entry in entries)
-
-
-def classes_of(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
-
-
-def test_each_word_of_the_glossary_lives_where_it_says():
-    found = glossary()
-    assert {"page", "step", "served model", "rank, stage"} <= found.keys()
-    for word, text in found.items():
-        modules = [ROOT / path for path in re.findall(r"chatlm/[\w/]+\.py", text)]
-        names = set(re.findall(r"`([A-Z]\w+)`", text))
-        assert names and modules, word
-        assert names <= set().union(*map(classes_of, modules)), word

@@ -6,7 +6,7 @@
 //          matrices of a few thousand rows. dequantize: a thread makes 8 values.
 // cost     multiply reads W once, whatever B is, and x from the caches. bfloat16 is bound by the memory of W for all B. Of the
 //          other types one row is, within a factor of 2 to 4; 8 rows take 3 to 5 times as long, since each block reads all of x
-//          (H100, bench/RESULTS.md). dequantize reads W and writes 2 or 4 bytes a weight.
+//          (H100, bench/figures/gpu.json). dequantize reads W and writes 2 or 4 bytes a weight.
 // numerics f32: a weight has the bits that the gguf package gives; sums as in products.h, and that of the squares of x likewise. The
 //          norm divides a row's finished sums, so x is read once. A row's bits do not depend on the other rows.
 

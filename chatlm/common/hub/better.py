@@ -19,7 +19,7 @@ BETTER = (
     (1_700_000_000, 640_000_000, "Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf"))
 SHARE = 0.8               # of free memory that a model may take: other programs grow too
 FAST_ENOUGH = 10.0        # tokens per second, about as fast as one reads
-SHARE_OF_BANDWIDTH = 0.7  # that decoding on a CPU reaches: 0.67 to 0.9, bench/RESULTS.md, machine D
+SHARE_OF_BANDWIDTH = 0.7  # that decoding on a CPU reaches: 0.67 to 0.9 on a Zen 4
 BESIDE_S = 0.001          # that a token takes beside reading the weights
 
 

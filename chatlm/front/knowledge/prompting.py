@@ -49,7 +49,7 @@ LEAST_TOKENS = 32          # of a passage that is cut to fit
 FRAME_TOKENS = 48          # that a chat template may write around a text
 NAME_CHARACTERS = 200
 MEMBERS = "stores", "mode", "max_num_results", "score_threshold", "return_text"
-# Asked for citations alone, a model of 0.5B answers with numbers alone (bench/RESULTS.md)
+# Asked for citations alone, a model of 0.5B answers with numbers alone (bench/figures/knowledge.json)
 CITE = ("Answer the question truthfully and completely. After each statement cite its passage by its number, "
         "like [1].")
 PASSAGES = f"Passages of documents, which may help to answer the question below. {CITE}"

@@ -364,7 +364,7 @@ def whole_of(reading: Reading, stores: Seq[int], most_tokens: int, wanted: Filte
 def worth_reading(hits: Seq[Hit], limit: int) -> list[Hit]:
     """Of so many hits the first, and those whose score is at least half way from a common one to the best:
     from the middle one of the LISTED first hits, which hardly fits the question. So models read nothing that
-    is far less near, whatever an embedder's scores are like (bench/RESULTS.md)."""
+    is far less near, whatever an embedder's scores are like (bench/figures/knowledge.json)."""
     scores = sorted(hit.score for hit in hits[:LISTED])
     if len(scores) <= FEW:
         return [*hits[:limit]]

@@ -101,9 +101,9 @@ SAMPLING_KEYS = {  # ours -> the names in generation_config.json and GGUF's gene
 
 
 # of the default model, whose file says nothing: with its authors' temperature of 0.2 and top_p of 0.9 four of
-# ten everyday answers go round in circles (bench/RESULTS.md, "Answers that end")
+# ten everyday answers go round in circles (bench/figures/answers.json, "endings")
 DEFAULT_SAMPLING = {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
-# with its template's own, it rambles about the capital of France (the same, "Everyday facts")
+# with its template's own, it rambles about the capital of France (the same, "everyday-facts")
 DEFAULT_SYSTEM = "You are a helpful AI assistant."
 
 

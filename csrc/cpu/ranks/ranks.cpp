@@ -2,7 +2,7 @@
 // shapes   x [rows][columns] float32, the same on every rank, at most part_bytes
 // mapping  one process a rank; one thread of it says that its part is there and waits; others may help to copy and add
 // cost     per phase and rank: its part written once, all parts read once, of which count - 1 come from other CPUs' caches;
-//          64 KB between two ranks: see bench/RESULTS.md
+//          64 KB between two ranks: see bench/figures/serving.json, "sums"
 // numerics float32, each sum rounded, in the order of the ranks; the residual last. So the bits depend on the number of ranks alone
 //
 // The file: a Head, a Line for each rank, then for each rank two parts. Its begin is zeros but for what prepare() writes.

@@ -48,7 +48,7 @@
 // looked up in a grid have larger sums, so the high bytes of a row have a sum of their own. The step is that of the largest block
 // without outliers. A matrix with tiles of both kinds has x in both forms. The KL of rounding x alone, on the default model, is
 // 1.4e-4 in blocks and 4.9e-4 in steps; with a scale for 256 columns and one byte, as in llama.cpp, it is 6.7e-3
-// (bench/RESULTS.md, "What the rounding of x costs").
+// (bench/figures/kernels.json, "types-2-3-bits").
 //
 // x for i8_row: whole numbers of one byte, times one step for a whole row of x, that of its largest value, as files of this type ask for. With
 // `fine` each has two bytes, and 256 columns have a step.

@@ -8,7 +8,7 @@
 //          Prefill: the multipliers are the bound. A row and a 16 x 32 block of q4_1 take 11 of their instructions, and 8 more where
 //          one of 4 rows has a fine plane: that is every third block, and a quarter of the time. (Lists of each row's fine blocks,
 //          multiplied after the others, would take longer for Q8_0 and shorter with AVX2.)
-//          bench/RESULTS.md has the figures
+//          bench/figures/kernels.json has the figures
 // numerics cpu/tiles/tiles.h. Integer sums are exact and each scale and minimum is one fused multiply-add, so bits are equal
 //          everywhere
 #include "cpu/lanes.h"

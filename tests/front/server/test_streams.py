@@ -411,13 +411,13 @@ async def test_a_recording_ends_after_an_error(encoder, members):
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
-    recording = Recordings().start(Recording("some-id", "", "", encoder.lone_failure), frames(),
+    recording = Recordings().start(Recording("some-id", "", "", encoder), frames(),
                                    contextlib.AsyncExitStack())
     _, last = b"".join([part async for part in recording.follow(0)]).decode().split("\n\n")[:2]
     body = json.loads(last.partition("data: ")[2])
     assert body.keys() == members and "the recording failed" in str(body) and "fault" not in last
     assert ("event: error" in last) == ("type" in members)
-    gone = Recording("some-id", "", "", encoder.lone_failure)
+    gone = Recording("some-id", "", "", encoder)
     gone.dropped = 1        # its oldest part is no longer kept
     [late] = [part async for part in gone.follow(0)]
     assert json.loads(late.decode().partition("data: ")[2]).keys() == members
@@ -430,7 +430,7 @@ async def test_a_cut_recording_says_so(caplog):
         raise ZeroDivisionError("a fault")
 
     recordings = Recordings()
-    recording = recordings.start(Recording("some-id", "", "", NativeEncoder.lone_failure), frames(),
+    recording = recordings.start(Recording("some-id", "", "", NativeEncoder), frames(),
                                  contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
