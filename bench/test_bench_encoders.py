@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
-from answers import collected, encoded
+from answers import collected, encoded    # noqa: E402
 from chatlm.common.messages.protocol import ParsedBody    # noqa: E402
 from chatlm.common.messages.requests import (    # noqa: E402
     Accepted, AnswerParams, Delta, Embedding, Finished, Piece, Request, Usage)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -94,43 +94,13 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
                    max_tokens=parameters.get("max_tokens", length), **source)
 
 
-@dataclass
-class Reply:
-    """The part of an answer that has arrived."""
-
-    choice: ChoiceState = field(default_factory=lambda: ChoiceState(0))
-    seconds: float = 0.0
-
-    @property
-    def text(self) -> str:
-        return self.choice.text()
-
-    @property
-    def reasoning(self) -> str:
-        return self.choice.text("reasoning")
-
-    @property
-    def calculator(self) -> list[dict]:
-        """The calls in its text."""
-        return self.choice.calculations
-
-    @property
-    def calls(self) -> list[dict[str, str]]:
-        """Those of functions: {id, name, arguments}, as the page keeps them."""
-        return [{"id": f"call_{call.place}", "name": call.name, "arguments": call.text}
-                for call in self.choice.calls]
-
-    @property
-    def done(self) -> Finished:
-        """None until it has ended."""
-        return self.choice.done
-
-    def as_json(self, request: Request, done: Finished) -> str:
-        """One line of --json output."""
-        return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
-                        **calculator_member(self.calculator),
-                        "finish_reason": done.reason, "seed": request.params.sampling.seed,
-                        "usage": usage_of(done), "timings": timings_body(done)})
+def json_line(reply: ChoiceState, request: Request) -> str:
+    """An answer that has ended, as a line of --json output."""
+    reasoning = reply.text("reasoning")
+    return as_json({"text": reply.text(), **({"reasoning": reasoning} if reasoning else {}),
+                    **calculator_member(reply.calculations),
+                    "finish_reason": reply.done.reason, "seed": request.params.sampling.seed,
+                    "usage": usage_of(reply.done), "timings": timings_body(reply.done)})
 
 
 def usage_of(done: Finished) -> dict[str, int]:
@@ -138,11 +108,8 @@ def usage_of(done: Finished) -> dict[str, int]:
             for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
 
-async def receive(pool: Pool, request: Request, reply: Reply, writer):
-    """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
-    began_s = time.monotonic()
-    state = AnswerState(request)
-    reply.choice = state.choices[0]
+async def receive(pool: Pool, request: Request, state: AnswerState, writer):
+    """Show an answer as it arrives; its state has what arrived, even if the answer fails or is cancelled."""
     try:
         async with aclosing(watched(pool.answer(request), state)) as events:
             async for event in events:
@@ -150,8 +117,6 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
                     writer.push(event)
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
-                elif isinstance(event, Finished):
-                    reply.seconds = time.monotonic() - began_s
     finally:
         writer.close()
 
@@ -316,7 +281,6 @@ class Chat:
     async def answer(self, last: dict, with_tools: bool = False):
         """Answer a question, or continue an answer. If this stops or fails, what arrived is kept."""
         chat = self.conversation
-        reply = Reply()
         before = self.conversation.leaf
         chat.leaf = last["id"]
         cut = last["role"] == "assistant" and not last.get("calls")
@@ -335,35 +299,41 @@ class Chat:
             request = with_tools_of(request, self.tools.chosen, self.pool)
         request = replace(request, params=replace(request.params, temporary=self.temporary))
         chat.leaf = before
+        state = AnswerState(request)
+        reply = state.choices[0]
+        began_s = time.monotonic()
         note = "interrupted"
         try:
             with self.terminal.unechoed(partial(self.pool.end_thinking, request.id)):
                 begun = marked(last["content"], calls_in(last), as_code) if cut else ""
                 writer = self.terminal.writer(begun, self.pool.ends_thinking)
-                await interruptible(receive(self.pool, request, reply, writer))
+                await interruptible(receive(self.pool, request, state, writer))
             note = "stopped"
         finally:
-            if reply.text or reply.reasoning or reply.calculator or reply.calls or reply.done:
+            seconds = time.monotonic() - began_s
+            if reply.parts or reply.done:
                 self.keep(last, request, reply, note)
-        line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
+        line = summary(reply.done, seconds) if reply.done else "[stopped]"
         is_cut = reply.done and (reply.done.reason == "length" or reply.done.stop_reason == "repetition")
         hint = "; /continue continues it" if is_cut else ""
         if isinstance(self.pool, RemotePool) and self.pool.passages:
             line = f"{passages_line(self.pool.passages)}\n{line}"
         self.note(line + hint + ("\n" if self.terminal.interactive else ""))
         if self.settings.json and reply.done:
-            print(reply.as_json(request, reply.done), flush=True)
+            print(json_line(reply, request), flush=True)
 
-    def keep(self, last: dict, request: Request, reply: Reply, note: str):
+    def keep(self, last: dict, request: Request, reply: ChoiceState, note: str):
         """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
-        node = {"role": "assistant", "content": reply.text, "parent": last["id"],
+        text = reply.text()
+        node = {"role": "assistant", "content": text, "parent": last["id"],
                 "model": self.pool.model_name, "seed": request.params.sampling.seed,
                 "parameters": dict(self.conversation.parameters)}
-        if reply.reasoning:
-            node["reasoning"] = reply.reasoning
+        if reasoning := reply.text("reasoning"):
+            node["reasoning"] = reasoning
         if reply.calls:
-            node["calls"] = reply.calls
-        calls = reply.calculator
+            node["calls"] = [{"id": f"call_{call.place}", "name": call.name, "arguments": call.text}
+                             for call in reply.calls]
+        calls = reply.calculations
         continues = last["role"] == "assistant" and not last.get("calls")
         if continues:
             begun = Message("assistant", last["content"], {"calculator": calls_in(last)})
@@ -382,7 +352,7 @@ class Chat:
             self.conversation.add(node)
         else:
             last.pop("note", None)
-            last |= node | {"content": last["content"] + reply.text, "parent": last["parent"]}
+            last |= node | {"content": last["content"] + text, "parent": last["parent"]}
         if self.kept and not self.temporary:
             try:
                 self.conversation.write(state_file(LAST_CHAT), 0o600)
@@ -660,7 +630,6 @@ def taken_as_model(settings: Settings) -> str:
 async def generate(settings: Settings) -> int:
     """The `generate` command: one answer on stdout, its speed on stderr. No template: text completion."""
     text = prompt_text(settings)
-    reply = Reply()
     writer = PlainWriter(silent=settings.json)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
@@ -672,9 +641,13 @@ async def generate(settings: Settings) -> int:
             print(NO_ROLES, file=sys.stderr)
         request = (new_request(settings, messages=(*turns, Message("user", text))) if in_turns else
                    new_request(settings, prompts=(text,)))
-        await receive(pool, request, reply, writer)
+        state = AnswerState(request)
+        began_s = time.monotonic()
+        await receive(pool, request, state, writer)
+        seconds = time.monotonic() - began_s
+    [reply] = state.choices
     assert reply.done  # an answer that does not fail ends with Finished
     if settings.json:
-        print(reply.as_json(request, reply.done), flush=True)
-    print(summary(reply.done, reply.seconds), file=sys.stderr)
+        print(json_line(reply, request), flush=True)
+    print(summary(reply.done, seconds), file=sys.stderr)
     return 0

@@ -18,6 +18,7 @@ from chatlm.common.config import LIMITS, ApiKey, Settings, read_api_keys
 from chatlm.common.errors import Overloaded
 from chatlm.front.api.dialects.messages import MessagesEncoder
 from chatlm.front.api.dialects.native import NativeEncoder
+from chatlm.front.api.dialects.ollama import OllamaEncoder
 from chatlm.front.api.dialects.openai import OpenAIEncoder
 from chatlm.front.api.dialects.responses import ResponsesEncoder
 from chatlm.front.server import recordings as server_recordings
@@ -411,16 +412,26 @@ async def test_a_recording_ends_after_an_error(encoder, members):
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
-    recording = Recordings().start(Recording("some-id", "", "", encoder.lone_failure), frames(),
+    recording = Recordings().start(Recording("some-id", "", "", encoder), frames(),
                                    contextlib.AsyncExitStack())
     _, last = b"".join([part async for part in recording.follow(0)]).decode().split("\n\n")[:2]
     body = json.loads(last.partition("data: ")[2])
     assert body.keys() == members and "the recording failed" in str(body) and "fault" not in last
     assert ("event: error" in last) == ("type" in members)
-    gone = Recording("some-id", "", "", encoder.lone_failure)
+    gone = Recording("some-id", "", "", encoder)
     gone.dropped = 1        # its oldest part is no longer kept
     [late] = [part async for part in gone.follow(0)]
     assert json.loads(late.decode().partition("data: ")[2]).keys() == members
+
+
+async def test_a_recording_of_lines_is_read_by_lines_and_so_ends_after_an_error():
+    async def frames():
+        yield b'{"response": "one"}\n{"response": "\\n\\n"}\n'
+        raise ZeroDivisionError("a fault")
+
+    recording = Recordings().start(Recording("some-id", "", "", OllamaEncoder), frames(), contextlib.AsyncExitStack())
+    lines = b"".join([part async for part in recording.follow(1)]).splitlines()
+    assert [json.loads(line) for line in lines] == [{"response": "\n\n"}, {"error": "the recording failed"}] and recording.length == 3
 
 
 async def test_a_cut_recording_says_so(caplog):
@@ -430,7 +441,7 @@ async def test_a_cut_recording_says_so(caplog):
         raise ZeroDivisionError("a fault")
 
     recordings = Recordings()
-    recording = recordings.start(Recording("some-id", "", "", NativeEncoder.lone_failure), frames(),
+    recording = recordings.start(Recording("some-id", "", "", NativeEncoder), frames(),
                                  contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
