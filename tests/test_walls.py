@@ -201,6 +201,35 @@ def test_only_loaders_read_the_facts_of_a_model():
     assert [*read_of_facts(loaders / "families/plain.py")]  # so the search finds them
 
 
+def annexes_imported(path):
+    """The annexes that a module imports, also for types alone, or names in a text as a place of one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            names = [node.value]
+        for name in names:
+            if name.startswith("chatlm.front.annexes."):
+                yield name.split(".")[3].partition(":")[0]
+
+
+def test_nobody_imports_an_annex_for_types_either():
+    """Only the table imports rows, and no annex another one."""
+    annexes = ROOT / "chatlm/front/annexes"
+    folders = {path.name for path in annexes.iterdir() if (path / "row.py").exists()}
+    found = []
+    for path in [ROOT / "chat_server.py", *(ROOT / "chatlm").rglob("*.py")]:
+        own = path.relative_to(annexes).parts[0] if annexes in path.parents else ""
+        if own != "__init__.py":
+            others = folders & {*annexes_imported(path)} - {own}
+            found += [(str(path.relative_to(ROOT)), each) for each in others]
+    assert found == [] and len(folders) > 10
+    assert {*annexes_imported(annexes / "__init__.py")} == folders  # so the search finds them
+
+
 LATE = {  # module -> why its functions import modules of ours: all others do that at their head
     "chatlm/commands.py": "a command imports what it needs, and no other command's",
     "chatlm/front/intake/sandboxed.py": "a sandbox reads bodies or documents, and starts in a third of the time",
