@@ -22,6 +22,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.text.sentencepiece_file import model_of, sentencepiece_json
 from chatlm.worker.weights.text.tiktoken_file import tekken_json
 from foreign_folders import KINDS, tekken, write_json
+from patching import patch
 from tiny_gguf import LLAMA_NUMBERS, random_llama, write_gguf
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -205,7 +206,7 @@ def test_a_folder_that_breaks_our_reading_keeps_no_other_from_being_served(tmp_p
             raise RuntimeError("boom")
         return original(path)
 
-    monkeypatch.setattr(trainers, "foreign", broken)
+    patch(monkeypatch, trainers, "foreign", broken)
     found = find_models(tmp_path)
     assert {files.name for files in found if files.stamp} == {"a", "b"}
     assert [files.trouble for files in found if files.trouble] == [f"{tmp_path / 'a'} cannot be read: boom"]
