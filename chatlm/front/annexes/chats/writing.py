@@ -58,7 +58,7 @@ class WrittenAnswer:
         self.model = ask.model
         self.seed = ask.parsed.request.params.sampling.seed
         self.response = ask.parsed.response_id
-        self.knowledge = ask.parsed.beside.get("knowledge")  # the passages that it was given to read
+        self.beside = ask.parsed.beside  # such as the passages that it was given to read
         self.due_s = 0.0  # when it may be written next
         self.grown = False    # has something come that is not written?
         self.settled = False  # are all events that have come in the recording too?
@@ -123,7 +123,7 @@ class WrittenAnswer:
 
     def facts(self, done: Finished) -> dict:
         usage = usage_body(done.usage)
-        more = {"knowledge": self.knowledge} if self.knowledge else {}
+        more = dict(self.beside)
         timings = {**timings_body(done), **usage, "gpu": done.gpu, "finish_reason": done.reason,
                    "stop_reason": done.stop_reason if done.stop_reason == "repetition" else ""}
         if "earlier" in self.before:
