@@ -15,8 +15,8 @@ import pytest
 # What names one of these starts a process, or asks one: modules, and parts of the program that tests start it with
 PROCESSES = ("subprocess", "multiprocessing", "asyncio.subprocess", "forked", "browsing", "fake_tools", "pools.started", "chatlm.common.processes.start",
              "chatlm.common.hub.packaged", "chatlm.front.pool.pool.make_pool", "chatlm.front.pool.many.many_models")
-# The default model, of 135 million parameters
-LARGE = ("conftest.default_model_path",)
+# The default model, of 135 million parameters; a library that g++ compiles for half a minute
+LARGE = "conftest.default_model_path", "chatlm.common.hub.default_model.fetch_default_model", "cuda_backends.Emulated", "test_core_cuda.Emulation"
 # What computes with a model
 MODELS = "torch", "transformers", "chatlm.worker.engine", "chatlm.worker.build", "engines"
 CASES = 4       # of a function of tests; one, if it computes with a model

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
+from chatlm.common import folder_files
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.folder_files import Found, Gone, look, read, stamp_of
 from chatlm.front.annexes import ANNEXES
-from chatlm.front.annexes.knowledge import folder_files, following, ingest, passages, search
+from chatlm.front.annexes.knowledge import following, ingest, passages, search
 from chatlm.front.annexes.knowledge import stores as rows
 from chatlm.front.store.store import Store
 from embedding_pool import EmbeddingPool, knowing
