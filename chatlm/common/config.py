@@ -75,7 +75,6 @@ class Limits:
     grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 ordinary characters take 8 MB
     parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
     tool_name_bytes: int = 1 << 20     # of all names of functions and parameters, which go to the workers
-    tool_call_bytes: int = 1 << 20     # of the body of a call that runs here: an argument may be a file
 
     # bodies, documents and pictures
     body_bytes: int = 16 << 20
@@ -100,18 +99,11 @@ class Limits:
     recorded_bytes: int = 8 << 20        # of all resumable streams
     connections: int = 8192              # if file descriptors suffice; an idle one takes 6 KB
 
-    # files and batches
-    batch_bytes: int = 200 << 20    # of an uploaded file
-    batch_lines: int = 50_000       # of an uploaded file
+    # the database
     kept_bytes: int = 2 << 30       # that one owner, key or address has in --database
     open_bytes: int = 32 << 30      # of --database, from which on a server without keys keeps no more
     spaces: int = 1_000             # of X-Chat-Space, that an address writes to first and that have something
-    unfinished_batches: int = 100   # of one key or address
-
-    # knowledge
-    vector_stores: int = 100        # of one owner
-    store_files: int = 10_000       # of a vector store
-    store_windows: int = 200_000    # of a vector store: vectors that are searched
+    store_files: int = 10_000       # of a vector store, or of a folder that becomes one
 
 
 LIMITS = Limits()

@@ -27,7 +27,7 @@ from chatlm.common.hub.repository import (
 from chatlm.common.hub.local import download_lock, hub_cache
 from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
-    HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
+    HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, Offer, Unusable)
 from chatlm.common.processes.child import join_parent
 
 MOST_FOUND = 30          # results of a search

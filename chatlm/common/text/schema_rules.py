@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import shown
 from chatlm.common.jsontext import as_json, is_number, is_text
 from chatlm.common.text.notations import BARE, JSON, Notation, bare
 from chatlm.common.text.number_ranges import (

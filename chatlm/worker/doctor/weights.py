@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 import numpy
 
-from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.layers import (
     NORMS, Features, exchanged_layers, pairs_of_others, strange_levels, transposed)
 from chatlm.worker.doctor.tensor_statistics import (
     GROUP, LARGE, MOST_VALUES, TensorStatistics, all_statistics, of_kinds)
-from chatlm.worker.model.tensors import Cut, Unread
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.examined_model import ExaminedModel

@@ -133,7 +133,7 @@ async def test_the_whole_database_has_a_limit_without_keys(tmp_path, monkeypatch
 
 
 async def test_unfinished_batches_are_counted_by_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "LIMITS", replace(LIMITS, unfinished_batches=2))
+    monkeypatch.setattr(batches, "MOST_UNFINISHED", 2)
     pool = FakePool(gate=asyncio.Event())
     async with started(tmp_path / "store.db", pool=pool) as ask:
         statuses = []

@@ -12,6 +12,7 @@ import fake_tools
 import hostile_tools
 from chatlm.common.config import LIMITS, Settings
 from chatlm.front.annexes.tools import routes as tooling
+from chatlm.front.annexes.tools.limits import MOST_CALL_BYTES
 from fake_pool import FakePool, serving
 from patching import patch
 
@@ -76,7 +77,7 @@ async def test_a_schema_that_breaks_its_check_is_marked_alone(tmp_path, monkeypa
 async def test_large_arguments_are_read_outside_the_event_loop(item, tmp_path, monkeypatch):
     """They reach the tool as they are."""
     patch(monkeypatch, tooling, "read_call", lambda raw: pytest.fail("it was read in the event loop"))
-    items = (item * ((LIMITS.tool_call_bytes - 200) // len(item)))[:-1]
+    items = (item * ((MOST_CALL_BYTES - 200) // len(item)))[:-1]
     path = tmp_path / "calls"
     body = f'{{"name": "fake__count", "arguments": {{"path": "{path}", "x": [{items}]}}, "extra": 1}}'
     configured = settings(tmp_path, fake=program("log", str(path), file=fake_tools.__file__))

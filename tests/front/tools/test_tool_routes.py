@@ -13,7 +13,8 @@ import pytest
 
 import fake_tools
 import real_server
-from chatlm.common.config import LIMITS, Settings
+from chatlm.common.config import Settings
+from chatlm.front.annexes.tools.limits import MOST_CALL_BYTES
 from chatlm.front.intake import budget as budgets
 from chatlm.front.intake.budget import Budget
 from fake_pool import FakePool, serving
@@ -159,16 +160,16 @@ def test_a_body_names_a_tool_and_nothing_else(url, body, status, words):
 
 
 def test_arguments_may_be_a_file_s_text(url, place):
-    """The body has at most LIMITS.tool_call_bytes."""
+    """The body has at most MOST_CALL_BYTES."""
     path = place / "written"
     body = {"name": "fake__count", "arguments": {"path": str(path), "line": ""}}
-    room = LIMITS.tool_call_bytes - len(json.dumps(body))
+    room = MOST_CALL_BYTES - len(json.dumps(body))
     body["arguments"]["line"] = "\u00e9\n" * (room // 8) + "x" * (room % 8)  # written as \\u00e9\\n
-    assert len(json.dumps(body)) == LIMITS.tool_call_bytes and call(url, **body)[0] == 200
+    assert len(json.dumps(body)) == MOST_CALL_BYTES and call(url, **body)[0] == 200
     assert path.read_text() == body["arguments"]["line"] + "\n"
     body["arguments"]["line"] += "x"
     status, error = call(url, **body)
-    assert status == 413 and f"maximum size of {LIMITS.tool_call_bytes} bytes" in error["message"]
+    assert status == 413 and f"maximum size of {MOST_CALL_BYTES} bytes" in error["message"]
     assert path.read_text().count("\n") == room // 8 + 1
 
 

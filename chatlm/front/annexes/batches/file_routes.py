@@ -23,6 +23,7 @@ from chatlm.common.errors import RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.annexes.batches.fields import FILES_LIMIT, LAST_SECONDS, PURPOSE, UPLOADED
+from chatlm.front.annexes.batches.limits import MOST_BYTES, MOST_LINES
 from chatlm.front.api.batch_lines import storable
 from chatlm.front.api.list_fields import AFTER, ORDER
 from chatlm.front.intake.budget import BODY_S
@@ -34,7 +35,7 @@ from chatlm.front.server.stored_lists import (
 from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, file_rows, quota
 from chatlm.front.store.file_rows import File, LineRow
-from chatlm.front.store.pages import ListPage, Listed, page_of
+from chatlm.front.store.pages import Listed, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,7 +233,7 @@ class Upload:
                 if name == "file" and self.filename is None:
                     self.filename = visible((part.filename or "file").replace("\n", " "))[:255]
                     if fields.get("purpose") == "batch":
-                        await self._receive_lines(self._chunks(part, LIMITS.batch_bytes))
+                        await self._receive_lines(self._chunks(part, MOST_BYTES))
                     else:
                         await self._receive_raw(part, fields.get("purpose"))
                 elif name and name != "file":
@@ -287,7 +288,7 @@ class Upload:
     async def _receive_raw(self, part, purpose: str | None):
         """Store a file as it is, in parts. purpose: None if the form has not said it yet."""
         self.is_raw = True
-        most = LIMITS.batch_bytes if purpose is None else LIMITS.document_bytes
+        most = MOST_BYTES if purpose is None else LIMITS.document_bytes
         rest = bytearray()
         async for chunk in self._chunks(part, most):
             rest += chunk
@@ -357,8 +358,8 @@ class Upload:
 
     async def _take_some(self, lines: Seq[NumberedLine]):
         self.requests += len(lines)
-        if self.requests > LIMITS.batch_lines:
-            raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
+        if self.requests > MOST_LINES:
+            raise RequestError(f"the file has more than {MOST_LINES:,} lines",
                                status=413, code="too_many_lines", param="file")
         found = await self.intake.check_lines(
             self.caller, [line._replace(text=line.text.strip()) for line in lines])

@@ -22,6 +22,7 @@ from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.annexes.batches.fields import WINDOWS
 from chatlm.front.annexes.batches.file_routes import FileRoutes
+from chatlm.front.annexes.batches.limits import MOST_UNFINISHED
 from chatlm.front.annexes.batches.line_queue import Lane, LineQueue, WaitingLine
 from chatlm.front.annexes.batches.row import BATCHES
 from chatlm.front.api.batch_lines import BatchLine, bad_line_result, lasting_body, line_id
@@ -109,7 +110,7 @@ class BatchRoutes:
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
             mine = batches.unfinished_of(connection, owner, client)
-            if mine >= LIMITS.unfinished_batches:
+            if mine >= MOST_UNFINISHED:
                 raise rate_limited(f"{mine} of your batches are not finished", 60)
             now = now_s()
             return batches.shown_batch(connection, batches.create(

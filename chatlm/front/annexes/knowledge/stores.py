@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
+from chatlm.front.annexes.knowledge.limits import MOST_WINDOWS, STORES_OF_OWNER
 from chatlm.front.annexes.knowledge.tables import TOTALS, make_words, words_table
 from chatlm.front.store import file_rows
 from chatlm.front.store.file_rows import owns
@@ -249,7 +250,7 @@ def create_store(connection: sqlite3.Connection, owner: str, client: str, values
     """A new store without files. Raises RequestError if its owner has too many."""
     held = connection.execute("SELECT COUNT(*) FROM knowledge_stores WHERE owner = ? AND deleted = 0",
                               (owner,)).fetchone()[0]
-    if held >= LIMITS.vector_stores:
+    if held >= STORES_OF_OWNER:
         raise RequestError(f"you have {held} vector stores, as many as one may have: delete some", status=403,
                            code="too_many_vector_stores")
     days = values.get("expires_after")
@@ -656,9 +657,9 @@ def check_windows(connection: sqlite3.Connection, file: StoreFile, windows: int)
     """Raises RequestError if the store of a file would have too many windows with its own."""
     (held,) = connection.execute("SELECT windows FROM knowledge_stores WHERE number = ?",
                                  (file.store,)).fetchone()
-    if held + windows > LIMITS.store_windows:
+    if held + windows > MOST_WINDOWS:
         raise RequestError(f"its vector store has {held:,} windows of text, and with the {windows:,} of this "
-                           f"file it would have more than {LIMITS.store_windows:,}")
+                           f"file it would have more than {MOST_WINDOWS:,}")
 
 
 # another embedder

@@ -15,6 +15,7 @@ from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.annexes.tools.limits import MOST_CALL_BYTES
 from chatlm.front.api.encode import frame
 from chatlm.front.api.enforcement import why_unenforced
 from chatlm.front.api.tool_calls import read_call, unpacked_call
@@ -186,7 +187,7 @@ class ToolRoutes:
         patterns = self.access.usable_tools(http)
         may_call = patterns and self.toolbox.servers
         with self.bodies.holding() as holding:
-            most = LIMITS.tool_call_bytes if may_call else LIMITS.inline_bytes
+            most = MOST_CALL_BYTES if may_call else LIMITS.inline_bytes
             values, ignored = await self._read_call(await read_bytes(http, holding, most))
             note_ignored(ignored)
             return await self._call(http, values, patterns)

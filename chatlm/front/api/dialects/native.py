@@ -23,7 +23,7 @@ from chatlm.front.api.readers import make_request, parse_answer
 from chatlm.front.api.tables import COMMON_FIELDS, PREFIX, SAMPLED, TEMPLATE_OPTIONS
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Accepted, Delta, Finished, Message
+    from chatlm.common.messages.requests import Accepted, Delta, Message
     from chatlm.front.api.dialect import Terms
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 

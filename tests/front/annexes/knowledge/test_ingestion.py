@@ -207,7 +207,7 @@ async def test_a_long_text_is_cut_and_says_so(tmp_path, monkeypatch):
 
 
 async def test_a_store_has_so_many_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "LIMITS", replace(LIMITS, store_windows=3))
+    monkeypatch.setattr(stores, "MOST_WINDOWS", 3)
     async with knowing(tmp_path / "k.db") as ask:
         store, [one, long] = await ask.store(ONE, "Cats", LONG)
         _, found = await ask(ONE, f"{STORES}/{store}/files/{long}")

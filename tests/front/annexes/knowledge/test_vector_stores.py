@@ -413,8 +413,8 @@ async def test_cancelling_a_batch_that_is_over_changes_nothing(tmp_path):
 
 
 async def test_an_owner_has_so_many_stores_and_a_store_so_many_files(tmp_path, monkeypatch):
-    few = replace(LIMITS, vector_stores=2, store_files=2)
-    monkeypatch.setattr("chatlm.front.annexes.knowledge.stores.LIMITS", few)
+    monkeypatch.setattr("chatlm.front.annexes.knowledge.stores.STORES_OF_OWNER", 2)
+    monkeypatch.setattr("chatlm.front.annexes.knowledge.stores.LIMITS", replace(LIMITS, store_files=2))
     async with knowing(tmp_path / "k.db") as ask:
         store, files = await ask.store(ONE, "a", "b")
         assert (await ask(ONE, STORES, {}))[0] == 200
