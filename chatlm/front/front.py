@@ -44,6 +44,7 @@ from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
 from chatlm.front.server.routes import Route, RouteTable
 from chatlm.front.server.streams import EventStream
+from chatlm.front.server.sweeper import Sweeper
 from chatlm.front.server.usage_writer import UsageWriter
 from chatlm.front.store.owners import rename_owners
 
@@ -94,14 +95,14 @@ class Front:
         self.metrics = Metrics(catalogue, self.ledger, intake.budget)
         self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
-        self.cleaners: list[Callable[[], None]] = []  # called by `removed`
+        self.sweeper = Sweeper(store) if store else None
         for annex in self.wanted:
             self.room(annex)
 
     def removed(self):
-        """Something was deleted from the store. Its content is removed later, in slices."""
-        for clean in self.cleaners:
-            clean()
+        """Something was deleted from the store: its content is removed later."""
+        if self.sweeper:
+            self.sweeper.wake.set()
 
     # annexes
 
@@ -147,6 +148,8 @@ class Front:
         renamed = self.owners.renamed
         if self.store and renamed:
             await self.store.run(partial(rename_owners, renamed=renamed))
+        if self.sweeper:
+            self.sweeper.start()
         for annex in self.wanted:
             await annex.start(self.room(annex))
 
@@ -157,6 +160,8 @@ class Front:
             if annex.name in self.rooms:
                 await annex.close(self.rooms[annex.name])
         await self.ledger.close()
+        if self.sweeper:
+            await self.sweeper.close()
         if self.store:
             await self.store.close()
 

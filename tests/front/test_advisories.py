@@ -163,7 +163,7 @@ KINDS = {
          "front/server/test_ledger.py::test_operators_need_their_role",
          "front/server/test_rebinding.py::test_a_rebound_page_has_no_tools_in_its_requests",
          "front/server/test_getting_models.py::test_only_an_operator_gets_and_deletes_models",
-         "front/chats/test_temporary_answers.py::test_words_of_a_temporary_chat_are_nowhere")),
+         "front/annexes/chats/test_temporary_answers.py::test_words_of_a_temporary_chat_are_nowhere")),
     "kernels out of bounds": Kind(
         "Ids of tokens, adapters or pages that do not exist reached the kernels, which read or wrote other "
         "memory.",

@@ -18,7 +18,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.admission.sandbox import WRITE_BYTES
-from chatlm.front.annexes.batches.routes import vacuum
+from chatlm.front.server.sweeper import vacuum
 from chatlm.front.server.stored_lists import joined_small
 from chatlm.front.store import batches, file_rows, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
@@ -447,7 +447,7 @@ import asyncio, random, sys
 from functools import partial
 from pathlib import Path
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.front.annexes.batches.routes import vacuum
+from chatlm.front.server.sweeper import vacuum
 from chatlm.front.store import file_rows, responses
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.store import Store

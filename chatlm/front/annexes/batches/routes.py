@@ -36,11 +36,12 @@ from chatlm.front.server.ledger import Amount, Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.stored_lists import now_s, query_value, send_page, require_store
 from chatlm.front.server.usage_writer import write
-from chatlm.front.store import approvals, batches, file_rows, quota, responses
+from chatlm.front.store import batches, file_rows, quota
 from chatlm.front.store.batches import BatchRow
 from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
+    import sqlite3
     from chatlm.front.front import Front
     from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.catalogue import Catalogue
@@ -55,10 +56,7 @@ TRIES = 3         # for an answer during which workers died, each time as often 
 SPARE = 8         # lines under way beyond a model's rows, so that none of these is empty
 PAGE_LINES = 200  # of a batch that wait in memory
 LOOK_S = 0.5      # between looks whether the server stops
-SWEEP_S = 30.0    # between looks for what has expired
-SWEEPING_S = 1.0  # of one of them, before others have a turn
-KEPT_PAGES = 1000  # free ones that stay in the file
-VACUUMED_PAGES = 1000  # that are given back at once
+BEGIN_S = 30.0    # between looks for batches that may begin
 EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
 BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
 EXPIRED_LINES = 100   # at once
@@ -69,17 +67,20 @@ class BatchRoutes:
     """The handlers, and the tasks that work on batches while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answers: Answers, ledger: Ledger):
+                 answers: Answers, ledger: Ledger, removed: Callable[[], None]):
+        """removed: called when something was deleted."""
         self.store = store
         self.bodies = bodies
-        self.files = FileRoutes(store, bodies, catalogue.settings.keep_days, self.wake_up)
+        self.files = FileRoutes(store, bodies, catalogue.settings.keep_days, removed)
         self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
 
     @classmethod
     def of(cls, front: Front) -> BatchRoutes:
-        room = cls(front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger)
-        front.cleaners.append(room.wake_up)
+        room = cls(front.store, front.catalogue, front.bodies, front.owners, front.answers, front.ledger,
+                   front.removed)
+        if front.sweeper:
+            front.sweeper.marks.append(room.forget)
         return room
 
     async def start(self):
@@ -90,6 +91,10 @@ class BatchRoutes:
     async def close(self):
         if self.worker and self.worker.task:
             await end_tasks([self.worker.task])
+
+    def forget(self, connection: sqlite3.Connection):
+        """Mark what has expired as deleted."""
+        batches.forget(connection, now_s(), self.files.keep_s, self.files.uploads_under_way())
 
     def wake_up(self):
         if self.worker:
@@ -187,8 +192,7 @@ class BatchWorker:
         self.line_queue = LineQueue(self._room, ledger.budgets.wait_s if ledger.budgets else lambda client: 0)
         self.timer: asyncio.TimerHandle | None = None  # fires when a refused line may try again
         self.wake = asyncio.Event()
-        self.swept_s = 0.0
-        self.removed = False  # texts were removed that the -wal may still have
+        self.looked_s = 0.0
         self.stops: dict[str, asyncio.Event] = {}  # by batch under way: set when it is cancelled
         self.under_way: dict[str, UnderWay] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -199,10 +203,9 @@ class BatchWorker:
         try:
             await self.catalogue.wait_ready()
             while not self.catalogue.draining:
-                if self.wake.is_set() or time.monotonic() - self.swept_s > SWEEP_S:
+                if self.wake.is_set() or time.monotonic() - self.looked_s > BEGIN_S:
                     self.wake.clear()
-                    self.swept_s = time.monotonic()
-                    await self._sweep()
+                    self.looked_s = time.monotonic()
                     for batch in await self._stored(batches.unfinished):
                         self._begin(batch)
                     self._begin_lines()
@@ -227,24 +230,6 @@ class BatchWorker:
                 return await asyncio.shield(work())
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
-
-    async def _sweep(self):
-        """Delete what has expired, in small pieces, and give its bytes back. Stops after SWEEPING_S, so that
-        batches may begin."""
-        now = now_s()
-        until_s = time.monotonic() + SWEEPING_S
-        await self._stored(lambda connection: batches.forget(
-            connection, now, self.files.keep_s, self.files.uploads_under_way()))
-        for piece in (partial(responses.forget, now=now), file_rows.purge, responses.purge,
-                      partial(approvals.purge, now=now), vacuum):
-            while await self._stored(piece):
-                self.removed |= piece is not vacuum
-                if time.monotonic() > until_s:
-                    self.wake.set()  # so that the next round goes on here
-                    return
-        if self.removed:
-            self.removed = False
-            await self.store.clear_log()
 
     def _begin(self, batch: BatchRow):
         client = self.owners.client_of(batch.owner, batch.client)
@@ -504,15 +489,6 @@ class BatchWorker:
             if holding.size + size + text > holding.budget.per_client:
                 raise EngineFailure(str(error)) from None
             raise
-
-
-def vacuum(connection) -> bool:
-    """Give some of the file's free pages back to the disk. Returns whether there may be more."""
-    free = connection.execute("PRAGMA freelist_count").fetchone()[0]
-    for _ in range(min(free - KEPT_PAGES, VACUUMED_PAGES)):
-        # Python's sqlite3 frees one page in a call, whatever number is given
-        connection.execute("PRAGMA incremental_vacuum(1)")
-    return free > KEPT_PAGES + VACUUMED_PAGES
 
 
 def encoded(text: str) -> bytes:
