@@ -311,5 +311,5 @@ def test_scheduling_needs_no_torch():
             "from chatlm.worker.engine.scheduler import Scheduler; from chatlm.worker.engine.sequence import Assignment, Sequence; "
             "s = Scheduler(PagePool(9), StepLimits(2, 8, max_rows=2)); "
             "s.queue.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
-            "assert not {'torch', 'numpy'} & set(sys.modules)")
+            "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)
