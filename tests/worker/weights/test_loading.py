@@ -1,10 +1,7 @@
 """The story of loading (docs/loading.md), told of every format."""
 
 import gc
-import json
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -77,12 +74,3 @@ def test_a_context_beyond_the_model_s_is_refused(kind, model_of_format):
     assert opened(path, context_length=32).context_length == 32
     with pytest.raises(ConfigError, match=f"--context-length {longest + 1} is more than the model's {longest}"):
         opened(path, context_length=longest + 1)
-
-
-@pytest.mark.parametrize("kind, others", [("gguf", {"folder", "nanochat", "nanogpt", "litgpt", "checkpoint"}), ("nanochat", {"gguf", "folder", "nanogpt", "litgpt"})])
-def test_a_format_needs_no_module_of_another(kind, others, model_of_format):
-    code = ("import json, sys\nfrom chatlm.common.config import Settings\nfrom chatlm.common.hub.find import resolve_model\n"
-            "from chatlm.worker.weights.load import open_model\nsettings = Settings(model=sys.argv[1])\nopen_model(resolve_model(settings), settings)\n"
-            "print(json.dumps([name.split('.')[4] for name in sys.modules if name.startswith('chatlm.worker.weights.formats.')]))")
-    done = subprocess.run([sys.executable, "-c", code, str(model_of_format(kind))], capture_output=True, text=True, check=True, cwd=FIXTURES.parents[1])
-    assert others & {*json.loads(done.stdout)} == set()
