@@ -3,6 +3,7 @@ by name."""
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -201,9 +202,14 @@ def test_only_loaders_read_the_facts_of_a_model():
     assert [*read_of_facts(loaders / "families/plain.py")]  # so the search finds them
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def annexes_imported(path):
     """The annexes that a module imports, also for types alone, or names in a text as a place of one."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -260,7 +266,7 @@ def test_modules_of_ours_are_imported_at_the_head():
     late = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "chatlm").rglob("*.py")
-        if [*imports_in_functions(ast.parse(path.read_text()))]
+        if [*imports_in_functions(tree_of(path))]
     }
     assert late == {*LATE}
 

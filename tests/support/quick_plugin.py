@@ -19,7 +19,7 @@ PROCESSES = ("subprocess", "multiprocessing", "asyncio.subprocess", "forked", "b
 LARGE = "conftest.default_model_path", "chatlm.common.hub.default_model.fetch_default_model", "cuda_backends.Emulated", "test_core_cuda.Emulation"
 # What computes with a model
 MODELS = "torch", "transformers", "chatlm.worker.engine", "chatlm.worker.build", "engines"
-CASES = 4       # of a function of tests; one, if it computes with a model
+CASES = 2       # of a function of tests; one, if it computes with a model
 FIXTURES_OF_ALL = {"explained_statements", "forked_processes", "integrity", "state_home", "state_folders"}
 
 
