@@ -238,7 +238,7 @@ def test_nobody_imports_an_annex_for_types_either():
 
 LATE = {  # module -> why its functions import modules of ours: all others do that at their head
     "chatlm/commands.py": "a command imports what it needs, and no other command's",
-    "chatlm/front/intake/sandboxed.py": "a sandbox reads bodies or documents, and starts in a third of the time",
+    "chatlm/front/intake/sandboxed.py": "a sandbox imports what reads large bodies, or documents, for the first one",
     "chatlm/worker/entry.py": "a process joins its parent before it imports numpy",
     "chatlm/worker/kernels/choosing.py": "backends need decode_core",
     "chatlm/worker/kernels/devices.py": "a backend needs decode_core, and on GPUs torch",

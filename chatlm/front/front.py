@@ -95,7 +95,7 @@ class Front:
         self.metrics = Metrics(catalogue, self.ledger, intake.budget)
         self.answers = Answers(self.owners, self.ledger, self.metrics, self.hooks(lambda annex: annex.watch))
         self.history = History(catalogue, self.metrics)
-        self.sweeper = Sweeper(store) if store else None
+        self.sweeper = Sweeper(store, catalogue) if store else None
         for annex in self.wanted:
             self.room(annex)
 

@@ -8,13 +8,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import Overloaded
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.server.stored_lists import now_s
 from chatlm.front.store import approvals, file_rows, responses
 
 if TYPE_CHECKING:
     import sqlite3
+    from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.store.store import Store
 
 
@@ -26,8 +26,9 @@ VACUUMED_PAGES = 1000  # that are given back at once
 class Sweeper:
     """A task that looks now and then, and when it is woken."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, catalogue: Catalogue):
         self.store = store
+        self.catalogue = catalogue
         # of annexes: they mark what has expired as deleted
         self.marks: list[Callable[[sqlite3.Connection], Any]] = []
         self.wake = asyncio.Event()
@@ -42,6 +43,7 @@ class Sweeper:
             await end_tasks([self.task])
 
     async def run(self):
+        await self.catalogue.wait_ready()
         while True:
             self.wake.clear()
             await self.sweep()
@@ -51,24 +53,16 @@ class Sweeper:
     async def sweep(self):
         """Remove all that can go, and give its bytes back."""
         for mark in self.marks:
-            await self._stored(mark)
+            await self.store.run_patiently(mark)
         removed = False
         for piece in (partial(responses.forget, now=now_s()), file_rows.purge, responses.purge,
                       partial(approvals.purge, now=now_s())):
-            while await self._stored(piece):
+            while await self.store.run_patiently(piece):
                 removed = True
-        while await self._stored(vacuum):
+        while await self.store.run_patiently(vacuum):
             pass
         if removed:
             await self.store.clear_log()  # the -wal may still have texts
-
-    async def _stored(self, function: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Run it in the store, again and again while the store cannot be used, as on a full disk."""
-        while True:
-            try:
-                return await self.store.run(function)
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after_s)
 
 
 def vacuum(connection: sqlite3.Connection) -> bool:

@@ -388,6 +388,17 @@ class Store:
         finally:
             submitted.is_unwanted = True
 
+    async def run_patiently(self, work: Callable[[Any], Any], adds_bytes: int = 0, client: str = "") -> Any:
+        """What `run` does, for work of the server that nobody waits for: it tries again while the database
+        cannot be written, as on a full disk. Raises Overloaded once the server stops."""
+        while True:
+            try:
+                return await self.run(work, adds_bytes, client)
+            except Overloaded as error:
+                if self.closed:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
+
     def _failure(self, error: Exception) -> Exception:
         """The error that a client sees for one of SQLite's. Wrong use of SQLite is our own bug, and stays."""
         if isinstance(error, self.library.OperationalError):

@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import FOLDER, LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
@@ -125,6 +125,7 @@ class Ingest:
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
                  embedders: Embedders, ledger: Ledger):
         self.store = store
+        self._stored = store.run_patiently
         self.catalogue = catalogue
         self.intake = intake
         self.owners = owners
@@ -177,16 +178,6 @@ class Ingest:
         """Until the next look: at a store that has paused, or at what has expired."""
         soon = min(self.paused.values(), default=time.monotonic() + LOOK_S) - time.monotonic()
         return min(max(soon, 0.05), LOOK_S)
-
-    async def _stored(self, function: Callable[[Any], Any], adds_bytes: int = 0, client: str = "") -> Any:
-        """Run `function` in the store, and try again while the store cannot be used, as on a full disk."""
-        while True:
-            try:
-                return await self.store.run(function, adds_bytes, client)
-            except Overloaded as error:
-                if self.store.closed:
-                    raise
-                await asyncio.sleep(error.retry_after_s)
 
     # which file is next
 
